@@ -1,0 +1,1 @@
+"""What is on disk: headers first, bytes on request."""

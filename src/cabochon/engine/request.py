@@ -1,0 +1,98 @@
+"""What goes into the engine and what comes out: prompts, sampling parameters, deltas."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cabochon.errors import CabochonError, RequestError
+from cabochon.gemma4.pictures import Picture
+
+FinishReason = Literal["stop", "length"]
+
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose the next token and when to end.
+
+    Penalties act on the logits, then `temperature` divides them, then `top_k`, `top_p` and `min_p`
+    cut the distribution, in this order. `temperature` 0 takes the likeliest token.
+
+    Raises:
+        RequestError: a value out of its range, named in `param`.
+    """
+
+    max_tokens: int | None = None  # None: as many as the context holds
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0  # of tokens generated so far
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0  # of tokens of the prompt and generated so far
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's own
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        self._within("max_tokens", 1, 1 << 31)
+        self._within("temperature", 0.0, 100.0)
+        self._within("top_k", 0, 1 << 31)
+        self._within("top_p", 0.0, 1.0)
+        self._within("min_p", 0.0, 1.0)
+        self._within("seed", -(1 << 63), (1 << 63) - 1)
+        self._within("presence_penalty", -2.0, 2.0)
+        self._within("frequency_penalty", -2.0, 2.0)
+        self._within("repetition_penalty", 0.01, 100.0)
+        if self.top_p == 0.0:
+            raise RequestError("top_p is 0, expected more than 0 and at most 1", "top_p")
+        if len(self.stop) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+            raise RequestError(
+                f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop"
+            )
+
+    def _within(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        if value is not None and not (math.isfinite(value) and least <= value <= most):
+            raise RequestError(f"{name} is {value}, expected {least} to {most}", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids with every picture expanded to its soft tokens, and the pictures in order."""
+
+    tokens: tuple[int, ...]
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one request.
+
+    `text` is what became certain: it never ends inside a character and never holds a part of a stop
+    string. The last delta of a request has a `finish_reason` or an `error`.
+    """
+
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    error: CabochonError | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The whole answer to one prompt."""
+
+    text: str
+    tokens: tuple[int, ...] = field(repr=False)
+    finish_reason: FinishReason
+    prompt_tokens: int

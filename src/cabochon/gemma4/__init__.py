@@ -1,0 +1,1 @@
+"""The Gemma 4 models and how pictures become their input."""

@@ -1,0 +1,1 @@
+"""Layers without names: what they compute, not what is stored or where."""
