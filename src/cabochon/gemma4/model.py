@@ -1,0 +1,73 @@
+"""The whole model: towers and text decoder under the checkpoint's own names, head and soft-cap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cabochon.config import Gemma4Config
+from cabochon.gemma4.text import TextModel
+from cabochon.gemma4.vision import SoftTokenEmbedder, VisionTower
+from cabochon.nn.attention import KeyValues
+from cabochon.nn.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input: the rows of all its sequences, one after the other."""
+
+    tokens: Tensor  # [tokens]
+    positions: Tensor  # [tokens], within each sequence
+    soft_at: Tensor  # [soft tokens], rows that a picture fills; their ids do not count
+    soft: Tensor  # [soft tokens, hidden_size]; its dtype is the compute dtype
+    wanted: Tensor  # [rows], sorted: whose logits to compute
+
+
+class Gemma4Model(nn.Module):
+    """What lies under the checkpoint's `model.`."""
+
+    def __init__(self, config: Gemma4Config) -> None:
+        super().__init__()
+        self.language_model = TextModel(config.text)
+        if config.vision is not None:
+            vision = config.vision
+            self.vision_tower = VisionTower(vision)
+            self.embed_vision = SoftTokenEmbedder(
+                vision.hidden_size, config.text.hidden_size, vision.eps
+            )
+
+
+class Gemma4(nn.Module):
+    """A Gemma 4. Built on the meta device; the loader gives it its weights.
+
+    `has_head` says whether the file brings an `lm_head` of its own. Without one, the token table is
+    the head: whether embeddings are tied is read from the file, not from the configuration.
+    """
+
+    def __init__(self, config: Gemma4Config, *, has_head: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Gemma4Model(config)
+        if has_head:
+            self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
+        self.has_head = has_head
+
+    def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
+        """Logits of the wanted rows after the soft-cap: `[rows, vocab_size]`, float32."""
+        text = self.model.language_model
+        ids = batch.tokens.index_fill(0, batch.soft_at, self.config.text.pad_token_id)
+        x = text.embed_tokens(ids, batch.soft.dtype)
+        x = x.index_copy(0, batch.soft_at, batch.soft)
+        return self.logits(text(ids, x, batch.positions, kv, batch.wanted))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        head = self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
+        logits: Tensor = head(hidden).float()
+        cap = self.config.text.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def see(self, pixels: Tensor, positions: Tensor) -> Tensor:
+        """Soft tokens of one picture: patches `[n, 3 * patch_size**2]` at `[n, 2]` to `[m, hidden_size]`."""
+        return self.model.embed_vision(self.model.vision_tower(pixels, positions))

@@ -1,0 +1,153 @@
+"""The text decoder. Tokens of all sequences of a step come as one row each; the cache tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cabochon.config import LayerConfig, LayerKind, TextConfig
+from cabochon.nn.attention import KeyValues
+from cabochon.nn.linear import Embedding, Linear
+from cabochon.nn.norm import RMSNorm
+from cabochon.nn.rotary import Rotation, rotate, text_rotation
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without scaling. A layer that shares keys and values makes none."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.layer = layer
+        dim = layer.head_dim
+        self.q_proj = Linear(config.hidden_size, config.num_heads * dim)
+        self.q_norm = RMSNorm(config.eps, dim)
+        if not layer.shares_kv:
+            self.k_proj = Linear(config.hidden_size, layer.kv_heads * dim)
+            self.k_norm = RMSNorm(config.eps, dim)
+            self.v_proj = Linear(config.hidden_size, layer.kv_heads * dim)
+            self.v_norm = RMSNorm(config.eps)
+        self.o_proj = Linear(config.num_heads * dim, config.hidden_size)
+
+    def forward(self, x: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
+        queries = rotate(self.q_norm(self._heads(self.q_proj(x))), rotation)
+        if not self.layer.shares_kv:
+            keys = rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)
+            values = self.v_norm(self._heads(self.v_proj(x)))
+            kv.write(self.layer.index, keys, values)
+        return self.o_proj(kv.attend(self.layer.kv_source, queries).flatten(1))
+
+    def _heads(self, x: Tensor) -> Tensor:  # [tokens, heads * head_dim] -> [tokens, heads, head_dim]
+        return x.unflatten(-1, (-1, self.layer.head_dim))
+
+
+class MLP(nn.Module):
+    """`down(gelu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP between norms, then the layer's own input, then one scalar for all of it."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.eps
+        self.kind = layer.kind
+        self.input_layernorm = RMSNorm(eps, hidden)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(eps, hidden)
+        self.pre_feedforward_layernorm = RMSNorm(eps, hidden)
+        self.mlp = MLP(hidden, layer.intermediate_size)
+        self.post_feedforward_layernorm = RMSNorm(eps, hidden)
+        if config.ple_dim:
+            self.per_layer_input_gate = Linear(hidden, config.ple_dim)
+            self.per_layer_projection = Linear(config.ple_dim, hidden)
+            self.post_per_layer_input_norm = RMSNorm(eps, hidden)
+        self.register_buffer("layer_scalar", torch.empty(1))
+
+    layer_scalar: Tensor
+
+    def forward(self, x: Tensor, own: Tensor | None, rotation: Rotation, kv: KeyValues) -> Tensor:
+        """`x [tokens, hidden_size]`, `own [tokens, ple_dim]`: this layer's part of the inputs."""
+        attended = self.self_attn(self.input_layernorm(x), rotation, kv)
+        x = x + self.post_attention_layernorm(attended)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        if own is not None:
+            gated = F.gelu(self.per_layer_input_gate(x), approximate="tanh") * own
+            x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        return x * self.layer_scalar.to(x.dtype)
+
+
+class TextModel(nn.Module):
+    """Embeddings, per-layer embeddings, decoder layers, and the final norm."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, eps, depth = config.hidden_size, config.eps, len(config.layers)
+        self.embed_tokens = Embedding(config.vocab_size, hidden, scale=hidden**0.5)
+        if config.ple_dim:
+            width = depth * config.ple_dim
+            scale = config.ple_dim**0.5
+            self.embed_tokens_per_layer = Embedding(config.ple_vocab_size, width, scale=scale)
+            self.per_layer_model_projection = Linear(hidden, width)
+            self.per_layer_projection_norm = RMSNorm(eps, config.ple_dim)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(eps, hidden)
+
+    def forward(
+        self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
+    ) -> Tensor:
+        """Hidden states of the rows `wanted`, after the final norm.
+
+        Args:
+            ids: `[tokens]`; soft tokens hold the padding id.
+            x: `[tokens, hidden_size]`, embeddings with soft tokens in their places.
+            positions: `[tokens]`.
+            kv: the step's view of the cache.
+            wanted: `[rows]`, sorted. From the first layer that shares keys and values on, nothing
+                is written any more, so only these rows go through the rest of the model.
+        """
+        own = self._layer_inputs(ids, x)
+        rotations = self._rotations(positions, x.dtype)
+        for layer, module in zip(self.config.layers, self.layers, strict=True):
+            if layer.shares_kv and len(wanted) < len(x):
+                x, kv, positions = x[wanted], kv.narrow(wanted), positions[wanted]
+                own = None if own is None else own[wanted]
+                rotations = self._rotations(positions, x.dtype)
+                wanted = torch.arange(len(wanted), device=wanted.device)
+                if len(wanted) == 0:
+                    break
+            part = None if own is None else own[:, layer.index]
+            x = module(x, part, rotations[layer.index], kv)
+        return self.norm(x[wanted])
+
+    def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
+        """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""
+        if not self.config.ple_dim:
+            return None
+        shape = (len(self.config.layers), self.config.ple_dim)
+        context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
+        context = self.per_layer_projection_norm(context.unflatten(-1, shape))
+        return (context + self.embed_tokens_per_layer(ids, x.dtype).unflatten(-1, shape)) * 2**-0.5
+
+    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[int, Rotation]:
+        """The rotation of each layer by its index; computed once for each kind and head size."""
+        made: dict[tuple[LayerKind, int], Rotation] = {}
+        for layer in self.config.layers:
+            key = (layer.kind, layer.head_dim)
+            if key not in made:
+                made[key] = text_rotation(
+                    positions, layer.head_dim, self.config.rope[layer.kind], dtype
+                )
+        return {layer.index: made[layer.kind, layer.head_dim] for layer in self.config.layers}

@@ -1,0 +1,59 @@
+"""Attention: the seam between model and cache, and the exact path over gathered keys and values."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KeyValues(Protocol):
+    """One step's view of the cache. The model writes keys and values and asks for attention.
+
+    The step knows which rows belong to which sequence, how far each may look, and where its past lies.
+    """
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store `[tokens, kv_heads, head_dim]` of every row of this step for `layer`."""
+        ...
+
+    def attend(self, layer: int, queries: Tensor) -> Tensor:
+        """Attention of `[rows, heads, head_dim]` over what `layer` stored, this step's rows included."""
+        ...
+
+    def narrow(self, rows: Tensor) -> KeyValues:
+        """The same step with only `rows` (sorted) asking; what is stored does not change."""
+        ...
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention without scaling, as Gemma 4 has it: its query and key norms do that.
+
+    Args:
+        queries: `[n, heads, head_dim]`.
+        keys, values: `[m, kv_heads, head_dim]`; each serves `heads / kv_heads` query heads.
+        mask: `[n, m]`, True where a query may look; None: everywhere.
+
+    Returns:
+        `[n, heads, head_dim]`.
+    """
+    out: Tensor = F.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        scale=1.0,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+def causal_mask(positions: Tensor, first: int, count: int, window: int | None) -> Tensor:
+    """Which of the keys at `first` to `first + count` the queries at `positions` see: `[n, count]`."""
+    keys = torch.arange(first, first + count, device=positions.device)
+    seen = keys <= positions[:, None]
+    if window is not None:
+        seen &= keys > positions[:, None] - window
+    return seen
