@@ -1,0 +1,241 @@
+"""The paged key/value cache: one pool a kind of layer, pages handed out to sequences and taken back.
+
+Layers of the same window and head sizes form a group and share page numbers. A group with a window
+gives its pages back as they fall out of it. Layers that share keys and values own no pages: they read
+their source's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cabochon.config import TextConfig
+from cabochon.errors import CabochonError
+from cabochon.nn.attention import attention, causal_mask
+
+PAGE = 16  # tokens
+
+_FREED = -1  # a page that fell out of the window
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers whose keys and values have the same shape and lifetime."""
+
+    window: int | None
+    kv_heads: int
+    head_dim: int
+    layers: tuple[int, ...]
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        return 2 * len(self.layers) * PAGE * self.kv_heads * self.head_dim * dtype.itemsize
+
+    def pages_held(self, length: int, chunk: int) -> int:
+        """The most pages a sequence of `length` tokens holds, prefilled `chunk` tokens at a time."""
+        if self.window is not None:
+            length = min(length, self.window + chunk + PAGE)
+        return -(-length // PAGE)
+
+
+def cache_groups(config: TextConfig) -> tuple[Group, ...]:
+    made: dict[tuple[int | None, int, int], list[int]] = {}
+    for layer in config.layers:
+        if not layer.shares_kv:
+            made.setdefault((layer.window, layer.kv_heads, layer.head_dim), []).append(layer.index)
+    return tuple(Group(*key, layers=tuple(layers)) for key, layers in made.items())
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """How many pages each group gets, and what they hold together."""
+
+    groups: tuple[Group, ...]
+    pages: tuple[int, ...]
+    max_batch: int  # sequences whose windows fit at once
+    max_context: int  # tokens of the longest sequence
+
+    @classmethod
+    def fit(
+        cls, config: TextConfig, dtype: torch.dtype, budget: int, max_batch: int, chunk: int,
+        max_context: int | None = None,
+    ) -> CachePlan:
+        """Divide `budget` bytes: room for `max_batch` windows first, the rest for full attention.
+
+        Raises:
+            CabochonError: the budget holds not even one sequence of two chunks.
+        """
+        groups = cache_groups(config)
+        wanted = min(max_context or config.max_positions, config.max_positions)
+        sliding = sum(
+            g.page_bytes(dtype) * g.pages_held(wanted, chunk) for g in groups if g.window is not None
+        )
+        full = sum(g.page_bytes(dtype) for g in groups if g.window is None)
+        if sliding:
+            max_batch = max(1, min(max_batch, budget // 2 // sliding))
+        pages = (budget - max_batch * sliding) // full
+        if pages * PAGE < min(wanted, 2 * chunk):
+            least = sliding + full * -(-2 * chunk // PAGE)
+            raise CabochonError(
+                f"the key/value cache has {budget:,} bytes, but one sequence of {2 * chunk} tokens"
+                f" needs {least:,}: raise kv_cache_bytes or lower prefill_chunk"
+            )
+        pages = min(pages, max_batch * -(-wanted // PAGE))
+        each = tuple(
+            pages if g.window is None else max_batch * g.pages_held(wanted, chunk) for g in groups
+        )
+        return cls(groups, each, max_batch, min(wanted, pages * PAGE))
+
+    @classmethod
+    def single(cls, config: TextConfig, length: int, chunk: int) -> CachePlan:
+        """Just enough for one sequence of `length` tokens."""
+        groups = cache_groups(config)
+        return cls(groups, tuple(g.pages_held(length, chunk) for g in groups), 1, length)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return sum(g.page_bytes(dtype) * n for g, n in zip(self.groups, self.pages, strict=True))
+
+
+class PageTable:
+    """The pages of one sequence, a list for each group; entry `i` holds tokens `i * PAGE` on."""
+
+    def __init__(self, groups: int) -> None:
+        self.pages: tuple[list[int], ...] = tuple([] for _ in range(groups))
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions `start` to `stop` of one sequence, to be computed in one step."""
+
+    table: PageTable
+    start: int
+    stop: int
+
+
+class PagedCache:
+    """The pools. Memory is reserved here, once; the system commits it when pages are first written."""
+
+    def __init__(self, plan: CachePlan, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self.keys: dict[int, Tensor] = {}  # by layer: [pages * PAGE, kv_heads, head_dim]
+        self.values: dict[int, Tensor] = {}
+        self.group_of: dict[int, int] = {}
+        for index, (group, pages) in enumerate(zip(plan.groups, plan.pages, strict=True)):
+            shape = (pages * PAGE, group.kv_heads, group.head_dim)
+            for layer in group.layers:
+                self.group_of[layer] = index
+                self.keys[layer] = torch.empty(shape, dtype=dtype, device=device)
+                self.values[layer] = torch.empty(shape, dtype=dtype, device=device)
+        self._free = [list(range(pages - 1, -1, -1)) for pages in plan.pages]
+
+    def new_table(self) -> PageTable:
+        return PageTable(len(self.plan.groups))
+
+    def reserve(self, chunk: Chunk) -> bool:
+        """Get the pages that `chunk` writes, after giving back those no query of it can see.
+
+        Returns False, and takes nothing, if a group has too few free pages.
+        """
+        self._trim(chunk)
+        missing = [-(-chunk.stop // PAGE) - len(pages) for pages in chunk.table.pages]
+        if any(n > len(free) for n, free in zip(missing, self._free, strict=True)):
+            return False
+        for pages, free, n in zip(chunk.table.pages, self._free, missing, strict=True):
+            pages.extend(free.pop() for _ in range(n))
+        return True
+
+    def release(self, table: PageTable) -> None:
+        for pages, free in zip(table.pages, self._free, strict=True):
+            free.extend(page for page in pages if page != _FREED)
+            pages.clear()
+
+    def free_pages(self) -> tuple[int, ...]:
+        return tuple(len(free) for free in self._free)
+
+    def _trim(self, chunk: Chunk) -> None:
+        for group, pages, free in zip(self.plan.groups, chunk.table.pages, self._free, strict=True):
+            if group.window is None:
+                continue
+            unseen = max(0, chunk.start - group.window + 1) // PAGE
+            for i in range(min(unseen, len(pages)) - 1, -1, -1):
+                if pages[i] == _FREED:
+                    break
+                free.append(pages[i])
+                pages[i] = _FREED
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What the queries of one chunk look at in one group."""
+
+    slots: Tensor  # [keys], places in the pool
+    mask: Tensor | None  # [queries, keys]
+
+
+class CacheStep:
+    """One step's view of the cache, the `KeyValues` that the model sees.
+
+    Rows of the step are the chunks' positions, one chunk after the other. After `narrow`, chunks have
+    fewer queries than positions, and those without any are left out.
+    """
+
+    def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
+        self.cache = cache
+        self.chunks = chunks
+        self._spans = [torch.arange(c.start, c.stop, device=cache.device) for c in chunks]
+        self._queries = self._spans  # positions that ask, a tensor for each chunk
+        self._writes: dict[int, Tensor] = {}
+        self._readings: dict[int, list[_Reading]] = {}
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        group = self.cache.group_of[layer]
+        if group not in self._writes:
+            self._writes[group] = self._write_slots(group)
+        self.cache.keys[layer].index_copy_(0, self._writes[group], keys)
+        self.cache.values[layer].index_copy_(0, self._writes[group], values)
+
+    def attend(self, layer: int, queries: Tensor) -> Tensor:
+        group = self.cache.group_of[layer]
+        if group not in self._readings:
+            self._readings[group] = [self._reading(group, i) for i in range(len(self.chunks))]
+        out = torch.empty_like(queries)
+        row = 0
+        for reading, asking in zip(self._readings[group], self._queries, strict=True):
+            rows = slice(row, row := row + len(asking))
+            keys = self.cache.keys[layer][reading.slots]
+            values = self.cache.values[layer][reading.slots]
+            out[rows] = attention(queries[rows], keys, values, reading.mask)
+        return out
+
+    def narrow(self, rows: Tensor) -> CacheStep:
+        ends = torch.tensor([len(span) for span in self._spans], device=rows.device).cumsum(0)
+        owners = torch.searchsorted(ends, rows, right=True)
+        asked = [i for i in range(len(self.chunks)) if bool((owners == i).any())]
+        step = CacheStep(self.cache, [self.chunks[i] for i in asked])
+        step._queries = [self._spans[i][rows[owners == i] - ends[i]] for i in asked]
+        return step
+
+    def _write_slots(self, group: int) -> Tensor:
+        return torch.cat([
+            self._slots(chunk.table.pages[group], span)
+            for chunk, span in zip(self.chunks, self._spans, strict=True)
+        ])
+
+    def _slots(self, pages: Sequence[int], positions: Tensor) -> Tensor:
+        first = int(positions[0]) // PAGE
+        held = torch.tensor(pages[first : int(positions[-1]) // PAGE + 1], device=self.cache.device)
+        return held[positions // PAGE - first] * PAGE + positions % PAGE
+
+    def _reading(self, group: int, index: int) -> _Reading:
+        chunk, asking = self.chunks[index], self._queries[index]
+        window = self.cache.plan.groups[group].window
+        first = 0 if window is None else max(0, int(asking[0]) - window + 1)
+        span = torch.arange(first, chunk.stop, device=self.cache.device)
+        slots = self._slots(chunk.table.pages[group], span)
+        if len(asking) == 1 and int(asking[0]) == chunk.stop - 1:  # sees all that is read
+            return _Reading(slots, None)
+        return _Reading(slots, causal_mask(asking, first, len(span), window))

@@ -1,0 +1,241 @@
+"""The engine: one thread that steps, an inbox in front of it, and a sink behind each request."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence as Many
+from dataclasses import dataclass
+from itertools import count
+
+from torch import Tensor
+
+from cabochon.engine.cache import CachePlan, PagedCache
+from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams
+from cabochon.engine.runner import Runner, check_pictures
+from cabochon.engine.sampler import Sampling, sample
+from cabochon.engine.scheduler import Scheduled, Scheduler, Sequence
+from cabochon.errors import CabochonError, RequestError
+from cabochon.text.detokenizer import Detokenizer, StopStrings
+from cabochon.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[Delta], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What the engine knows of a request beside its tokens."""
+
+    sequence: Sequence
+    params: SamplingParams
+    sink: Sink
+    sampling: Sampling
+    text: Detokenizer
+    stops: StopStrings
+    limit: int  # length of prompt and answer at which it ends
+
+    def finish_reason(self, token: int, ends: frozenset[int]) -> FinishReason | None:
+        if token in self.params.stop_token_ids or (token in ends and not self.params.ignore_eos):
+            return "stop"
+        return "length" if len(self.sequence.tokens) >= self.limit else None
+
+    def read(self, token: int) -> tuple[str, bool]:
+        """Text that `token` made certain, and whether a stop string ended it."""
+        return self.stops.push(self.text.push(token))
+
+    def rest(self) -> str:
+        """What was held back, at the end of an answer."""
+        text, stopped = self.stops.push(self.text.flush())
+        return text if stopped else text + self.stops.flush()
+
+
+class Engine:
+    """Runs requests together. Every method may be called from any thread.
+
+    Sinks are called from the engine's own thread and must not block it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        plan: CachePlan,
+        tokenizer: Tokenizer,
+        *,
+        ends: frozenset[int],
+        prefill_chunk: int,
+    ) -> None:
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.max_context = plan.max_context
+        self.cache = PagedCache(plan, runner.dtype, runner.device)
+        self.scheduler = Scheduler(self.cache, prefill_chunk)
+        self._requests: dict[int, _Request] = {}
+        self._by_sequence: dict[Sequence, int] = {}
+        self._ids = count()
+        self._inbox: list[tuple[int, _Request | None]] = []  # None: cancel
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="cabochon-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: Prompt, params: SamplingParams, on_delta: Sink) -> int:
+        """Enqueue a request and return its number. Its last delta says how it ended.
+
+        Raises:
+            RequestError: the prompt is empty, does not fit the context, or has pictures that this
+                model cannot see.
+        """
+        request = self._request(prompt, params, on_delta)
+        number = next(self._ids)
+        self._put(number, request)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Forget a request. No delta follows, but for one that may be under way."""
+        self._put(number, None)
+
+    def close(self) -> None:
+        """End the thread; requests that still run get an error."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def load(self) -> int:
+        """Requests that wait or run."""
+        with self._wake:
+            arriving = sum(request is not None for _, request in self._inbox)
+            return arriving + len(self._requests)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> _Request:
+        length = len(prompt.tokens)
+        if not length:
+            raise RequestError("the prompt is empty", "messages")
+        if length >= self.max_context:
+            raise RequestError(
+                f"the prompt has {length:,} tokens, but the context holds {self.max_context:,}"
+                " with the answer: shorten it, or serve with a larger kv_cache_bytes",
+                "messages",
+            )
+        vocab = self.runner.model.config.text.vocab_size
+        if not all(0 <= token < vocab for token in prompt.tokens):
+            raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
+        sequence = Sequence(prompt, self.cache.new_table(), list(prompt.tokens))
+        check_pictures(self.runner.model, sequence)
+        most = self.max_context - length
+        return _Request(
+            sequence=sequence,
+            params=params,
+            sink=sink,
+            sampling=Sampling(params, prompt.tokens, vocab),
+            text=Detokenizer(self.tokenizer),
+            stops=StopStrings(params.stop),
+            limit=length + min(params.max_tokens or most, most),
+        )
+
+    def _put(self, number: int, request: _Request | None) -> None:
+        with self._wake:
+            if self._closed:
+                raise CabochonError("the engine is closed")
+            self._inbox.append((number, request))
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._inbox or self._requests or self._closed)
+                inbox, self._inbox = self._inbox, []
+                for number, request in inbox:
+                    self._accept(number, request)
+                if self._closed:
+                    break
+            self._step()
+        for number in list(self._requests):
+            self._fail(number, CabochonError("the engine was closed before the answer was complete"))
+
+    def _accept(self, number: int, request: _Request | None) -> None:
+        if request is not None:
+            self._requests[number] = request
+            self._by_sequence[request.sequence] = number
+            self.scheduler.add(request.sequence)
+        elif number in self._requests:
+            self._forget(number)
+
+    def _step(self) -> None:
+        step = self._see(self.scheduler.schedule())
+        if not step:
+            return
+        try:
+            logits = self.runner.run(self.cache, step)
+        except Exception as error:  # whatever it is, the engine goes on with the other requests
+            logger.exception("a step failed")
+            for scheduled in step:
+                self._fail(self._by_sequence[scheduled.sequence], _internal(error))
+            return
+        self._sample([s for s in step if s.complete], logits)
+
+    def _see(self, step: Many[Scheduled]) -> list[Scheduled]:
+        """Encode pictures of sequences that start; one that cannot be encoded fails alone."""
+        ready = []
+        for scheduled in step:
+            sequence = scheduled.sequence
+            try:
+                if sequence.prompt.pictures and not sequence.soft:
+                    self.runner.see(sequence)
+                ready.append(scheduled)
+            except Exception as error:
+                logger.exception("a picture could not be encoded")
+                self._fail(self._by_sequence[sequence], _internal(error))
+        return ready
+
+    def _sample(self, complete: Many[Scheduled], logits: Tensor) -> None:
+        numbers = [self._by_sequence[s.sequence] for s in complete]
+        finite = logits.isfinite().all(dim=-1).tolist()
+        for number, fine in zip(numbers, finite, strict=True):
+            if not fine:
+                self._fail(number, CabochonError("the model's logits are not finite for this prompt"))
+        keep = [i for i, fine in enumerate(finite) if fine]
+        if keep:
+            drawing = [self._requests[numbers[i]] for i in keep]
+            tokens = sample(logits[keep], [request.sampling for request in drawing])
+            for i, token in zip(keep, tokens, strict=True):
+                self._advance(numbers[i], token)
+
+    def _advance(self, number: int, token: int) -> None:
+        """Give `token` to a request: text to its sink, and its end if this was the last."""
+        request = self._requests[number]
+        request.sequence.tokens.append(token)
+        request.sampling.observe(token)
+        reason = request.finish_reason(token, self.ends)
+        text, stopped = ("", False) if reason == "stop" else request.read(token)
+        if stopped:
+            reason = "stop"
+        elif reason:
+            text += request.rest()
+        if reason:
+            self._forget(number)
+        self._emit(request, Delta((token,), text, reason))
+
+    def _fail(self, number: int, error: CabochonError) -> None:
+        request = self._requests[number]
+        self._forget(number)
+        self._emit(request, Delta(error=error))
+
+    def _forget(self, number: int) -> None:
+        request = self._requests.pop(number)
+        del self._by_sequence[request.sequence]
+        self.scheduler.remove(request.sequence)
+
+    def _emit(self, request: _Request, delta: Delta) -> None:
+        try:
+            request.sink(delta)
+        except Exception:  # a client's sink must not take the engine with it
+            logger.exception("the sink of a request raised")
+
+
+def _internal(error: Exception) -> CabochonError:
+    return CabochonError(f"the model failed on this request: {type(error).__name__}: {error}")

@@ -1,0 +1,115 @@
+"""Which positions of which sequences the next step computes.
+
+Decoding goes first, one token a sequence; prompts fill what is left of the step. When pages run out,
+the sequence that came last gives its own back and is computed anew later, so that the one that came
+first always goes on: an accepted request does not die of memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cabochon.engine.cache import Chunk, PagedCache, PageTable
+from cabochon.engine.request import Prompt
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's tokens and how far they are computed."""
+
+    prompt: Prompt
+    table: PageTable
+    tokens: list[int]  # the prompt's and those generated
+    computed: int = 0  # tokens whose keys and values are in the cache
+    soft: list[tuple[int, Tensor]] = field(default_factory=list)  # first position, soft tokens
+
+    @property
+    def decoding(self) -> bool:
+        return len(self.tokens) - self.computed == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One sequence's part of a step."""
+
+    sequence: Sequence
+    chunk: Chunk
+
+    @property
+    def complete(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that a new one can be drawn."""
+        return self.chunk.stop == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Holds the waiting and the running sequences, in order of arrival."""
+
+    def __init__(self, cache: PagedCache, prefill_chunk: int) -> None:
+        self.cache = cache
+        self.prefill_chunk = prefill_chunk
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that ended, failed or was cancelled, and give its pages back."""
+        self.cache.release(sequence.table)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step; empty only if there is nothing to do."""
+        step: list[Scheduled] = []
+        room = self.prefill_chunk
+        for sequence in [s for s in self.running if s.decoding]:
+            if sequence in self.running:  # it may have given its pages to an earlier one
+                self._schedule(sequence, 1, step)
+        for sequence in [s for s in self.running if not s.decoding]:
+            if room and sequence in self.running:
+                room -= self._schedule(sequence, room, step)
+        step = [s for s in step if s.sequence in self.running]
+        while room and self._may_admit():
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            room -= self._schedule(sequence, room, step)
+        return step
+
+    def _schedule(self, sequence: Sequence, room: int, step: list[Scheduled]) -> int:
+        """Add up to `room` positions of `sequence`, and return how many.
+
+        None if it had to make place for those before it. The last of the running one gives way first.
+        """
+        stop = min(len(sequence.tokens), sequence.computed + room)
+        chunk = Chunk(sequence.table, sequence.computed, stop)
+        while not self.cache.reserve(chunk):
+            loser = self.running[-1]
+            self._preempt(loser)
+            if loser is sequence:
+                return 0
+        step.append(Scheduled(sequence, chunk))
+        return stop - chunk.start
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.cache.release(sequence.table)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+
+    def _may_admit(self) -> bool:
+        """Whether the first in line fits beside the running, with a page to grow for each of them."""
+        if not self.waiting or len(self.running) >= self.cache.plan.max_batch:
+            return False
+        length = len(self.waiting[0].tokens)
+        return all(
+            not self.running
+            or free >= group.pages_held(length, self.prefill_chunk) + len(self.running)
+            for group, free in zip(self.cache.plan.groups, self.cache.free_pages(), strict=True)
+            if group.window is None
+        )
