@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +18,10 @@ from torch import Tensor
 from cabochon.config import Gemma4Config
 from cabochon.engine.cache import CachePlan, Chunk, PagedCache
 from cabochon.engine.engine import Engine
-from cabochon.engine.request import Completion, Delta, Prompt, SamplingParams
+from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, check_pictures
-from cabochon.engine.scheduler import Scheduled
-from cabochon.engine.scheduler import Sequence as Tokens
+from cabochon.engine.scheduler import Scheduled, TokenSequence
+from cabochon.engine.stream import Stream
 from cabochon.errors import ConfigError, RequestError
 from cabochon.gemma4.pictures import Picture, PictureProcessor
 from cabochon.load.execute import load_model
@@ -131,25 +131,13 @@ class LLM:
         text = self.template.render(messages, add_generation_prompt=True, **template)
         return self.prompt(text, images)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Deltas as they come. Closing the iterator cancels the request.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Deltas as they come. Closing the stream cancels the request.
 
         Raises:
-            CabochonError: the request is refused, or fails on the way.
+            RequestError: the request is refused; the stream itself raises if it fails on the way.
         """
-        deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        number = self.engine.submit(prompt, params or self.defaults, deltas.put)
-        finished = False
-        try:
-            while not finished:
-                delta = deltas.get()
-                finished = delta.last
-                if delta.error is not None:
-                    raise delta.error
-                yield delta
-        finally:
-            if not finished:
-                self.engine.cancel(number)
+        return Stream(self.engine, prompt, params or self.defaults)
 
     def generate(
         self, prompts: str | Sequence[int] | Prompt | Sequence[str | Prompt],
@@ -161,8 +149,9 @@ class LLM:
         without. Token ids and `Prompt`s are taken as they are.
         """
         many = [self._generation_prompt(p) for p in _as_list(prompts)]
-        streams = [self._start(prompt, params or self.defaults) for prompt in many]
-        return [_collect(p, deltas) for p, deltas in zip(many, streams, strict=True)]
+        with ExitStack() as stack:  # an error in one cancels those that still run
+            streams = [stack.enter_context(self.stream(prompt, params)) for prompt in many]
+            return [stream.collect() for stream in streams]
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
@@ -182,7 +171,7 @@ class LLM:
         length = len(full.tokens)
         plan = CachePlan.single(self.config.text, length, self.prefill_chunk)
         cache = PagedCache(plan, self.runner.dtype, self.runner.device)
-        sequence = Tokens(full, cache.new_table(), list(full.tokens))
+        sequence = TokenSequence(full, cache.new_table(), list(full.tokens))
         check_pictures(self.runner.model, sequence)
         self.runner.see(sequence)
         parts = []
@@ -212,11 +201,6 @@ class LLM:
         if isinstance(prompt, str) and not prompt.startswith("<bos>"):
             prompt = "<bos>" + prompt
         return self.prompt(prompt)
-
-    def _start(self, prompt: Prompt, params: SamplingParams) -> queue.SimpleQueue[Delta]:
-        deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        self.engine.submit(prompt, params, deltas.put)
-        return deltas
 
     def _expand(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
         config = self.config
@@ -248,19 +232,6 @@ def _as_list(
     if all(isinstance(p, int) for p in prompts):
         return [[p for p in prompts if isinstance(p, int)]]
     return [p for p in prompts if not isinstance(p, int)]
-
-
-def _collect(prompt: Prompt, deltas: queue.SimpleQueue[Delta]) -> Completion:
-    text: list[str] = []
-    tokens: list[int] = []
-    while True:
-        delta = deltas.get()
-        if delta.error is not None:
-            raise delta.error
-        text.append(delta.text)
-        tokens += delta.tokens
-        if delta.finish_reason is not None:
-            return Completion("".join(text), tuple(tokens), delta.finish_reason, len(prompt.tokens))
 
 
 def _generation_defaults(folder: Path) -> tuple[SamplingParams, frozenset[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -14,7 +14,7 @@ from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, check_pictures
 from cabochon.engine.sampler import Sampling, sample
-from cabochon.engine.scheduler import Scheduled, Scheduler, Sequence
+from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
 from cabochon.errors import CabochonError, RequestError
 from cabochon.text.detokenizer import Detokenizer, StopStrings
 from cabochon.text.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ Sink = Callable[[Delta], None]
 class _Request:
     """What the engine knows of a request beside its tokens."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     params: SamplingParams
     sink: Sink
     sampling: Sampling
@@ -73,7 +73,7 @@ class Engine:
         self.cache = PagedCache(plan, runner.dtype, runner.device)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
         self._requests: dict[int, _Request] = {}
-        self._by_sequence: dict[Sequence, int] = {}
+        self._by_sequence: dict[TokenSequence, int] = {}
         self._ids = count()
         self._inbox: list[tuple[int, _Request | None]] = []  # None: cancel
         self._wake = threading.Condition()
@@ -124,7 +124,7 @@ class Engine:
         vocab = self.runner.model.config.text.vocab_size
         if not all(0 <= token < vocab for token in prompt.tokens):
             raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
-        sequence = Sequence(prompt, self.cache.new_table(), list(prompt.tokens))
+        sequence = TokenSequence(prompt, self.cache.new_table(), list(prompt.tokens))
         check_pictures(self.runner.model, sequence)
         most = self.max_context - length
         return _Request(
@@ -178,7 +178,7 @@ class Engine:
             return
         self._sample([s for s in step if s.complete], logits)
 
-    def _see(self, step: Many[Scheduled]) -> list[Scheduled]:
+    def _see(self, step: Sequence[Scheduled]) -> list[Scheduled]:
         """Encode pictures of sequences that start; one that cannot be encoded fails alone."""
         ready = []
         for scheduled in step:
@@ -192,7 +192,7 @@ class Engine:
                 self._fail(self._by_sequence[sequence], _internal(error))
         return ready
 
-    def _sample(self, complete: Many[Scheduled], logits: Tensor) -> None:
+    def _sample(self, complete: Sequence[Scheduled], logits: Tensor) -> None:
         numbers = [self._by_sequence[s.sequence] for s in complete]
         finite = logits.isfinite().all(dim=-1).tolist()
         for number, fine in zip(numbers, finite, strict=True):

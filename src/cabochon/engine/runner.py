@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CacheStep, PagedCache
-from cabochon.engine.scheduler import Scheduled, Sequence
+from cabochon.engine.scheduler import Scheduled, TokenSequence
 from cabochon.errors import RequestError
 from cabochon.gemma4.model import Batch, Gemma4
 
@@ -22,7 +22,7 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def see(self, sequence: Sequence) -> None:
+    def see(self, sequence: TokenSequence) -> None:
         """Encode the pictures of a sequence, once, and note where their soft tokens go."""
         image = self.model.config.image_token_id
         places = [i for i, token in enumerate(sequence.prompt.tokens) if token == image]
@@ -34,7 +34,7 @@ class Runner:
             places = places[len(soft) :]
 
     @torch.inference_mode()
-    def run(self, cache: PagedCache, step: Many[Scheduled], *, every: bool = False) -> Tensor:
+    def run(self, cache: PagedCache, step: Sequence[Scheduled], *, every: bool = False) -> Tensor:
         """Logits `[rows, vocab_size]` of the last position of each complete sequence, in order.
 
         With `every`, of every position of the step.
@@ -46,7 +46,7 @@ class Runner:
             scheduled.sequence.computed = scheduled.chunk.stop
         return logits
 
-    def _batch(self, step: Many[Scheduled], every: bool) -> Batch:
+    def _batch(self, step: Sequence[Scheduled], every: bool) -> Batch:
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -87,7 +87,7 @@ def _soft_parts(scheduled: Scheduled) -> list[tuple[int, Tensor]]:
     return parts
 
 
-def check_pictures(model: Gemma4, sequence: Sequence) -> None:
+def check_pictures(model: Gemma4, sequence: TokenSequence) -> None:
     """Refuse a prompt whose pictures and image tokens do not belong together.
 
     Raises:

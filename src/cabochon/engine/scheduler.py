@@ -17,7 +17,7 @@ from cabochon.engine.request import Prompt
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class TokenSequence:
     """A request's tokens and how far they are computed."""
 
     prompt: Prompt
@@ -35,7 +35,7 @@ class Sequence:
 class Scheduled:
     """One sequence's part of a step."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     chunk: Chunk
 
     @property
@@ -50,13 +50,13 @@ class Scheduler:
     def __init__(self, cache: PagedCache, prefill_chunk: int) -> None:
         self.cache = cache
         self.prefill_chunk = prefill_chunk
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[TokenSequence] = deque()
+        self.running: list[TokenSequence] = []
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: TokenSequence) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: TokenSequence) -> None:
         """Forget a sequence that ended, failed or was cancelled, and give its pages back."""
         self.cache.release(sequence.table)
         if sequence in self.running:
@@ -81,7 +81,7 @@ class Scheduler:
             room -= self._schedule(sequence, room, step)
         return step
 
-    def _schedule(self, sequence: Sequence, room: int, step: list[Scheduled]) -> int:
+    def _schedule(self, sequence: TokenSequence, room: int, step: list[Scheduled]) -> int:
         """Add up to `room` positions of `sequence`, and return how many.
 
         None if it had to make place for those before it. The last of the running one gives way first.
@@ -96,7 +96,7 @@ class Scheduler:
         step.append(Scheduled(sequence, chunk))
         return stop - chunk.start
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: TokenSequence) -> None:
         self.running.remove(sequence)
         self.cache.release(sequence.table)
         sequence.computed = 0
