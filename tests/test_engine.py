@@ -1,0 +1,191 @@
+"""The engine: what runs together equals what runs alone, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, noise
+from reference import greedy
+
+from cabochon import LLM, SamplingParams
+from cabochon.engine.cache import PAGE, CachePlan, cache_groups
+from cabochon.engine.request import Completion, Delta, Prompt
+from cabochon.errors import CabochonError, RequestError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+def prompts(llm: LLM, count: int) -> list[Prompt]:
+    """Random prompts of 3 to 130 tokens; every fourth has a picture."""
+    rng = np.random.default_rng(7)
+    made = []
+    for i in range(count):
+        tokens = [2, *rng.integers(300, 1000, rng.integers(2, 130)).tolist()]
+        pictures = [noise(40 + 9 * i, 50, seed=i)] if i % 4 == 0 else []
+        made.append(llm.prompt(tokens + [llm.config.image_token_id] * len(pictures), pictures))
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: LLM) -> list[Completion]:
+    return [tiny.generate(prompt, GREEDY)[0] for prompt in prompts(tiny, 12)]
+
+
+def idle(llm: LLM) -> bool:
+    """Whether no request is left and every page is free."""
+    engine = llm.engine
+    return engine.load == 0 and engine.cache.free_pages() == engine.cache.plan.pages
+
+
+def test_together_equals_alone(tiny: LLM, alone: list[Completion]) -> None:
+    assert tiny.generate(prompts(tiny, 12), GREEDY) == alone
+    assert idle(tiny)
+
+
+def test_small_chunks_equal_large_ones(alone: list[Completion]) -> None:
+    with LLM(TINY, dtype="float32", prefill_chunk=16, max_batch=5) as llm:
+        assert llm.generate(prompts(llm, 12), GREEDY) == alone
+
+
+@pytest.fixture
+def cramped() -> Iterator[LLM]:
+    """Room for little more than one of the prompts, so that sequences are put off and redone."""
+    with LLM(TINY, dtype="float32", kv_cache_bytes=1_300_000, prefill_chunk=64, max_batch=4) as llm:
+        yield llm
+
+
+def test_out_of_pages_nobody_dies(cramped: LLM, alone: list[Completion]) -> None:
+    redone = []
+    scheduler = cramped.engine.scheduler
+    preempt = scheduler._preempt
+    scheduler._preempt = lambda sequence: (redone.append(sequence), preempt(sequence))[1]  # type: ignore[method-assign]
+    assert cramped.max_context < 4 * 240
+    assert cramped.generate(prompts(cramped, 12), GREEDY) == alone
+    assert redone
+    assert idle(cramped)
+
+
+def test_pages_behind_the_window_are_freed(tiny: LLM) -> None:
+    held = []
+    cache = tiny.engine.cache
+    sliding = next(i for i, g in enumerate(cache.plan.groups) if g.window is not None)
+    window = cache.plan.groups[sliding].window
+    assert window is not None
+    params = SamplingParams(temperature=0.0, max_tokens=20 * window, ignore_eos=True)
+    for _ in tiny.stream(tiny.prompt([2, 300]), params):
+        held.append(cache.plan.pages[sliding] - cache.free_pages()[sliding])
+    assert max(held) <= window // PAGE + 2
+    assert idle(tiny)
+
+
+def test_long_decoding_matches_the_reference(tiny: LLM, reference: object) -> None:
+    """Decoding far past the window, over pages that were freed and taken again."""
+    tokens = [2, 4, *range(300, 310)]
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    assert list(tiny.generate(tokens, params)[0].tokens) == greedy(reference, tokens, [], 200)
+
+
+def test_closing_a_stream_cancels(tiny: LLM) -> None:
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    stream = tiny.stream(tiny.prompt([2, 300, 301]), params)
+    next(stream)
+    stream.close()
+    tiny.generate([2, 300], SamplingParams(max_tokens=1))  # the inbox is read in order
+    assert idle(tiny)
+    assert list(stream) == []
+
+
+def test_ends(tiny: LLM) -> None:
+    free = tiny.generate([2, 300, 301], GREEDY)[0]
+    assert free.finish_reason == "length"
+    assert len(free.tokens) == 40
+    params = SamplingParams(temperature=0.0, stop_token_ids=(free.tokens[5],))
+    ended = tiny.generate([2, 300, 301], params)[0]
+    first = free.tokens.index(free.tokens[5])
+    assert ended.tokens == free.tokens[: first + 1]
+    assert ended.finish_reason == "stop"
+
+
+def test_a_stop_string_ends_and_is_cut(tiny: LLM) -> None:
+    free = tiny.generate([2, 300, 301], GREEDY)[0].text
+    stop = free[len(free) // 2 :][:3]
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, stop=(stop,))
+    ended = tiny.generate([2, 300, 301], params)[0]
+    assert ended.text == free[: free.index(stop)]
+    assert ended.finish_reason == "stop"
+
+
+def test_the_context_is_a_limit(cramped: LLM) -> None:
+    room = 5
+    tokens = [2] + [300] * (cramped.max_context - room - 1)
+    answer = cramped.generate(tokens, SamplingParams(temperature=0.0, ignore_eos=True))[0]
+    assert (len(answer.tokens), answer.finish_reason) == (room, "length")
+    with pytest.raises(RequestError, match=f"context holds {cramped.max_context}"):
+        cramped.generate([2] * cramped.max_context)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([], "empty"), ([2, 1024], "0 to 1023"), ([2, -1], "0 to 1023"), ([2, 17], "1 image tokens")],
+)
+def test_refused_prompts(tiny: LLM, tokens: list[int], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        tiny.generate(Prompt(tuple(tokens)))
+    assert idle(tiny)
+
+
+def test_a_request_that_fails_fails_alone(tiny: LLM, alone: list[Completion]) -> None:
+    """A picture of no numbers makes logits of no numbers, for its own request only."""
+    many = prompts(tiny, 3)
+    pictures = many[0].pictures
+    pictures[0].patches[:] = np.nan
+    outcome: dict[int, list[Delta]] = {i: [] for i in range(3)}
+    ended = [threading.Event() for _ in many]
+
+    def sink(i: int, delta: Delta) -> None:
+        outcome[i].append(delta)
+        if delta.last:
+            ended[i].set()
+
+    for i, prompt in enumerate(many):
+        tiny.engine.submit(prompt, GREEDY, lambda delta, i=i: sink(i, delta))  # type: ignore[misc]
+    assert all(event.wait(30) for event in ended)
+    assert isinstance(outcome[0][-1].error, CabochonError)
+    assert "not finite" in str(outcome[0][-1].error)
+    for i in (1, 2):
+        assert tuple(t for delta in outcome[i] for t in delta.tokens) == alone[i].tokens
+    assert idle(tiny)
+
+
+def test_a_sink_that_raises_harms_nobody(tiny: LLM, alone: list[Completion]) -> None:
+    def broken(_delta: Delta) -> None:
+        raise ValueError("a client's own mistake")
+
+    many = prompts(tiny, 2)
+    tiny.engine.submit(many[0], GREEDY, broken)
+    assert tiny.generate(many[1], GREEDY)[0] == alone[1]
+
+
+def test_closing_ends_what_runs() -> None:
+    llm = LLM(TINY, dtype="float32")
+    stream = llm.stream(llm.prompt([2, 300]), SamplingParams(ignore_eos=True))
+    next(stream)
+    llm.close()
+    with pytest.raises(CabochonError, match="closed"):
+        list(stream)
+    with pytest.raises(CabochonError, match="closed"):
+        llm.generate([2, 300])
+
+
+def test_a_budget_too_small_says_what_it_needs(tiny: LLM) -> None:
+    with pytest.raises(CabochonError, match="needs"):
+        CachePlan.fit(tiny.config.text, torch.float32, 10_000, 4, 64)
+
+
+def test_shared_layers_have_no_pages(tiny: LLM) -> None:
+    own = {layer for group in cache_groups(tiny.config.text) for layer in group.layers}
+    assert own == {layer.index for layer in tiny.config.text.layers if not layer.shares_kv}
