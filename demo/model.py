@@ -10,40 +10,40 @@ WINDOW = 64
 
 def config(tokenizer: PreTrainedTokenizerFast) -> Gemma4Config:
     token = tokenizer.convert_tokens_to_ids
-    text = dict(
-        vocab_size=VOCABULARY,
-        vocab_size_per_layer_input=VOCABULARY,
-        hidden_size=128,
-        hidden_size_per_layer_input=32,
-        intermediate_size=256,
-        num_hidden_layers=7,
-        layer_types=[SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, FULL],
-        num_kv_shared_layers=2,
-        use_double_wide_mlp=True,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=32,
-        global_head_dim=64,
-        sliding_window=WINDOW,
-        max_position_embeddings=4096,
-        final_logit_softcapping=30.0,
-        pad_token_id=0,
-        eos_token_id=[1, 5],
-        bos_token_id=2,
-        dtype="bfloat16",
-    )
-    vision = dict(
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=32,
+    text = {
+        "vocab_size": VOCABULARY,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size": 128,
+        "hidden_size_per_layer_input": 32,
+        "intermediate_size": 256,
+        "num_hidden_layers": 7,
+        "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, FULL],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "sliding_window": WINDOW,
+        "max_position_embeddings": 4096,
+        "final_logit_softcapping": 30.0,
+        "pad_token_id": 0,
+        "eos_token_id": [1, 5],
+        "bos_token_id": 2,
+        "dtype": "bfloat16",
+    }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
         # A picture one soft token high is up to 210 patches wide.
-        position_embedding_size=224,
-        use_clipped_linears=True,
-        dtype="bfloat16",
-    )
+        "position_embedding_size": 224,
+        "use_clipped_linears": True,
+        "dtype": "bfloat16",
+    }
     return Gemma4Config(
         text_config=text,
         vision_config=vision,

@@ -194,18 +194,18 @@ def soft_token_labels(scene: Scene, columns: int, rows: int) -> dict[str, np.nda
     centre = np.zeros((rows, columns), np.int64)
     for item in scene.items:
         centre[int(item.y * rows), int(item.x * columns)] = 1
-    labels = dict(shape=shape, colour=colour, place=place, background=background)
+    labels = {"shape": shape, "colour": colour, "place": place, "background": background}
     return {k: v.reshape(-1) for k, v in {**labels, "count": count, "centre": centre}.items()}
 
 
-LABEL_CLASSES = dict(
-    shape=len(SHAPES) + 1,
-    colour=len(COLOURS) + 1,
-    place=len(PLACES) + 1,
-    background=len(COLOURS),
-    count=5,
-    centre=2,
-)
+LABEL_CLASSES = {
+    "shape": len(SHAPES) + 1,
+    "colour": len(COLOURS) + 1,
+    "place": len(PLACES) + 1,
+    "background": len(COLOURS),
+    "count": 5,
+    "centre": 2,
+}
 
 
 def grid(width: int, height: int) -> tuple[int, int]:

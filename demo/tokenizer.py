@@ -1,4 +1,4 @@
-"""The tokenizer and the other small files of the checkpoint, in the shape a Gemma 4 download has."""
+"""The tokenizer and the other small files of the checkpoint, as a Gemma 4 download has them."""
 
 import json
 import re
@@ -15,11 +15,31 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-SPECIAL = (
-    "<pad> <eos> <bos> <unk> <|turn> <turn|> <|channel> <channel|> <|think|> <|tool> <tool|> "
-    '<|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|> <|image> <|image|> '
-    "<image|> <|audio> <|audio|> <audio|> <|video|>"
-).split()
+SPECIAL = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    "<|turn>",
+    "<turn|>",
+    "<|channel>",
+    "<channel|>",
+    "<|think|>",
+    "<|tool>",
+    "<tool|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    '<|"|>',
+    "<|image>",
+    "<|image|>",
+    "<image|>",
+    "<|audio>",
+    "<|audio|>",
+    "<audio|>",
+    "<|video|>",
+]
 
 # A message's pictures come before its text whatever the order of its parts: the model was
 # trained on pictures first only.

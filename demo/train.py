@@ -216,7 +216,7 @@ def main() -> None:
                 print(f"{stage.name} {step}  {shown}  {time.time() - began:.0f} s", flush=True)
                 recent = []
             if step % 250 == 0 or step == stage.steps:
-                last = dict(stage=number, step=step, student=student.state_dict())
+                last = {"stage": number, "step": step, "student": student.state_dict()}
                 torch.save({**last, "optimizers": [o.state_dict() for o in opts]}, state_file)
     save(student, tokenizer, args.out / "bf16")
 
