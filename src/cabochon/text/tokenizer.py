@@ -1,0 +1,94 @@
+"""The checkpoint's tokenizer: text to token ids and back, with nothing added in between.
+
+Gemma's tokenizer writes a space as ▁ and what it has no token for as bytes, `<0xE2>`. Its decoder
+undoes both and strips nothing. Incremental detokenization rests on that, so a checkpoint with
+another decoder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from cabochon.errors import ConfigError, RequestError
+
+DECODER_STEPS = ("Replace", "ByteFallback", "Fuse")
+
+
+class Tokenizer:
+    """Of one checkpoint; stateless, so threads may share it.
+
+    `special` are the ids that stand for structure rather than text.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        # A file saved by a training run may carry these; they would cut prompts in silence.
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        added = inner.get_added_tokens_decoder()
+        self.special = frozenset(id_ for id_, token in added.items() if token.special)
+        self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def open(cls, folder: Path) -> Tokenizer:
+        """Read `folder/tokenizer.json`.
+
+        Raises:
+            ConfigError: no such file, not a tokenizer, or not one that decodes like Gemma's.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(
+                f"{folder} has no tokenizer.json; text cannot become tokens without it"
+            )
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ConfigError(f"{path} cannot be read as a tokenizer: {error}") from None
+        steps = _decoder_steps(inner)
+        if steps != DECODER_STEPS:
+            raise ConfigError(
+                f"{path} decodes by {' + '.join(steps) or 'nothing'};"
+                f" expected Gemma's {' + '.join(DECODER_STEPS)}"
+            )
+        return cls(inner)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Special tokens written out in it become their ids.
+
+        Raises:
+            RequestError: `text` is not valid Unicode.
+        """
+        try:
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError):
+            raise RequestError(
+                "the text holds half a surrogate pair, which is no character"
+            ) from None
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._inner.decode(ids, skip_special_tokens=True)
+        return text
+
+    def token(self, id_: int) -> str | None:
+        """The token with this id as the vocabulary writes it, if there is one."""
+        token: str | None = self._inner.id_to_token(id_)
+        return token
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token written as in the vocabulary, if there is one."""
+        id_: int | None = self._inner.token_to_id(token)
+        return id_
+
+
+def _decoder_steps(inner: tokenizers.Tokenizer) -> tuple[str, ...]:
+    if inner.decoder is None:
+        return ()
+    state = json.loads(inner.decoder.__getstate__())
+    return tuple(step["type"] for step in state.get("decoders", [state]))
