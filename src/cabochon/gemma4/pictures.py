@@ -6,7 +6,6 @@ an image out of untrusted bytes is the business of `decode_picture`, at the end.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import warnings
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from cabochon.errors import ConfigError, RequestError
+from cabochon.files import read_json_object
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
 PROCESSOR_TYPES = ("Gemma4ImageProcessor", "Gemma4ImageProcessorPil", "Gemma4ImageProcessorFast")
@@ -175,24 +175,12 @@ def _unsupported(key: str, value: Any, wanted: str) -> ConfigError:
 
 def _image_settings(folder: Path) -> Mapping[str, Any]:
     """The raw settings, from the newer file if it has them, else from the older one."""
-    nested = _read_object(folder / "processor_config.json").get("image_processor")
+    nested = read_json_object(folder / "processor_config.json").get("image_processor")
     if nested is None:
-        return _read_object(folder / "preprocessor_config.json")
+        return read_json_object(folder / "preprocessor_config.json")
     if not isinstance(nested, dict):
         raise ConfigError(f"processor_config.json: image_processor is {nested!r}, not an object")
     return nested
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values
 
 
 def _rgb(image: Image.Image) -> Image.Image:
