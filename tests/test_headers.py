@@ -1,4 +1,4 @@
-"""Headers and index files: what safetensors' own library accepts is read alike, the rest is named."""
+"""Headers and indexes: what safetensors' own library accepts is read alike, the rest is named."""
 
 from __future__ import annotations
 
@@ -208,11 +208,15 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     name = min(index["weight_map"])
     names = [name, *(n for n, shard in index["weight_map"].items() if shard == "b.safetensors")]
     (tmp_path / "b.safetensors").write_bytes(save({n: tensors[n] for n in names}))
-    with pytest.raises(UnreadableError, match=r"b\.safetensors holds tensor .* into a\.safetensors"):
+    with pytest.raises(
+        UnreadableError, match=r"b\.safetensors holds tensor .* into a\.safetensors"
+    ):
         Checkpoint.open(tmp_path)
 
 
-@pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "index", [b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}']
+)
 def test_a_malformed_index_is_named(tmp_path: Path, index: bytes) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
     with pytest.raises(UnreadableError, match=r"model\.safetensors\.index\.json"):

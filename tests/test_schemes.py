@@ -1,7 +1,7 @@
 """Every stored matrix is, bit for bit, what the library that packed it makes of it.
 
-compressed-tensors multiplies `(code - zero) * scale` in the scale's dtype. So its result is compared
-with `dense` in that dtype, and, widened, with `dense` in float32.
+compressed-tensors multiplies `(code - zero) * scale` in the scale's dtype. So its result is
+compared with `dense` in that dtype, and, widened, with `dense` in float32.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_every_matrix_equals_upstreams_decompression(folder: Path) -> None:
             expected = PackedQuantizationCompressor.decompress(tensors, scheme)["weight"]
         else:
             expected = tensors["weight"]
-        check(model.get_submodule(read.site.name).weight, expected)  # type: ignore[arg-type]
+        check(model.get_submodule(read.site.name).weight, expected)
 
 
 @pytest.mark.parametrize("folder", QUANTIZED, ids=lambda folder: folder.name)
