@@ -109,6 +109,28 @@ def test_broken_files_are_refused_as_the_library_refuses_them(
     assert str(path) in str(error.value)
 
 
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, 10_000), value=st.integers(0, 255))
+def test_a_changed_byte_is_refused_wherever_the_library_refuses_it(
+    tmp_path_factory: Any, at: int, value: int
+) -> None:
+    """Ours may be stricter, never laxer, and never fails in another way."""
+    content = bytearray(save({"first": torch.ones(2, 3), "second": torch.ones(4).bfloat16()}))
+    content[at % len(content)] = value
+    path = tmp_path_factory.getbasetemp() / "changed.safetensors"
+    path.write_bytes(content)
+    try:
+        with safe_open(path, "pt") as library:
+            accepted = set(library.keys())
+    except (SafetensorError, OSError):
+        accepted = None
+    try:
+        found = {meta.name for meta in read_header(path)}
+    except UnreadableError:
+        return
+    assert found == accepted
+
+
 def test_a_name_given_twice_is_found(tmp_path: Path) -> None:
     one = b'"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
     (tmp_path / "model.safetensors").write_bytes(raw(b"{" + one + b"," + one + b"}", b"1"))
