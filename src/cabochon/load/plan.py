@@ -172,7 +172,7 @@ def _resolve_all(
         claim = claims[site.name] = rules.claim(site, _spellings(site, stored))
         verdict = resolve(site, stored, claim)
         if isinstance(verdict, Refusal):
-            problems.append(Problem(verdict.kind, site.name, verdict.detail, len(stored)))
+            problems.append(Problem(verdict.kind, site.name, verdict.detail))
             continue
         if verdict.note is not None:
             notes.append(Note(site.name, verdict.note))
