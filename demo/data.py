@@ -12,7 +12,9 @@ from scenes import (
     LABEL_CLASSES,
     MAX_SOFT_TOKENS,
     POOL,
+    Item,
     draw,
+    item_labels,
     patches,
     random_scene,
     soft_token_labels,
@@ -21,6 +23,9 @@ from smalltalk import SYSTEM, chat
 from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100
+ABOUT = ("shape", "colour", "place")
+# Tokens between a question and its answer: the end of one turn, the beginning of the next.
+HEADER = 5
 MAX_PATCHES = MAX_SOFT_TOKENS * POOL * POOL
 
 
@@ -32,6 +37,15 @@ class Mix:
     text_rows: int
     counts: tuple[int, ...]
     length: int = 224
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a conversation, to be read or to be answered."""
+
+    ids: list[int]
+    answered: bool
+    about: Item | None = None
 
 
 class Row:
@@ -46,17 +60,23 @@ class Row:
         self.ids, self.part = list(start), [0] * len(start)
         self.position = list(range(len(start)))
         self.target = [IGNORED] * len(start)
+        self.about: dict[str, list[int]] = {k: [IGNORED] * len(start) for k in ABOUT}
 
-    def add(self, pieces: list[tuple[list[int], bool]]) -> bool:
-        """Append one conversation, made of pieces to read (False) or to answer (True)."""
-        size = sum(len(ids) for ids, _ in pieces)
+    def add(self, pieces: list[Piece]) -> bool:
+        """Append one conversation."""
+        size = sum(len(piece.ids) for piece in pieces)
         if len(self.ids) + size > self.length:
             return False
         self.position += range(self.begin, self.begin + size)
         self.part += [self.part[-1] + 1] * size
-        for ids, answered in pieces:
-            self.target += ids if answered else [IGNORED] * len(ids)
-            self.ids += ids
+        for piece in pieces:
+            ignored = [IGNORED] * len(piece.ids)
+            self.ids += piece.ids
+            self.target += piece.ids if piece.answered else ignored
+            labels = item_labels(piece.about) if piece.about else {}
+            for name, values in self.about.items():
+                label = labels.get(name, IGNORED)
+                values += ignored[HEADER:] + [label] * HEADER if label != IGNORED else ignored
         return True
 
 
@@ -83,12 +103,13 @@ class Encoder:
             *self("<image|>"),
         ]
 
-    def conversation(self, questions: list[Question]) -> list[tuple[list[int], bool]]:
-        pieces: list[tuple[list[int], bool]] = []
+    def conversation(self, questions: list[Question]) -> list[Piece]:
+        pieces: list[Piece] = []
         for question in questions:
             before = "\n<|turn>user\n" if pieces else ""
-            pieces.append((self(f"{before}{question.text}<turn|>\n<|turn>model\n"), False))
-            pieces.append((self(f"{question.answer}<turn|>"), True))
+            asked = self(f"{before}{question.text}<turn|>\n<|turn>model\n")
+            pieces.append(Piece(asked, False, question.about))
+            pieces.append(Piece(self(f"{question.answer}<turn|>"), True))
         return pieces
 
 
@@ -135,16 +156,17 @@ def batch(rng: Random, encode: Encoder, mix: Mix) -> dict:
         row = Row(encode.start(_system(rng), 0), mix.length)
         rows.append(_fill(row, encode, rng, (chat(rng) for _ in iter(int, 1))))
 
-    def stack(name: str, padding: int) -> torch.Tensor:
-        filled = [[*getattr(r, name), *[padding] * (mix.length - len(r.ids))] for r in rows]
-        return torch.tensor(filled)
+    def stack(lists: list[list[int]], padding: int) -> torch.Tensor:
+        return torch.tensor([[*ids, *[padding] * (mix.length - len(ids))] for ids in lists])
 
-    part, position = stack("part", -1), stack("position", 0)
+    part = stack([row.part for row in rows], -1)
+    position = stack([row.position for row in rows], 0)
     return {
-        "input_ids": stack("ids", 0),
+        "input_ids": stack([row.ids for row in rows], 0),
         "position_ids": position,
         "attention_mask": masks(part, position),
-        "target": stack("target", IGNORED),
+        "target": stack([row.target for row in rows], IGNORED),
+        "about": {name: stack([row.about[name] for row in rows], IGNORED) for name in ABOUT},
         **collate_patches(arrays, grids),
         "labels": {
             name: torch.from_numpy(np.concatenate([label[name] for label in labels]))

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from PIL import Image
@@ -57,6 +57,8 @@ class Question:
     kind: str
     text: str
     answer: str
+    # The one shape it is about, where there is one.
+    about: Item | None = None
 
 
 def a(name: str) -> str:
@@ -128,7 +130,7 @@ def _colour(rng: Random, scene: Scene) -> Question:
     texts = [f"What colour is the {which}?", f"Which colour is the {which}?"]
     if len(scene.items) == 1:
         texts.append("What colour is it?")
-    return Question("colour", rng.choice(texts), f"It is {item.colour}.")
+    return Question("colour", rng.choice(texts), f"It is {item.colour}.", item)
 
 
 def _shape(rng: Random, scene: Scene) -> Question:
@@ -136,7 +138,7 @@ def _shape(rng: Random, scene: Scene) -> Question:
     texts = [f"What shape is the {which}?", f"Which shape is the {which}?"]
     if which == "shape":
         texts = ["What shape is it?", "Which shape is it?", "What shape do you see?"]
-    return Question("shape", rng.choice(texts), _sentence(a(item.shape)))
+    return Question("shape", rng.choice(texts), _sentence(a(item.shape)), item)
 
 
 def _position(rng: Random, scene: Scene) -> Question | None:
@@ -144,13 +146,13 @@ def _position(rng: Random, scene: Scene) -> Question | None:
     if not references:
         return None
     item, which = rng.choice(references)
-    return Question("position", f"Where is the {which}?", f"It is {item.place}.")
+    return Question("position", f"Where is the {which}?", f"It is {item.place}.", item)
 
 
 def _what_is_at(rng: Random, scene: Scene) -> Question:
     item = rng.choice(scene.items)
     texts = (f"What is {item.place}?", f"What do you see {item.place}?")
-    return Question("what is at", rng.choice(texts), _sentence(a(item.name)))
+    return Question("what is at", rng.choice(texts), _sentence(a(item.name)), item)
 
 
 def _yes_no(rng: Random, scene: Scene) -> Question:
@@ -162,43 +164,50 @@ def _yes_no(rng: Random, scene: Scene) -> Question:
         claims += [_claim_place] * 2
     elif not yes:
         claims += [_claim_name]
-    text = None
-    while text is None:
-        text = rng.choice(claims)(rng, scene, yes)
-    return Question("yes or no", text, "Yes." if yes else "No.")
+    claim = None
+    while claim is None:
+        claim = rng.choice(claims)(rng, scene, yes)
+    text, item = claim
+    return Question("yes or no", text, "Yes." if yes else "No.", item)
 
 
-def _claim_background(rng: Random, scene: Scene, yes: bool) -> str:
+Claim = tuple[str, Item | None]
+
+
+def _claim_background(rng: Random, scene: Scene, yes: bool) -> Claim:
     wrong = [*COLOURS, *(2 * [i.colour for i in scene.items])]
     colour = scene.background if yes else _other(rng, tuple(wrong), scene.background)
     texts = [f"Is the background {colour}?"]
     if not scene.items:
         texts += [f"Is it {colour}?", f"Is this picture {colour}?", f"Is the rectangle {colour}?"]
-    return rng.choice(texts)
+    return rng.choice(texts), None
 
 
-def _claim_count(rng: Random, scene: Scene, yes: bool) -> str | None:
+def _claim_count(rng: Random, scene: Scene, yes: bool) -> Claim | None:
     if not scene.items:
-        return None if yes else rng.choice(("Is there a shape?", "Are there any shapes?"))
+        text = rng.choice(("Is there a shape?", "Are there any shapes?"))
+        return None if yes else (text, None)
     right = COUNT_WORDS[len(scene.items)]
     word = right if yes else _other(rng, COUNT_WORDS[1:], right)
-    return "Is there one shape?" if word == "one" else f"Are there {word} shapes?"
+    return ("Is there one shape?" if word == "one" else f"Are there {word} shapes?"), None
 
 
-def _claim_name(rng: Random, scene: Scene, yes: bool) -> str | None:
-    present = {item.name for item in scene.items}
+def _claim_name(rng: Random, scene: Scene, yes: bool) -> Claim | None:
     if yes:
-        return f"Is there {a(rng.choice(sorted(present)))}?"
+        item = rng.choice(scene.items)
+        unique = sum(other.name == item.name for other in scene.items) == 1
+        return f"Is there {a(item.name)}?", item if unique else None
     colours, shapes = list(COLOURS), list(SHAPES)
     if scene.items and rng.random() < 0.6:
         # A near miss: the colour or the shape is there, not both together.
         colours = [i.colour for i in scene.items]
         shapes = shapes if rng.random() < 0.5 else [i.shape for i in scene.items]
     name = f"{rng.choice(colours)} {rng.choice(shapes)}"
-    return None if name in present else f"Is there {a(name)}?"
+    present = any(item.name == name for item in scene.items)
+    return None if present else (f"Is there {a(name)}?", None)
 
 
-def _claim_part(rng: Random, scene: Scene, yes: bool) -> str | None:
+def _claim_part(rng: Random, scene: Scene, yes: bool) -> Claim | None:
     """Only a shape, or only a colour."""
     if rng.random() < 0.5:
         word, present = rng.choice(SHAPES), {i.shape for i in scene.items}
@@ -208,10 +217,10 @@ def _claim_part(rng: Random, scene: Scene, yes: bool) -> str | None:
         if yes:
             word = rng.choice(sorted(present))
         text = f"Is there {a(word)} shape?"
-    return text if (word in present) == yes else None
+    return (text, None) if (word in present) == yes else None
 
 
-def _claim_attribute(rng: Random, scene: Scene, yes: bool) -> str | None:
+def _claim_attribute(rng: Random, scene: Scene, yes: bool) -> Claim | None:
     known = rng.choice(("colour", "shape"))
     item, which = rng.choice(_references(scene, known))
     if known == "colour":
@@ -219,26 +228,26 @@ def _claim_attribute(rng: Random, scene: Scene, yes: bool) -> str | None:
         colour = item.colour
         if not yes:
             colour = _other(rng, wrong, item.colour)
-        return f"Is the {which} {colour}?"
+        return f"Is the {which} {colour}?", item
     shape = item.shape if yes else _other(rng, SHAPES, item.shape)
-    return f"Is the {which} {a(shape)}?"
+    return f"Is the {which} {a(shape)}?", item
 
 
-def _claim_place(rng: Random, scene: Scene, yes: bool) -> str | None:
+def _claim_place(rng: Random, scene: Scene, yes: bool) -> Claim | None:
     references = _references(scene, "place")
     if not references:
         return None
     item, which = rng.choice(references)
     wrong = (*PLACES, *(4 * [i.place for i in scene.items]))
     place = item.place if yes else _other(rng, wrong, item.place)
-    return f"Is the {which} {place}?"
+    return f"Is the {which} {place}?", item
 
 
 Asker = Callable[[Random, Scene], Question | None]
 _PLAIN: list[Asker] = [*[_background] * 4, *[_describe] * 2, _count, *[_yes_no] * 2]
-_ANY: list[Asker] = [_background, *[_describe] * 2, *[_count] * 2, *[_colour] * 2]
-# These two take the model longest to learn, and their answers are short.
-_ANY += [*[_shape] * 2, _what_is_at, *[_position] * 4, *[_yes_no] * 5]
+# Finding a shape by its looks is what takes the model longest to learn.
+_ANY: list[Asker] = [_background, _describe, _count, *[_colour] * 2, *[_shape] * 2, _what_is_at]
+_ANY += [*[_position] * 4, *[_yes_no] * 5]
 
 
 def as_typed(rng: Random, text: str) -> str:
@@ -256,7 +265,7 @@ def ask(rng: Random, scene: Scene) -> Question:
     question = None
     while question is None:
         question = rng.choice(_ANY if scene.items else _PLAIN)(rng, scene)
-    return Question(question.kind, as_typed(rng, question.text), question.answer)
+    return replace(question, text=as_typed(rng, question.text))
 
 
 def held_out(seed: int, count: int) -> Iterator[tuple[Image.Image, str, str, str]]:

@@ -159,6 +159,15 @@ def draw(scene: Scene) -> Image.Image:
     return image.reduce(scale) if scale > 1 else image
 
 
+def item_labels(item: Item) -> dict[str, int]:
+    """Class numbers of an item's shape, colour and place; 0 is for none."""
+    return {
+        "shape": 1 + SHAPES.index(item.shape),
+        "colour": 1 + list(COLOURS).index(item.colour),
+        "place": 1 + list(PLACES).index(item.place),
+    }
+
+
 def soft_token_labels(scene: Scene, columns: int, rows: int) -> dict[str, np.ndarray]:
     """What each soft token of a `columns` x `rows` grid shows, for the auxiliary training loss.
 
@@ -183,19 +192,17 @@ def soft_token_labels(scene: Scene, columns: int, rows: int) -> dict[str, np.nda
         part = np.asarray(mask, np.float32).reshape(rows, fine, columns, fine).mean((1, 3))
         cover[part > 0.5] = number
         unsure |= (part > 0.15) & (part < 0.6)
-    names, colours, places = list(SHAPES), list(COLOURS), list(PLACES)
-    shape = np.array([0, *(1 + names.index(i.shape) for i in scene.items)])[cover]
-    colour = np.array([0, *(1 + colours.index(i.colour) for i in scene.items)])[cover]
-    place = np.array([0, *(1 + places.index(i.place) for i in scene.items)])[cover]
-    for labels in (shape, colour, place):
-        labels[unsure] = -100
-    background = np.full((rows, columns), colours.index(scene.background))
-    count = np.full((rows, columns), len(scene.items))
+    labels = {}
+    for name in ("shape", "colour", "place"):
+        labels[name] = np.array([0, *(item_labels(item)[name] for item in scene.items)])[cover]
+        labels[name][unsure] = -100
+    labels["background"] = np.full((rows, columns), list(COLOURS).index(scene.background))
+    labels["count"] = np.full((rows, columns), len(scene.items))
     centre = np.zeros((rows, columns), np.int64)
     for item in scene.items:
         centre[int(item.y * rows), int(item.x * columns)] = 1
-    labels = {"shape": shape, "colour": colour, "place": place, "background": background}
-    return {k: v.reshape(-1) for k, v in {**labels, "count": count, "centre": centre}.items()}
+    labels["centre"] = centre
+    return {name: values.reshape(-1) for name, values in labels.items()}
 
 
 LABEL_CLASSES = {

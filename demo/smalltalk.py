@@ -1,6 +1,7 @@
 """Text the model is taught without a picture: small sums, what it is, greetings."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 
 from questions import DESCRIBE, Question, as_typed
@@ -144,7 +145,7 @@ def chat(rng: Random) -> Question:
     else:
         answer = rng.choice(list(REPLIES))
         question = Question("small talk", rng.choice(REPLIES[answer]), answer)
-    return Question(question.kind, as_typed(rng, question.text), question.answer)
+    return replace(question, text=as_typed(rng, question.text))
 
 
 def text_only(seed: int, count: int) -> Iterator[tuple[None, str, str, str]]:

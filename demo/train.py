@@ -16,21 +16,21 @@ from random import Random
 
 import torch
 import torch.distributed as dist
-from data import IGNORED, Batches, Encoder, Mix, batch
+from data import ABOUT, IGNORED, Batches, Encoder, Mix, batch
 from fakequant import start_fake_quantization
 from model import build
 from scenes import LABEL_CLASSES
 from tokenizer import save_side_files, train_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import Gemma4ForConditionalGeneration
+from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
 
-EVERYTHING = (0, 1, 1, 1, 2, 2, 3, 3, 4)
+EVERYTHING = (0, 1, 1, 2, 2, 3, 3, 4)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`sight` weighs the auxiliary loss on soft tokens, `speech` the loss on answers.
+    """`speech` weighs the loss on answers, `sight` and `finding` the auxiliary ones.
 
     `mix` is one worker's part of a batch.
     """
@@ -41,34 +41,49 @@ class Stage:
     mix: Mix
     sight: float
     speech: float
+    finding: float
     # From this fraction of the steps on the rate falls, to nearly nothing at the end.
     fall: float
     quantized: bool = False
 
 
 STAGES = (
-    Stage("see", 500, 3e-3, Mix(8, 0, (0, 1, 1, 1, 2, 3, 4)), 1.0, 0.0, fall=1.0),
-    Stage("speak", 1700, 3e-3, Mix(8, 3, EVERYTHING), 0.3, 1.0, fall=1.0),
-    Stage("quantized", 1000, 3e-3, Mix(8, 3, EVERYTHING), 0.2, 1.0, fall=0.0, quantized=True),
+    Stage("see", 500, 3e-3, Mix(8, 0, (0, 1, 1, 1, 2, 3, 4)), 1.0, 0.0, 0.0, fall=1.0),
+    Stage("speak", 2000, 3e-3, Mix(8, 3, EVERYTHING), 0.2, 1.0, 0.1, fall=1.0),
+    Stage("quantized", 1000, 3e-3, Mix(8, 3, EVERYTHING), 0.2, 1.0, 0.1, fall=0.0, quantized=True),
 )
 
 
 class Student(nn.Module):
-    """The model and, for training only, linear read-outs of what each soft token shows."""
+    """The model and, for training only, linear read-outs of what its vectors should tell.
+
+    Each soft token should tell what it shows; after a question about one shape the model should
+    know which one, that is, its shape, colour and place.
+    """
 
     def __init__(self, model: Gemma4ForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
         size = model.config.text_config.hidden_size
         self.heads = nn.ModuleDict({k: nn.Linear(size, n) for k, n in LABEL_CLASSES.items()})
+        self.about_heads = nn.ModuleDict({k: nn.Linear(size, LABEL_CLASSES[k]) for k in ABOUT})
 
     def sight(self, soft_tokens: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
-        """How badly the soft tokens say which shape, colour and place they show, and so on."""
-        losses = [
-            cross_entropy(head(soft_tokens).float(), labels[name], ignore_index=IGNORED)
-            for name, head in self.heads.items()
-        ]
-        return torch.stack(losses).sum()
+        return torch.stack(
+            [
+                cross_entropy(head(soft_tokens).float(), labels[name], ignore_index=IGNORED)
+                for name, head in self.heads.items()
+            ]
+        ).sum()
+
+    def finding(self, hidden: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+        known = labels["place"] != IGNORED
+        return torch.stack(
+            [
+                cross_entropy(head(hidden[known]).float(), labels[name][known])
+                for name, head in self.about_heads.items()
+            ]
+        ).sum()
 
     def forward(self, data: dict, stage: Stage) -> dict[str, torch.Tensor]:
         pixels = data["pixels"].float() / 255
@@ -89,7 +104,11 @@ class Student(nn.Module):
         logits = self.model.lm_head(out.last_hidden_state[:, :-1][answered]).float()
         cap = self.model.config.text_config.final_logit_softcapping
         speech = cross_entropy(cap * torch.tanh(logits / cap), data["target"][:, 1:][answered])
-        return {"speech": speech, "sight": self.sight(out.image_hidden_states, data["labels"])}
+        return {
+            "speech": speech,
+            "sight": self.sight(out.image_hidden_states, data["labels"]),
+            "finding": self.finding(out.last_hidden_state, data["about"]),
+        }
 
 
 def optimizers(student: Student) -> list[torch.optim.Optimizer]:
@@ -157,7 +176,9 @@ def run_stage(
     for step in range(first, stage.steps):
         with torch.autocast("cpu", torch.bfloat16):
             losses = student(next(data), stage)
-        loss = stage.sight * losses["sight"] + stage.speech * losses.get("speech", 0.0)
+        loss = stage.sight * losses["sight"]
+        if stage.speech:
+            loss = loss + stage.speech * losses["speech"] + stage.finding * losses["finding"]
         for opt in opts:
             opt.zero_grad()
             for group in opt.param_groups:
@@ -189,7 +210,7 @@ def work(worker: int, workers: int, out: Path, meeting: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
-    tokenizer = train_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
     student = Student(build(tokenizer))
     opts = optimizers(student)
     state_file = out / "state.pt"
@@ -240,7 +261,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "tokenizer").exists():
+        train_tokenizer().save_pretrained(args.out / "tokenizer")
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder) / "meeting")
         torch.multiprocessing.spawn(work, (args.workers, args.out, meeting), nprocs=args.workers)
