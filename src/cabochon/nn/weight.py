@@ -32,15 +32,16 @@ class Weight(nn.Module):
         """The rows `ids` (any shape) in `dtype`: `[*ids.shape, in_features]`."""
         raise NotImplementedError
 
-    def linear(self, x: Tensor) -> Tensor:
-        """`x @ W.T`: `[..., in_features]` to `[..., out_features]`, in `x`'s dtype."""
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """`x @ W[start:stop].T`: `[..., in_features]` to `[..., stop - start]`, in `x`'s dtype."""
+        stop = self.out_features if stop is None else stop
         step = max(1, TILE_BYTES // (self.in_features * x.element_size()))
-        if step >= self.out_features:
-            return F.linear(x, self.dense(x.dtype))
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            y[..., start:stop] = F.linear(x, self.dense(x.dtype, start, stop))
+        if step >= stop - start:
+            return F.linear(x, self.dense(x.dtype, start, stop))
+        y = x.new_empty(*x.shape[:-1], stop - start)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            y[..., first - start : last - start] = F.linear(x, self.dense(x.dtype, first, last))
         return y
 
 
