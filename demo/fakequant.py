@@ -20,8 +20,8 @@ def fake_quantize(weight: torch.Tensor) -> torch.Tensor:
     # 16 levels from -8 to 7 span 15 steps, so half of them reach the largest magnitude.
     scale = groups.abs().amax(-1, keepdim=True) / 7.5
     scale = scale.masked_fill(scale == 0, 1.0)
-    rounded = (groups / scale).round().clamp(-8, 7) * scale
-    return rounded.flatten(-2).to(weight.dtype)
+    levels = (groups / scale).round().clamp(-8, 7)
+    return (levels.to(weight.dtype) * scale.to(weight.dtype)).flatten(-2)
 
 
 class FakeQuantLinear(nn.Linear):

@@ -1,7 +1,8 @@
 """Choosing the next token: penalties, temperature, top-k, top-p, min-p, and one draw.
 
-The filters keep what transformers' logits processors keep, in the same order. The arithmetic behind
-a draw is in float64 and row by row, so that a request draws the same whatever it is batched with.
+The filters keep what transformers' logits processors keep, in the same order. A row is worked on by
+itself, so that a request draws the same whatever it is batched with, and in numpy: a row is too
+small for torch's threads, whose waiting for each other costs many times the work.
 """
 
 from __future__ import annotations
@@ -11,12 +12,22 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from cabochon.engine.request import SamplingParams
 
+Logits = npt.NDArray[np.float32]  # [vocab_size]
+
 NUCLEUS_START = 256  # candidates looked at first when only top_p limits them
+
+
+class Candidates(NamedTuple):
+    """Tokens that may be drawn: `ids` [n], and `weights` [n], probabilities times some factor."""
+
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float64]
 
 
 class Sampling:
@@ -27,13 +38,13 @@ class Sampling:
         # Python's generator takes a seed by its absolute value; -1 and 1 must differ.
         seed = None if params.seed is None else params.seed % (1 << 64)
         self._random = random.Random(seed)
-        self._seen: Tensor | None = None  # [vocab_size] bool, in the prompt or the answer
-        self._counts: Tensor | None = None  # [vocab_size] float32, in the answer
+        self._seen: npt.NDArray[np.bool_] | None = None  # in the prompt or the answer
+        self._counts: npt.NDArray[np.int32] | None = None  # in the answer
         if params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self._seen[torch.tensor(prompt, dtype=torch.int64)] = True
+            self._seen = np.zeros(vocab_size, dtype=np.bool_)
+            self._seen[np.asarray(prompt, dtype=np.int64)] = True
         if params.presence_penalty or params.frequency_penalty:
-            self._counts = torch.zeros(vocab_size)
+            self._counts = np.zeros(vocab_size, dtype=np.int32)
 
     def observe(self, token: int) -> None:
         """Count a token that the request has generated."""
@@ -42,36 +53,30 @@ class Sampling:
         if self._counts is not None:
             self._counts[token] += 1
 
-    def penalize(self, logits: Tensor) -> Tensor:
-        """`logits` [vocab_size] with this request's penalties; a new tensor if it has any.
+    def penalize(self, logits: Logits) -> Logits:
+        """`logits` with this request's penalties; an array of its own if there are any.
 
         Repetition as in the CTRL paper (arXiv:1909.05858), presence and frequency as OpenAI's API
         defines them.
         """
         params = self.params
+        if self._seen is None and self._counts is None:
+            return logits
+        logits = logits.copy()
         if self._seen is not None:
-            penalty = params.repetition_penalty
-            less = torch.where(logits < 0, logits * penalty, logits / penalty)
-            logits = torch.where(self._seen.to(logits.device), less, logits)
+            seen = np.flatnonzero(self._seen)
+            before, penalty = logits[seen], params.repetition_penalty
+            logits[seen] = np.where(before < 0, before * penalty, before / penalty)
         if self._counts is not None:
-            counts = self._counts.to(logits.device)
-            logits = logits - params.frequency_penalty * counts
-            logits = logits - params.presence_penalty * (counts > 0)
+            used = np.flatnonzero(self._counts)
+            logits[used] -= params.frequency_penalty * self._counts[used] + params.presence_penalty
         return logits
 
-    def draw(self, candidates: Candidates) -> int:
+    def draw(self, among: Candidates) -> int:
         """One of the candidates, by their probabilities."""
-        sums = candidates.weights.cumsum(0)
-        total = float(sums[-1])
-        point = min(self._random.random() * total, math.nextafter(total, 0.0))
-        return int(candidates.ids[torch.searchsorted(sums, point, right=True)])
-
-
-class Candidates(NamedTuple):
-    """Tokens that may be drawn: `ids` [n] int64 and `weights` [n] float64, not normalized."""
-
-    ids: Tensor
-    weights: Tensor
+        sums = among.weights.cumsum()
+        point = min(self._random.random() * sums[-1], math.nextafter(sums[-1], 0.0))
+        return int(among.ids[sums.searchsorted(point, side="right")])
 
 
 def sample(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
@@ -82,35 +87,28 @@ def sample(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
             logits are not finite before it comes here.
         rows: The requests, in the order of `logits`.
     """
-    likeliest = logits.argmax(dim=-1).tolist()
     return [
-        _next(row_logits, row, best)
-        for row_logits, row, best in zip(logits, rows, likeliest, strict=True)
+        _next(row_logits, row) for row_logits, row in zip(logits.cpu().numpy(), rows, strict=True)
     ]
 
 
-def _next(logits: Tensor, row: Sampling, likeliest: int) -> int:
-    penalized = row.penalize(logits)
-    if row.params.temperature > 0.0:
-        return row.draw(candidates(penalized, row.params))
-    return likeliest if penalized is logits else int(penalized.argmax())
+def _next(logits: Logits, row: Sampling) -> int:
+    logits = row.penalize(logits)
+    if row.params.temperature == 0.0:
+        return int(logits.argmax())
+    return row.draw(candidates(logits, row.params))
 
 
-def candidates(logits: Tensor, params: SamplingParams) -> Candidates:
-    """The tokens that temperature, top-k, top-p and min-p leave, with their weights.
-
-    Args:
-        logits: `[vocab_size]` float32, after penalties.
-        params: A temperature above 0.
-    """
+def candidates(logits: Logits, params: SamplingParams) -> Candidates:
+    """The tokens that temperature, which must not be 0, top-k, top-p and min-p leave."""
     if 0 < params.top_k < len(logits):
         # The k-th logit is found without sorting all; what ties with it stays, as upstream's does.
-        least = logits.topk(params.top_k).values[-1]
-        ids = (logits >= least).nonzero().squeeze(1)
+        least = np.partition(logits, -params.top_k)[-params.top_k]
+        ids = np.flatnonzero(logits >= least)
     else:
-        ids = torch.arange(len(logits), device=logits.device)
-    exponents = (logits[ids].double() - logits.max()) / params.temperature
-    kept = Candidates(ids, exponents.exp())
+        ids = np.arange(len(logits))
+    exponents = (logits[ids].astype(np.float64) - logits.max()) / params.temperature
+    kept = Candidates(ids, np.exp(exponents))
     if params.top_p < 1.0:
         kept = _nucleus(kept, params.top_p)
     if params.min_p > 0.0:
@@ -119,16 +117,25 @@ def candidates(logits: Tensor, params: SamplingParams) -> Candidates:
     return kept
 
 
-def _nucleus(kept: Candidates, top_p: float) -> Candidates:
+def _nucleus(among: Candidates, top_p: float) -> Candidates:
     """The likeliest candidates that together reach `top_p`: as few as can be, at least one."""
-    wanted = top_p * float(kept.weights.sum())
-    size = len(kept.ids)
-    looked_at = min(NUCLEUS_START, size)
+    wanted = top_p * among.weights.sum()
+    size = NUCLEUS_START
     while True:
-        weights, order = kept.weights.topk(looked_at)
-        sums = weights.cumsum(0)
-        if looked_at == size or float(sums[-1]) >= wanted:
+        likeliest = _likeliest(among, size)
+        sums = likeliest.weights.cumsum()
+        if len(sums) == len(among.ids) or sums[-1] >= wanted:
             break
-        looked_at = min(8 * looked_at, size)
-    enough = sums - weights < wanted
-    return Candidates(kept.ids[order[enough]], weights[enough])
+        size *= 8
+    enough = sums - likeliest.weights < wanted
+    return Candidates(likeliest.ids[enough], likeliest.weights[enough])
+
+
+def _likeliest(among: Candidates, size: int) -> Candidates:
+    """The `size` likeliest candidates, or all, in falling order."""
+    ids, weights = among
+    if size < len(ids):
+        largest = np.argpartition(weights, -size)[-size:]
+        ids, weights = ids[largest], weights[largest]
+    order = np.argsort(-weights, kind="stable")
+    return Candidates(ids[order], weights[order])

@@ -1,1 +1,1 @@
-"""From a checkpoint to a model: the plan, its report, and its execution."""
+"""From a folder to a model, or to a refusal that says why: plan first, bytes afterwards."""

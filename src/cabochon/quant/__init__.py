@@ -1,1 +1,1 @@
-"""What a stored matrix is: the schemes, and what each producer claims about them."""
+"""What a stored matrix is: slots, schemes, claims, and the verdict over them."""

@@ -1,0 +1,5 @@
+"""`python -m cabochon`."""
+
+from cabochon.cli import main
+
+main()

@@ -1,0 +1,154 @@
+"""Safetensors headers, parsed and checked by us: names, dtypes, shapes and spans, but no bytes.
+
+Headers are input from strangers. The format (https://github.com/huggingface/safetensors): eight
+bytes of little-endian length, that much JSON, then the tensors, without gap or overlap, to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cabochon.errors import UnreadableError
+
+MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+
+BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """One entry of a header. `span` is in bytes from the start of `file`."""
+
+    name: str
+    dtype: str  # safetensors' name: "BF16", "I32", ...
+    shape: tuple[int, ...]
+    file: Path
+    span: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.span[1] - self.span[0]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+class DuplicateName(ValueError):
+    """A JSON object names a member twice; most parsers would silently keep the last."""
+
+
+def parse_json(text: bytes) -> Any:
+    """`text` as JSON; ValueError if it is malformed, nested too deep, or names a member twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise DuplicateName(f"{name!r} appears twice")
+            seen.add(name)
+    return members
+
+
+def read_header(path: Path) -> tuple[TensorMeta, ...]:
+    """The tensors of the safetensors file `path`, in the order of their bytes.
+
+    Raises:
+        UnreadableError: no such file, or anything in it that is not exactly as the format wants it.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            start, entries = _entries(file, path, size)
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+    metas = [_meta(path, name, entry, start) for name, entry in entries.items()]
+    metas.sort(key=lambda meta: meta.span)
+    _check_spans(path, metas, start, size)
+    return tuple(metas)
+
+
+def _entries(file: BinaryIO, path: Path, size: int) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and the header's entries without its metadata."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise UnreadableError(
+            f"{path} is cut off: its header should take {length} bytes after byte 8,"
+            f" the file has {size} bytes. Download it again."
+        )
+    if length > MAX_HEADER_BYTES:
+        raise UnreadableError(
+            f"{path} has a header of {length} bytes, more than the {MAX_HEADER_BYTES} allowed"
+        )
+    try:
+        entries = parse_json(file.read(length))
+    except ValueError as error:
+        raise UnreadableError(f"{path}: the header at byte 8 is not valid: {error}") from None
+    if not isinstance(entries, dict):
+        raise UnreadableError(f"{path}: the header is a {type(entries).__name__}, not an object")
+    entries.pop("__metadata__", None)
+    return 8 + length, entries
+
+
+def _meta(path: Path, name: str, entry: Any, start: int) -> TensorMeta:
+    def fail(detail: str) -> UnreadableError:
+        return UnreadableError(f"{path}: tensor {name!r}: {detail}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail(f"expected dtype, shape and data_offsets, found {entry!r}"[:400])
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise fail(f"unknown dtype {dtype!r}")
+    if not _naturals(shape):
+        raise fail(f"shape {shape!r} is not a list of sizes")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise fail(f"data_offsets {offsets!r} are not a start and an end")
+    bits = math.prod(shape) * BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise fail(
+            f"{dtype} {shape} needs {bits // 8} bytes, data_offsets {offsets}"
+            f" hold {offsets[1] - offsets[0]}"
+        )
+    return TensorMeta(name, dtype, tuple(shape), path, (start + offsets[0], start + offsets[1]))
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+
+def _check_spans(path: Path, metas: Sequence[TensorMeta], start: int, size: int) -> None:
+    """Refuse spans (sorted) that overlap, leave a gap, or do not end with the file."""
+    end, before = start, "the header"
+    for meta in metas:
+        begin = meta.span[0]
+        if begin != end:
+            kind = "overlaps" if begin < end else "leaves a gap after"
+            raise UnreadableError(
+                f"{path}: tensor {meta.name!r} at byte {begin} {kind} {before}, which ends at {end}"
+            )
+        end, before = meta.span[1], f"tensor {meta.name!r}"
+    if end > size:
+        raise UnreadableError(
+            f"{path} is cut off: {before} ends at byte {end}, the file has {size} bytes."
+            " Download it again."
+        )
+    if end < size:
+        raise UnreadableError(f"{path} has {size - end} bytes after its last tensor, at byte {end}")

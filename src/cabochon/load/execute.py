@@ -1,0 +1,136 @@
+"""Carrying out a load plan, matrix by matrix in the order of the files and never two at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cabochon.checkpoint.folder import read_tensor
+from cabochon.checkpoint.headers import TensorMeta
+from cabochon.errors import LoadError
+from cabochon.gemma4.model import Gemma4
+from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
+from cabochon.load.report import Report, inspect_checkpoint
+from cabochon.nn.linear import Embedding, Linear
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype, progress: Progress | None = None
+) -> tuple[Gemma4, Report]:
+    """The model in the folder `path`, and the report of how it was loaded.
+
+    Matrices stay in their stored bits; norms, scalars and clip bounds are held in float32.
+
+    Args:
+        path: the checkpoint folder.
+        dtype: what activations will be computed in. A scale or parameter must be finite in it.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        UnreadableError: there is no checkpoint that could be judged, or a file ended early.
+        LoadError: it would not load exactly right; the text is the report, or names the tensor.
+    """
+    report = inspect_checkpoint(path)
+    if not report.loads:
+        raise LoadError(report.text())
+    return execute(report.plan, dtype=dtype, progress=progress), report
+
+
+def execute(plan: LoadPlan, *, dtype: torch.dtype, progress: Progress | None = None) -> Gemma4:
+    """The model that `plan`, which has no problems, describes."""
+    assert not plan.problems
+    with torch.device("meta"):
+        model = Gemma4(plan.config, has_head=plan.has_head)
+    _assert_same(model, plan)
+    reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
+    done = 0
+    for read in sorted(reads, key=_position):
+        if isinstance(read, SiteRead):
+            _fill_site(model.get_submodule(read.site.name), read, dtype)
+            done += read.nbytes
+        else:
+            _fill_parameter(model, read, dtype)
+            done += read.tensor.nbytes
+        if progress is not None:
+            progress(done, plan.nbytes)
+    _assert_filled(model)
+    return model.eval()
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _assert_same(model: Gemma4, plan: LoadPlan) -> None:
+    """The plan was made from `load.tree`; it must be of the model that was built."""
+    modules = dict(model.named_modules())
+    built = {name for name, module in modules.items() if isinstance(module, Linear | Embedding)}
+    planned = {read.site.name for read in plan.sites}
+    assert built == planned, sorted(built ^ planned)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model)}
+    wanted = {read.parameter.name: read.parameter.shape for read in plan.parameters}
+    assert shapes == wanted, sorted(shapes.items() ^ wanted.items())
+
+
+def _assert_filled(model: Gemma4) -> None:
+    for name, tensor in tensors_of(model):
+        assert not tensor.is_meta, name
+    for name, module in model.named_modules():
+        assert not isinstance(module, Linear | Embedding) or module.weight is not None, name
+
+
+def _position(read: SiteRead | ParameterRead) -> tuple[str, int]:
+    metas = read.stored.values() if isinstance(read, SiteRead) else (read.tensor,)
+    return min((str(meta.file), meta.span[0]) for meta in metas)
+
+
+def _fill_site(module: nn.Module, read: SiteRead, dtype: torch.dtype) -> None:
+    tensors = {leaf: read_tensor(meta) for leaf, meta in read.stored.items()}
+    for slot in read.scheme.slots:
+        tensor, meta = tensors[slot.leaf], read.stored[slot.leaf]
+        if slot.holds == "scales":
+            _check_finite(tensor, meta, dtype)
+        elif slot.holds == "shape":
+            _check_shape(tensor, meta, read)
+    assert isinstance(module, Linear | Embedding)
+    module.weight = read.scheme.build(tensors, read.site)
+
+
+def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> None:
+    tensor = read_tensor(read.tensor).float()
+    if not read.parameter.bound:
+        _check_finite(tensor, read.tensor, dtype)
+    elif tensor.isnan().any():
+        raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
+    path, _, leaf = read.parameter.name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(module, leaf, tensor)
+
+
+def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
+    bad = int((~tensor.to(dtype).isfinite()).sum())
+    if bad:
+        kind = str(dtype).removeprefix("torch.")
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} has {bad} of {tensor.numel()} values that are not"
+            f" finite in {kind}; the checkpoint is damaged or was made by a quantizer that failed"
+        )
+
+
+def _check_shape(tensor: Tensor, meta: TensorMeta, read: SiteRead) -> None:
+    wanted = [read.site.out_features, read.site.in_features]
+    if tensor.tolist() != wanted:
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} says that the matrix is {tensor.tolist()},"
+            f" the model needs {wanted}; config.json and weights do not belong together"
+        )

@@ -1,0 +1,280 @@
+"""The load plan: one consumer for each stored tensor, one producer for each thing the model needs.
+
+The plan is a value, made from headers and configuration alone. A plan with problems is a refusal;
+it is never executed, and still describes what it could, for the report.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cabochon.checkpoint.folder import Checkpoint
+from cabochon.checkpoint.headers import TensorMeta
+from cabochon.config import Gemma4Config
+from cabochon.load.names import canonical, drops, locate
+from cabochon.load.tree import HEAD, Parameter, Tree, needed
+from cabochon.quant.claims import Claim, Rules, read_rules
+from cabochon.quant.resolve import Refusal, resolve
+from cabochon.quant.scheme import FLOATS, PackedInt, Scheme, Site
+
+Kind = Literal["UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a checkpoint is refused: `where`, a stored or needed name, stands for `count` of them."""
+
+    kind: Kind
+    where: str
+    detail: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something worth saying about `where` that does not keep the checkpoint from loading."""
+
+    where: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A stored tensor that is not read, and the outermost module of which nothing is needed."""
+
+    tensor: TensorMeta
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRead:
+    """A matrix, the scheme it is stored in, and its tensors by leaf."""
+
+    site: Site
+    scheme: Scheme
+    stored: Mapping[str, TensorMeta]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(meta.nbytes for meta in self.stored.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRead:
+    parameter: Parameter
+    tensor: TensorMeta
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    config: Gemma4Config
+    has_head: bool
+    sites: tuple[SiteRead, ...]
+    parameters: tuple[ParameterRead, ...]
+    dropped: tuple[Dropped, ...]
+    notes: tuple[Note, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that executing the plan reads."""
+        matrices = sum(read.nbytes for read in self.sites)
+        return matrices + sum(read.tensor.nbytes for read in self.parameters)
+
+
+@dataclass(slots=True)
+class _Placed:
+    """Every stored tensor at its place."""
+
+    sites: dict[str, dict[str, TensorMeta]] = field(default_factory=dict)  # by site, then leaf
+    parameters: dict[str, TensorMeta] = field(default_factory=dict)
+    dropped: list[Dropped] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def build_plan(checkpoint: Checkpoint, config: Gemma4Config, raw: Mapping[str, Any]) -> LoadPlan:
+    """The plan for `checkpoint`, or what stands against one, from its headers and `config.json`.
+
+    A stored `lm_head` is used as the head, whatever the configuration says of tying; without one,
+    the token table is. `raw` is the parsed file that `config` came from.
+
+    Raises:
+        ConfigError: the quantization configuration is malformed.
+    """
+    rules = read_rules(raw)
+    has_head = any(canonical(name).startswith(HEAD + ".") for name in checkpoint.tensors)
+    tree = needed(config, has_head=has_head)
+    placed = _place(checkpoint, config, tree)
+    sites, notes, problems = _resolve_all(tree, placed, rules)
+    parameters, parameter_problems = _match_parameters(tree, placed)
+    modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
+    notes += _rule_notes(rules, tree, modules)
+    problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
+    problems += [*placed.problems, *parameter_problems, *_unused(tree, placed.unused)]
+    problems += [*_missing(tree, placed), *_headless(raw, has_head)]
+    return LoadPlan(
+        config=config,
+        has_head=has_head,
+        sites=tuple(sites),
+        parameters=tuple(parameters),
+        dropped=tuple(placed.dropped),
+        notes=tuple(notes),
+        problems=tuple(problems),
+    )
+
+
+def _place(checkpoint: Checkpoint, config: Gemma4Config, tree: Tree) -> _Placed:
+    sites = {site.name for site in tree.sites}
+    parameters = {parameter.name for parameter in tree.parameters}
+    rows = drops(config)
+    for name in (*(f"{site}.weight" for site in sites), *parameters):
+        assert not any(row.pattern.fullmatch(name) for row in rows), f"{name} is needed and dropped"
+    placed = _Placed()
+    inside = _inside(tree)
+    seen: dict[str, str] = {}
+    for name, meta in checkpoint.tensors.items():
+        full = canonical(name)
+        if full in seen:
+            problem = Problem("TWICE", name, f"the same tensor as {seen[full]}")
+            placed.problems.append(problem)
+            continue
+        seen[full] = name
+        place = locate(full, sites, parameters)
+        if place is None:
+            reason = next((row.reason for row in rows if row.pattern.fullmatch(full)), None)
+            if reason is None:
+                placed.unused.append(name)
+            else:
+                placed.dropped.append(Dropped(meta, _outermost(name, inside), reason))
+        elif place.leaf:
+            placed.sites.setdefault(place.module, {})[place.leaf] = meta
+        else:
+            placed.parameters[place.module] = meta
+    return placed
+
+
+def _resolve_all(
+    tree: Tree, placed: _Placed, rules: Rules
+) -> tuple[list[SiteRead], list[Note], list[Problem]]:
+    reads: list[SiteRead] = []
+    notes: list[Note] = []
+    problems: list[Problem] = []
+    claims: dict[str, Claim] = {}
+    for site in tree.sites:
+        stored = placed.sites.get(site.name)
+        if stored is None:
+            continue
+        claim = claims[site.name] = rules.claim(site, _spellings(site, stored))
+        verdict = resolve(site, stored, claim)
+        if isinstance(verdict, Refusal):
+            problems.append(Problem(verdict.kind, site.name, verdict.detail, len(stored)))
+            continue
+        if verdict.note is not None:
+            notes.append(Note(site.name, verdict.note))
+        reads.append(SiteRead(site, verdict.scheme, stored))
+    return reads, notes, problems + list(_partial_zero_points(reads, claims))
+
+
+def _spellings(site: Site, stored: Mapping[str, TensorMeta]) -> tuple[str, ...]:
+    """The site's canonical name and the one in the file: rules may be written in either."""
+    leaf, meta = next(iter(stored.items()))
+    return tuple({site.name, meta.name.removesuffix("." + leaf)})
+
+
+def _partial_zero_points(
+    reads: Iterable[SiteRead], claims: Mapping[str, Claim]
+) -> Iterator[Problem]:
+    """Optional tensors are there for all the sites of a config group or for none of them."""
+    groups: dict[str, list[SiteRead]] = {}
+    for read in reads:
+        if isinstance(read.scheme, PackedInt):
+            groups.setdefault(claims[read.site.name].rule, []).append(read)
+    for rule, members in groups.items():
+        lacking = [r for r in members if isinstance(r.scheme, PackedInt) and r.scheme.symmetric]
+        if 0 < len(lacking) < len(members):
+            detail = (
+                f"weight_zero_point is missing, but {len(members) - len(lacking)} of"
+                f" {len(members)} matrices under the same rule ({rule}) have one"
+            )
+            yield from (Problem("SCHEME", read.site.name, detail) for read in lacking)
+
+
+def _match_parameters(tree: Tree, placed: _Placed) -> tuple[list[ParameterRead], list[Problem]]:
+    reads, problems = [], []
+    for parameter in tree.parameters:
+        meta = placed.parameters.get(parameter.name)
+        if meta is None:
+            continue
+        if meta.dtype not in FLOATS:
+            expected = " or ".join(sorted(FLOATS))
+            problems.append(Problem("DTYPE", meta.name, f"is {meta.dtype}, expected {expected}"))
+        elif meta.shape != parameter.shape:
+            detail = f"has shape {list(meta.shape)}, expected {list(parameter.shape)}"
+            problems.append(Problem("SHAPE", meta.name, detail))
+        else:
+            reads.append(ParameterRead(parameter, meta))
+    return reads, problems
+
+
+def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
+    """What nothing is stored for: whole modules by their own name, not by those of their parts."""
+    wanted = [*(site.name for site in tree.sites), *(p.name for p in tree.parameters)]
+    lacking = [n for n in wanted if n not in placed.sites and n not in placed.parameters]
+    total = Counter(part for name in wanted for part in _ancestors(name))
+    gone = Counter(part for name in lacking for part in _ancestors(name))
+    tops = Counter(
+        next(part for part in _ancestors(name) if gone[part] == total[part]) for name in lacking
+    )
+    for where, count in tops.items():
+        what = "the model needs it" if where in wanted else f"the model needs all {count} in it"
+        yield Problem("MISSING", where, f"not stored; {what}", count)
+
+
+def _unused(tree: Tree, unused: Iterable[str]) -> Iterator[Problem]:
+    """Stored tensors without a place: an unknown module once, by its own name."""
+    inside = _inside(tree)
+    tops: dict[str, list[str]] = {}
+    for name in unused:
+        tops.setdefault(_outermost(name, inside), []).append(name)
+    for where, names in tops.items():
+        if len(names) == 1:
+            yield Problem("UNUSED", names[0], "stored, but the model has no place for it")
+        else:
+            detail = f"stored, but the model has no place for it; first {names[0]}"
+            yield Problem("UNUSED", f"{where}.*", detail, len(names))
+
+
+def _inside(tree: Tree) -> set[str]:
+    """All names that lead to something the model needs."""
+    needs = [*(site.name for site in tree.sites), *(p.name for p in tree.parameters)]
+    return {part for name in needs for part in _ancestors(name)}
+
+
+def _outermost(name: str, inside: set[str]) -> str:
+    """The shortest leading part of the stored `name` under which the model needs nothing."""
+    return next((part for part in _ancestors(name) if canonical(part) not in inside), name)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
+    if raw.get("tie_word_embeddings") is False and not has_head:
+        detail = "not stored, and config.json says that it is not the token table"
+        yield Problem("MISSING", HEAD, f"{detail} (tie_word_embeddings is false)")
+
+
+def _rule_notes(rules: Rules, tree: Tree, modules: set[str]) -> list[Note]:
+    everything = modules | {site.name for site in tree.sites} | {HEAD}
+    everything |= {canonical(module) for module in modules}
+    notes = [Note("config.json", text) for text in rules.notes]
+    detail = "this rule of quantization_config matches nothing; the file decides"
+    return notes + [Note(rule, detail) for rule in rules.unmatched(everything)]

@@ -1,0 +1,133 @@
+"""What a configuration needs: every matrix and every other parameter, by name and shape.
+
+The same statement as the modules of `gemma4`, made without torch so that `inspect` starts at once;
+a test holds the two equal, name by name and in order. Canonical names are those of upstream's
+multimodal model, for text-only checkpoints too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cabochon.config import Gemma4Config, LayerConfig, TextConfig, VisionConfig
+from cabochon.quant.scheme import Site
+
+TEXT = "model.language_model"
+VISION = "model.vision_tower"
+PROJECTOR = "model.embed_vision.embedding_projection"
+HEAD = "lm_head"
+
+CLIP_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor that is not a site: never quantized, of exactly this shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    bound: bool = False  # a clip bound, which may be infinite
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    sites: tuple[Site, ...]
+    parameters: tuple[Parameter, ...]
+
+
+def needed(config: Gemma4Config, *, has_head: bool) -> Tree:
+    """Everything that a `Gemma4(config, has_head=has_head)` must be given."""
+    entries = [*_text(config.text)]
+    if config.vision is not None:
+        entries += _vision(config.vision)
+        entries.append(_linear(PROJECTOR, config.text.hidden_size, config.vision.hidden_size))
+    if has_head:
+        entries.append(_linear(HEAD, config.text.vocab_size, config.text.hidden_size))
+    return Tree(
+        sites=tuple(entry for entry in entries if isinstance(entry, Site)),
+        parameters=tuple(entry for entry in entries if isinstance(entry, Parameter)),
+    )
+
+
+def _linear(name: str, out_features: int, in_features: int) -> Site:
+    return Site(name, "linear", out_features, in_features)
+
+
+def _norm(name: str, dim: int) -> Parameter:
+    return Parameter(f"{name}.weight", (dim,))
+
+
+def _text(text: TextConfig) -> Iterator[Site | Parameter]:
+    hidden, ple_width = text.hidden_size, len(text.layers) * text.ple_dim
+    yield Site(f"{TEXT}.embed_tokens", "embedding", text.vocab_size, hidden)
+    if text.ple_dim:
+        name = f"{TEXT}.embed_tokens_per_layer"
+        yield Site(name, "embedding", text.ple_vocab_size, ple_width)
+        yield _linear(f"{TEXT}.per_layer_model_projection", ple_width, hidden)
+        yield _norm(f"{TEXT}.per_layer_projection_norm", text.ple_dim)
+    for layer in text.layers:
+        yield from _layer(f"{TEXT}.layers.{layer.index}", text, layer)
+    yield _norm(f"{TEXT}.norm", hidden)
+
+
+def _layer(name: str, text: TextConfig, layer: LayerConfig) -> Iterator[Site | Parameter]:
+    hidden = text.hidden_size
+    yield Parameter(f"{name}.layer_scalar", (1,))
+    yield _norm(f"{name}.input_layernorm", hidden)
+    yield from _attention(f"{name}.self_attn", text, layer)
+    yield _norm(f"{name}.post_attention_layernorm", hidden)
+    yield _norm(f"{name}.pre_feedforward_layernorm", hidden)
+    for projection in ("gate_proj", "up_proj"):
+        yield _linear(f"{name}.mlp.{projection}", layer.intermediate_size, hidden)
+    yield _linear(f"{name}.mlp.down_proj", hidden, layer.intermediate_size)
+    yield _norm(f"{name}.post_feedforward_layernorm", hidden)
+    if text.ple_dim:
+        yield _linear(f"{name}.per_layer_input_gate", text.ple_dim, hidden)
+        yield _linear(f"{name}.per_layer_projection", hidden, text.ple_dim)
+        yield _norm(f"{name}.post_per_layer_input_norm", hidden)
+
+
+def _attention(name: str, text: TextConfig, layer: LayerConfig) -> Iterator[Site | Parameter]:
+    queries, keys = text.num_heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    yield _linear(f"{name}.q_proj", queries, text.hidden_size)
+    yield _norm(f"{name}.q_norm", layer.head_dim)
+    if not layer.shares_kv:
+        yield _linear(f"{name}.k_proj", keys, text.hidden_size)
+        yield _norm(f"{name}.k_norm", layer.head_dim)
+        yield _linear(f"{name}.v_proj", keys, text.hidden_size)
+    yield _linear(f"{name}.o_proj", text.hidden_size, queries)
+
+
+def _vision(vision: VisionConfig) -> Iterator[Site | Parameter]:
+    hidden = vision.hidden_size
+    table = (2, vision.position_table_size, hidden)
+    yield Parameter(f"{VISION}.patch_embedder.position_embedding_table", table)
+    yield _linear(f"{VISION}.patch_embedder.input_proj", hidden, 3 * vision.patch_size**2)
+    for index in range(vision.num_layers):
+        yield from _vision_layer(f"{VISION}.encoder.layers.{index}", vision)
+
+
+def _vision_layer(name: str, vision: VisionConfig) -> Iterator[Site | Parameter]:
+    hidden, width = vision.hidden_size, vision.num_heads * vision.head_dim
+    yield _norm(f"{name}.input_layernorm", hidden)
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        yield from _clippable(f"{name}.self_attn.{projection}", width, hidden, vision)
+    yield from _clippable(f"{name}.self_attn.o_proj", hidden, width, vision)
+    yield _norm(f"{name}.self_attn.q_norm", vision.head_dim)
+    yield _norm(f"{name}.self_attn.k_norm", vision.head_dim)
+    yield _norm(f"{name}.post_attention_layernorm", hidden)
+    yield _norm(f"{name}.pre_feedforward_layernorm", hidden)
+    for projection in ("gate_proj", "up_proj"):
+        yield from _clippable(f"{name}.mlp.{projection}", vision.intermediate_size, hidden, vision)
+    yield from _clippable(f"{name}.mlp.down_proj", hidden, vision.intermediate_size, vision)
+    yield _norm(f"{name}.post_feedforward_layernorm", hidden)
+
+
+def _clippable(
+    name: str, out_features: int, in_features: int, vision: VisionConfig
+) -> Iterator[Site | Parameter]:
+    if vision.clipped:
+        for bound in CLIP_BOUNDS:
+            yield Parameter(f"{name}.{bound}", (), bound=True)
+    yield _linear(f"{name}.linear", out_features, in_features)

@@ -1,0 +1,59 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from cabochon.errors import CabochonError, RequestError
+
+_KINDS: Mapping[int, tuple[str, str | None]] = {  # status → type and code, in OpenAI's words
+    400: ("invalid_request_error", None),
+    401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "host_not_allowed"),
+    404: ("invalid_request_error", "not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "queue_full"),
+}
+
+
+class ApiError(CabochonError):
+    """A request that is refused with a status other than 400, or with a code of its own."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.http_status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kind, usual = _KINDS.get(status, ("server_error", "internal_error"))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
+
+
+def describe(error: CabochonError) -> dict[str, Any]:
+    """The body for an error that a client may see."""
+    param = error.param if isinstance(error, ApiError | RequestError) else None
+    code = error.code if isinstance(error, ApiError) else None
+    return error_body(error.http_status, str(error), param=param, code=code)
+
+
+def error_response(error: CabochonError) -> JSONResponse:
+    headers = error.headers if isinstance(error, ApiError) else None
+    return JSONResponse(describe(error), status_code=error.http_status, headers=headers)

@@ -1,0 +1,75 @@
+"""Running the application: the socket, the signals, and the end of running streams."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from cabochon.errors import CabochonError
+from cabochon.llm import LLM
+from cabochon.serve.app import create_app
+from cabochon.settings import Settings
+
+DRAIN_SECONDS = 30
+MAX_HEADER_BYTES = 64 * 1024
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to `host:port`, which does not listen yet.
+
+    Raises:
+        CabochonError: the address is taken, or not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise CabochonError(
+            f"cannot listen on {host} port {port}: {error.strerror}; --host and --port set it"
+        ) from None
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our application and limits; says when it listens."""
+
+    def __init__(self, llm: LLM, settings: Settings, ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            create_app(llm, settings),
+            http="h11",
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+        )
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; running answers get half a minute to end. Main thread only."""
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    # uvicorn raises the signal that ended it once more, at whoever handled it before.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    Server(llm, settings, ready).run(sockets=[listener])
