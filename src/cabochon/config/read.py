@@ -22,6 +22,7 @@ from cabochon.config.types import (
     LayerConfig,
     LayerKind,
     PatchConfig,
+    PictureSight,
     RopeConfig,
     SpecialTokens,
     TextConfig,
@@ -106,7 +107,6 @@ def _text(section: Section, unified: bool) -> TextConfig:
     section.only("hidden_activation", "gelu_pytorch_tanh")
     section.only("attention_bias", False)
     section.only("use_bidirectional_attention", "vision")
-    bidirectional = section.values.get("use_bidirectional_attention", "vision" if unified else None)
     softcap = section.number("final_logit_softcapping", 0.0)
     return TextConfig(
         vocab_size=section.size("vocab_size", 262_144),
@@ -121,7 +121,6 @@ def _text(section: Section, unified: bool) -> TextConfig:
         ple_vocab_size=section.integer("vocab_size_per_layer_input", 262_144),
         max_positions=section.size("max_position_embeddings", 262_144 if unified else 131_072),
         pad_token_id=section.integer("pad_token_id", 0),
-        pictures_attend_within=bidirectional == "vision",
     )
 
 
@@ -148,6 +147,7 @@ def _layers(section: Section, unified: bool) -> tuple[LayerConfig, ...]:
     window = section.size("sliding_window", 1024 if unified else 512)
     width = section.size("intermediate_size", 9216)
     double = section.flag("use_double_wide_mlp", False)
+    sight = _picture_sight(section, unified)
     return tuple(
         LayerConfig(
             index=i,
@@ -157,10 +157,20 @@ def _layers(section: Section, unified: bool) -> tuple[LayerConfig, ...]:
             k_eq_v=k_eq_v and kind == "full",
             intermediate_size=2 * width if double and sources[i] != i else width,
             window=window if kind == "sliding" else None,
+            pictures=sight[kind],
             kv_source=sources[i],
         )
         for i, kind in enumerate(kinds)
     )
+
+
+def _picture_sight(section: Section, unified: bool) -> dict[LayerKind, PictureSight]:
+    """Upstream's two classes differ: with a tower, only sliding layers look forwards, within the window."""
+    if section.values.get("use_bidirectional_attention", "vision" if unified else None) is None:
+        return {"sliding": "causal", "full": "causal"}
+    if unified:
+        return {"sliding": "whole", "full": "whole"}
+    return {"sliding": "window", "full": "causal"}
 
 
 def _layer_kinds(section: Section) -> list[LayerKind]:

@@ -8,6 +8,10 @@ from typing import Literal
 
 LayerKind = Literal["sliding", "full"]
 
+# How the tokens of one picture see each other: only backwards; also forwards, within the window; or
+# all of them, whatever the window.
+PictureSight = Literal["causal", "window", "whole"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -28,6 +32,7 @@ class LayerConfig:
     k_eq_v: bool  # values are the keys' projection, so that the layer has none of its own
     intermediate_size: int
     window: int | None  # tokens a query sees, itself included; None: all before it
+    pictures: PictureSight
     kv_source: int  # the layer whose keys and values this one attends to; `index` if its own
 
     @property
@@ -58,7 +63,6 @@ class TextConfig:
     ple_vocab_size: int
     max_positions: int
     pad_token_id: int
-    pictures_attend_within: bool  # in sliding layers, tokens of one picture see each other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
