@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece, and stop strings: against the tokenizer's own decoding."""
+"""Tokens to text, piece by piece, and stop strings: held to the tokenizer's own decoding."""
 
 from __future__ import annotations
 

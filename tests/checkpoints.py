@@ -1,0 +1,73 @@
+"""Fixture checkpoints, and altered copies of them written by the safetensors library."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cabochon.checkpoint.folder import Checkpoint
+from cabochon.config import parse_config
+from cabochon.load.plan import LoadPlan, build_plan
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DENSE = FIXTURES / "e2b-bf16"
+QUANTIZED = tuple(
+    FIXTURES / f"e2b-{name}"
+    for name in (
+        "w4a16",
+        "w4a16-asym",
+        "w8a16",
+        "w8a16-asym",
+        "w4a16-head",
+        "w4a16-embed",
+    )
+)
+W4A16 = QUANTIZED[0]
+ASYMMETRIC = QUANTIZED[1]
+
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
+
+
+def tensors_of(folder: Path) -> Tensors:
+    return load_file(folder / "model.safetensors")
+
+
+def config_of(folder: Path) -> Config:
+    config: Config = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def write(folder: Path, tensors: Tensors, config: Config) -> Path:
+    """A checkpoint of `tensors` and `config` alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def altered(
+    folder: Path,
+    source: Path,
+    tensors: Callable[[Tensors], object] | None = None,
+    config: Callable[[Config], object] | None = None,
+) -> Path:
+    """A copy of `source` in `folder` after `tensors` and `config` have been changed in place."""
+    stored, described = tensors_of(source), config_of(source)
+    if tensors is not None:
+        tensors(stored)
+    if config is not None:
+        config(described)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    return write(folder, stored, described)
+
+
+def plan_of(folder: Path) -> LoadPlan:
+    raw = config_of(folder)
+    return build_plan(Checkpoint.open(folder), parse_config(raw), raw)
