@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shlex
 import sys
 import time
@@ -108,21 +107,23 @@ def run(
 ) -> None:
     """Answer a prompt, or chat."""
     from cabochon.conversation import Conversation, converse, open_picture
+    from cabochon.engine.request import SamplingParams
 
+    given = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+    }
+    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    SamplingParams(**changes)  # raises before a long load, not after it
     pictures = [open_picture(path) for path in image or ()]
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
     with _load(model, settings) as llm:
         if verbose:
             print(llm.report.text(), file=sys.stderr)
-        given = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": seed,
-        }
-        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         params = dataclasses.replace(llm.defaults, **changes)
         conversation = Conversation(llm, params, system=system, verbose=verbose)
         conversation.pending = pictures
@@ -135,9 +136,9 @@ def run(
 @with_settings(Settings)
 def serve(model: Model = None, debug: Debug = False, *, settings: Settings) -> None:
     """Serve an OpenAI-compatible API."""
+    settings.check_exposure()
     from cabochon.serve import server
 
-    settings.check_exposure()
     # Bound before the model is read: a port that is taken should not cost a minute to find out.
     with server.bind(settings.host, settings.port) as listener, _load(model, settings) as llm:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -227,9 +228,6 @@ def main() -> None:
     except typer.TyperException as error:
         _fail(f"{error.format_message()}\nFor more information, try 'cabochon --help'.")
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read stdout has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(INTERRUPTED)
     except CabochonError as error:

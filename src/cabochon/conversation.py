@@ -1,4 +1,7 @@
-"""`cabochon run`: one answer, or a conversation at the terminal or through a pipe."""
+"""`cabochon run`: one answer, or a conversation at the terminal or through a pipe.
+
+Does not import torch, so that a picture that cannot be opened is told at once.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from cabochon.engine.request import SamplingParams
 from cabochon.errors import CabochonError, UnreadableError
 from cabochon.gemma4.pictures import decode_picture
-from cabochon.llm import LLM
+
+if TYPE_CHECKING:
+    from cabochon.llm import LLM
 
 HELP = """\
 /image FILE  show a picture with the next message
@@ -147,7 +152,9 @@ def _take(conversation: Conversation, line: str) -> None:
         print(f"{path.name} goes with the next message", file=sys.stderr)
     elif command == "/clear":
         conversation.clear()
-    elif command.startswith("/"):
+    elif command == "/help":
         print(HELP, file=sys.stderr)
+    elif command.startswith("/"):
+        print(f"there is no {command!r}; /help lists commands", file=sys.stderr)
     elif line:
         conversation.say(line)

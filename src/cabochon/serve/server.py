@@ -15,6 +15,8 @@ from cabochon.llm import LLM
 from cabochon.serve.app import create_app
 from cabochon.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 DRAIN_SECONDS = 30
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -62,6 +64,10 @@ class Server(uvicorn.Server):
         if self.started:
             self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logger.info("stopping; running answers get %d s to end", DRAIN_SECONDS)
+        await super().shutdown(sockets)
+
 
 def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C; running answers get half a minute to end. Main thread only."""
@@ -70,6 +76,7 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # `ready` and `shutdown` say it
     # uvicorn raises the signal that ended it once more, at whoever handled it before.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     Server(llm, settings, ready).run(sockets=[listener])
