@@ -8,6 +8,7 @@ from typing import Literal
 
 from cabochon.errors import CabochonError, RequestError
 from cabochon.gemma4.pictures import Picture
+from cabochon.gemma4.sounds import Sound
 
 FinishReason = Literal["stop", "length"]
 
@@ -64,10 +65,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids with every picture expanded to its soft tokens, and the pictures in order."""
+    """Token ids in which every picture and sound has its soft tokens, and where each of them begins."""
 
     tokens: tuple[int, ...]
-    pictures: tuple[Picture, ...] = ()
+    media: tuple[tuple[int, Picture | Sound], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
