@@ -27,7 +27,7 @@ class PatchEmbedder(nn.Module):
 
     pos_embedding: Tensor  # [positions, 2, hidden_size]: x, then y
 
-    def __init__(self, config: PatchConfig, hidden_size: int) -> None:
+    def __init__(self, config: PatchConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.patch_ln1 = LayerNorm(config.pixels)
@@ -36,12 +36,10 @@ class PatchEmbedder(nn.Module):
         table = torch.empty(config.position_table_size, 2, width)
         self.pos_embedding = nn.Parameter(table, requires_grad=False)
         self.pos_norm = LayerNorm(width)
-        self.multimodal_embedder = SoftTokenEmbedder(width, hidden_size, config.eps)
 
     def forward(self, pixels: Tensor, positions: Tensor) -> Tensor:
         """`pixels [patches, 3 * side**2]` in 0 to 1, `positions [patches, 2]` as (x, y)."""
         x = self.patch_ln2(self.patch_dense(self.patch_ln1(pixels)))
         table = self.pos_embedding.to(x.dtype)
         x = x + table[positions[:, 0], 0] + table[positions[:, 1], 1]
-        soft: Tensor = self.multimodal_embedder(self.pos_norm(x))
-        return soft
+        return self.pos_norm(x)

@@ -39,7 +39,8 @@ class Gemma4Model(nn.Module):
             self.vision_tower = VisionTower(vision)
             self.embed_vision = SoftTokenEmbedder(vision.hidden_size, hidden, vision.eps)
         elif vision is not None:
-            self.embed_vision = PatchEmbedder(vision, hidden)
+            self.vision_embedder = PatchEmbedder(vision)
+            self.embed_vision = SoftTokenEmbedder(vision.hidden_size, hidden, vision.eps)
         if isinstance(audio, AudioConfig):
             self.audio_tower = AudioTower(audio)
             self.embed_audio = SoftTokenEmbedder(audio.output_size, hidden, audio.eps)
@@ -65,10 +66,15 @@ class Gemma4(nn.Module):
     def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
         """Logits of the wanted rows after the soft-cap: `[rows, vocab_size]`, float32."""
         text = self.model.language_model
-        ids = batch.tokens.index_fill(0, batch.soft_at, self.config.text.pad_token_id)
+        # The ids of media count for nothing, not even where the model itself wrote one.
+        ids = batch.tokens.masked_fill(self._media(batch.tokens), self.config.text.pad_token_id)
         x = text.embed_tokens(ids, batch.soft.dtype)
         x = x.index_copy(0, batch.soft_at, batch.soft)
         return self.logits(text(ids, x, batch.positions, kv, batch.wanted))
+
+    def _media(self, tokens: Tensor) -> Tensor:
+        ids = self.config.tokens
+        return (tokens == ids.image) | (tokens == ids.audio) | (tokens == ids.video)
 
     def logits(self, hidden: Tensor) -> Tensor:
         head = self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
@@ -79,9 +85,9 @@ class Gemma4(nn.Module):
     def see(self, pixels: Tensor, positions: Tensor) -> Tensor:
         """Soft tokens `[m, hidden_size]` of one picture: patches `[n, pixels]` at `[n, 2]`."""
         model = self.model
-        if isinstance(self.config.vision, VisionConfig):
-            return model.embed_vision(model.vision_tower(pixels, positions))
-        return model.embed_vision(pixels, positions)
+        tower = isinstance(self.config.vision, VisionConfig)
+        encoder = model.vision_tower if tower else model.vision_embedder
+        return model.embed_vision(encoder(pixels, positions))
 
     def hear(self, frames: Tensor) -> Tensor:
         """Soft tokens `[m, hidden_size]` of one sound: `[frames, bins]`, or frames of the wave."""
