@@ -160,7 +160,7 @@ def _system(rng: Random) -> str | None:
 class Batches(torch.utils.data.IterableDataset):
     """An endless stream of fresh batches, drawn in a process of its own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, mix: Mix, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, mix: Mix, seed: str) -> None:
         self.tokenizer, self.mix, self.seed = tokenizer, mix, seed
 
     def __iter__(self) -> Iterator[dict]:

@@ -1,11 +1,13 @@
 """Train the demo checkpoint from nothing, on two CPU cores: `python demo/train.py --out DIR`.
 
 Writes DIR/bf16, a complete checkpoint ready for quantize.py, and DIR/state.pt, from which an
-interrupted run goes on.
+interrupted run goes on. Every worker is one process with one thread and half of each batch: on a
+machine that has other things to do, threads that wait for each other in every layer are far slower.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.distributed as dist
 from data import IGNORED, Batches, Encoder, Mix, batch
 from fakequant import start_fake_quantization
 from model import build
@@ -27,7 +30,10 @@ EVERYTHING = (0, 1, 1, 1, 2, 2, 3, 3, 4)
 
 @dataclass(frozen=True)
 class Stage:
-    """`sight` weighs the auxiliary loss on soft tokens, `speech` the loss on answers."""
+    """`sight` weighs the auxiliary loss on soft tokens, `speech` the loss on answers.
+
+    `mix` is one worker's part of a batch.
+    """
 
     name: str
     steps: int
@@ -35,15 +41,15 @@ class Stage:
     mix: Mix
     sight: float
     speech: float
-    # From this fraction of the steps on the rate falls, to a fiftieth at the end.
-    fall: float = 0.5
+    # From this fraction of the steps on the rate falls, to nearly nothing at the end.
+    fall: float
     quantized: bool = False
 
 
 STAGES = (
-    Stage("see", 500, 3e-3, Mix(16, 0, (0, 1, 1, 1, 2, 3, 4)), 1.0, 0.0, fall=1.0),
-    Stage("speak", 4000, 3e-3, Mix(16, 4, EVERYTHING), 0.3, 1.0),
-    Stage("quantized", 800, 8e-4, Mix(16, 4, EVERYTHING), 0.1, 1.0, fall=0.2, quantized=True),
+    Stage("see", 500, 3e-3, Mix(8, 0, (0, 1, 1, 1, 2, 3, 4)), 1.0, 0.0, fall=1.0),
+    Stage("speak", 1700, 3e-3, Mix(8, 3, EVERYTHING), 0.3, 1.0, fall=1.0),
+    Stage("quantized", 1000, 3e-3, Mix(8, 3, EVERYTHING), 0.2, 1.0, fall=0.0, quantized=True),
 )
 
 
@@ -99,7 +105,7 @@ def optimizers(student: Student) -> list[torch.optim.Optimizer]:
 
 
 def rate(stage: Stage, step: int) -> float:
-    warm = min(1.0, (step + 1) / 100)
+    warm = min(1.0, (step + 1) / 50)
     left = (stage.steps - step) / max(1, stage.steps * (1 - stage.fall))
     return stage.rate * warm * max(0.02, min(1.0, left))
 
@@ -135,6 +141,15 @@ def set_clip_bounds(model: Gemma4ForConditionalGeneration, batches: list[dict]) 
             delattr(module, f"seen_{kind}")
 
 
+def average_gradients(student: Student) -> None:
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    joined = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size()
+    for gradient, mean in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def run_stage(
     student: Student, stage: Stage, data: Iterator[dict], first: int, opts: list
 ) -> Iterator[tuple[int, dict[str, float]]]:
@@ -148,6 +163,7 @@ def run_stage(
             for group in opt.param_groups:
                 group["lr"] = rate(stage, step)
         loss.backward()
+        average_gradients(student)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         for opt in opts:
             opt.step()
@@ -168,19 +184,15 @@ def save(student: Student, tokenizer, folder: Path) -> None:
     save_side_files(tokenizer, folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+def work(worker: int, workers: int, out: Path, meeting: str) -> None:
+    dist.init_process_group("gloo", f"file://{meeting}", rank=worker, world_size=workers)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
 
     tokenizer = train_tokenizer()
     student = Student(build(tokenizer))
     opts = optimizers(student)
-    state_file = args.out / "state.pt"
+    state_file = out / "state.pt"
     start = (0, 0)
     if state_file.exists():
         state = torch.load(state_file)
@@ -192,23 +204,23 @@ def main() -> None:
         for layer in tower.layers:
             layer.compile(dynamic=False)
 
-    for number, stage in enumerate(STAGES):
-        if number < start[0]:
-            continue
+    for number, stage in enumerate(STAGES[start[0] :], start[0]):
         first = start[1] if number == start[0] else 0
         if stage.quantized:
             if first == 0:
                 rng, encode = Random("clip bounds"), Encoder(tokenizer)
-                set_clip_bounds(student.model, [batch(rng, encode, stage.mix) for _ in range(8)])
+                set_clip_bounds(student.model, [batch(rng, encode, stage.mix) for _ in range(16)])
             start_fake_quantization(student.model)
         loader = torch.utils.data.DataLoader(
-            Batches(tokenizer, stage.mix, seed=100_000 * number + first),
+            Batches(tokenizer, stage.mix, seed=f"{stage.name} {first} {worker}"),
             batch_size=None,
             num_workers=1,
             prefetch_factor=8,
         )
         began, recent = time.time(), []
         for step, losses in run_stage(student, stage, iter(loader), first, opts):
+            if worker != 0:
+                continue
             recent.append(losses)
             if step % 50 == 0:
                 means = {k: sum(r[k] for r in recent) / len(recent) for k in losses}
@@ -218,7 +230,20 @@ def main() -> None:
             if step % 250 == 0 or step == stage.steps:
                 last = {"stage": number, "step": step, "student": student.state_dict()}
                 torch.save({**last, "optimizers": [o.state_dict() for o in opts]}, state_file)
-    save(student, tokenizer, args.out / "bf16")
+    if worker == 0:
+        save(student, tokenizer, out / "bf16")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = str(Path(folder) / "meeting")
+        torch.multiprocessing.spawn(work, (args.workers, args.out, meeting), nprocs=args.workers)
 
 
 if __name__ == "__main__":

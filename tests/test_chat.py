@@ -177,8 +177,8 @@ def test_template_and_tokens_are_found_where_transformers_finds_them(
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ raise_exception.__globals__['json'] }}", "SecurityError"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself too often"),
-        ("{{ messages[0].content * 2000000000 }}", "MiB of memory"),
-        ("{{ '%2000000000d' | format(1) }}", "MiB of memory"),
+        ("{{ messages[0].content * 2000000000 }}", "more memory than"),
+        ("{{ '%2000000000d' | format(1) }}", "more memory than"),
         ("{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "10,000,000 characters"),
         ("{% for i in range(999999999) %}{% endfor %}", "OverflowError"),
     ],
@@ -204,7 +204,7 @@ def test_endless_templates_are_ended(source: str, monkeypatch: pytest.MonkeyPatc
     template = ChatTemplate(f"{{% if not calm %}}{source}{{% endif %}}fine", {})
     monkeypatch.setattr(sandbox, "TIME_LIMIT", 1.0)
     start = time.monotonic()
-    with pytest.raises(RequestError, match=r"longer than 1 s|MiB of memory|process died"):
+    with pytest.raises(RequestError, match=r"longer than 1 s|more memory than"):
         template.render([])
     assert time.monotonic() - start < 3.0
     assert template.render([], calm=True) == "fine"

@@ -24,7 +24,7 @@ def prompts(llm: LLM, count: int) -> list[Prompt]:
     rng = np.random.default_rng(7)
     made = []
     for i in range(count):
-        tokens = [2, *rng.integers(300, 1000, rng.integers(2, 130)).tolist()]
+        tokens = [2, *rng.integers(280, 384, rng.integers(2, 130)).tolist()]
         pictures = [noise(40 + 9 * i, 50, seed=i)] if i % 4 == 0 else []
         made.append(llm.prompt(tokens + [llm.config.image_token_id] * len(pictures), pictures))
     return made
@@ -54,7 +54,7 @@ def test_small_chunks_equal_large_ones(alone: list[Completion]) -> None:
 @pytest.fixture
 def cramped() -> Iterator[LLM]:
     """Room for little more than one of the prompts, so that sequences are put off and redone."""
-    with LLM(TINY, dtype="float32", kv_cache_bytes=1_300_000, prefill_chunk=64, max_batch=4) as llm:
+    with LLM(TINY, dtype="float32", kv_cache_bytes=150_000, prefill_chunk=16, max_batch=4) as llm:
         yield llm
 
 
@@ -63,7 +63,7 @@ def test_out_of_pages_nobody_dies(cramped: LLM, alone: list[Completion]) -> None
     scheduler = cramped.engine.scheduler
     preempt = scheduler._preempt
     scheduler._preempt = lambda sequence: (redone.append(sequence), preempt(sequence))[1]  # type: ignore[method-assign]
-    assert cramped.max_context < 4 * 240
+    assert cramped.max_context < 2 * 240
     assert cramped.generate(prompts(cramped, 12), GREEDY) == alone
     assert redone
     assert idle(cramped)
@@ -130,7 +130,7 @@ def test_the_context_is_a_limit(cramped: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "message"),
-    [([], "empty"), ([2, 1024], "0 to 1023"), ([2, -1], "0 to 1023"), ([2, 17], "1 image tokens")],
+    [([], "empty"), ([2, 384], "0 to 383"), ([2, -1], "0 to 383"), ([2, 17], "1 image tokens")],
 )
 def test_refused_prompts(tiny: LLM, tokens: list[int], message: str) -> None:
     with pytest.raises(RequestError, match=message):

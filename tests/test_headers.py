@@ -1,4 +1,4 @@
-"""Headers and index files: what safetensors' own library accepts is read alike, the rest is named."""
+"""Headers and indexes: what safetensors' own library accepts is read alike, the rest is named."""
 
 from __future__ import annotations
 
@@ -109,6 +109,28 @@ def test_broken_files_are_refused_as_the_library_refuses_them(
     assert str(path) in str(error.value)
 
 
+@settings(max_examples=300, deadline=None)
+@given(at=st.integers(0, 10_000), value=st.integers(0, 255))
+def test_a_changed_byte_is_refused_wherever_the_library_refuses_it(
+    tmp_path_factory: Any, at: int, value: int
+) -> None:
+    """Ours may be stricter, never laxer, and never fails in another way."""
+    content = bytearray(save({"first": torch.ones(2, 3), "second": torch.ones(4).bfloat16()}))
+    content[at % len(content)] = value
+    path = tmp_path_factory.getbasetemp() / "changed.safetensors"
+    path.write_bytes(content)
+    try:
+        with safe_open(path, "pt") as library:
+            accepted = set(library.keys())
+    except (SafetensorError, OSError):
+        accepted = None
+    try:
+        found = {meta.name for meta in read_header(path)}
+    except UnreadableError:
+        return
+    assert found == accepted
+
+
 def test_a_name_given_twice_is_found(tmp_path: Path) -> None:
     one = b'"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
     (tmp_path / "model.safetensors").write_bytes(raw(b"{" + one + b"," + one + b"}", b"1"))
@@ -208,11 +230,15 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     name = min(index["weight_map"])
     names = [name, *(n for n, shard in index["weight_map"].items() if shard == "b.safetensors")]
     (tmp_path / "b.safetensors").write_bytes(save({n: tensors[n] for n in names}))
-    with pytest.raises(UnreadableError, match=r"b\.safetensors holds tensor .* into a\.safetensors"):
+    with pytest.raises(
+        UnreadableError, match=r"b\.safetensors holds tensor .* into a\.safetensors"
+    ):
         Checkpoint.open(tmp_path)
 
 
-@pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "index", [b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}']
+)
 def test_a_malformed_index_is_named(tmp_path: Path, index: bytes) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
     with pytest.raises(UnreadableError, match=r"model\.safetensors\.index\.json"):

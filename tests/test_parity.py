@@ -17,7 +17,7 @@ from cabochon import LLM, SamplingParams
 from cabochon.gemma4.text import TextModel
 
 TOLERANCE = 1e-4
-TEXT = [2, 4, *range(300, 420), 5]
+TEXT = [2, 4, *(280 + 37 * i % 100 for i in range(120)), 5]
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def test_every_submodule(tiny: LLM, reference: Any, images: list[Image.Image]) -
     theirs = theirs_by_name(reference, tiny.prompt(tokens, images).tokens, images)
     unmatched = [name for name in ours if name not in theirs and not name.endswith(".weight")]
     assert unmatched == []
-    assert len(set(ours) & set(theirs)) > (200 if images else 150)
+    assert len(set(ours) & set(theirs)) > (150 if images else 90)
     assert compare(ours, theirs) == []
 
 

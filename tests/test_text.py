@@ -109,6 +109,10 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
     [
         (None, "has no tokenizer.json"),
         ("{", "cannot be read as a tokenizer"),
+        (
+            {"model": {**json.loads(INNER.to_str())["model"], "continuing_subword_prefix": "##"}},
+            "cannot be read as a tokenizer",
+        ),
         ({"decoder": None}, "decodes by nothing"),
         ({"decoder": json.loads(decoders.ByteLevel().__getstate__())}, "decodes by ByteLevel"),
     ],

@@ -185,7 +185,7 @@ def _resolve_all(
             verdict = resolve(site, stored, claim)
             if isinstance(verdict, Refusal):
                 where = site.name if part is None else next(iter(stored.values())).name
-                problems.append(Problem(verdict.kind, where, verdict.detail, len(stored)))
+                problems.append(Problem(verdict.kind, where, verdict.detail))
                 continue
             if verdict.note is not None:
                 notes.append(Note(site.name, verdict.note))
@@ -258,12 +258,16 @@ def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
     lacking = [n for n in wanted if n not in placed.sites and n not in placed.parameters]
     total = Counter(part for name in wanted for part in _ancestors(name))
     gone = Counter(part for name in lacking for part in _ancestors(name))
-    tops = Counter(
-        next(part for part in _ancestors(name) if gone[part] == total[part]) for name in lacking
-    )
-    for where, count in tops.items():
-        what = "the model needs it" if where in wanted else f"the model needs all {count} in it"
-        yield Problem("MISSING", where, f"not stored; {what}", count)
+    tops: dict[str, list[str]] = {}
+    for name in lacking:
+        top = next(part for part in _ancestors(name) if gone[part] == total[part])
+        tops.setdefault(top, []).append(name)
+    for where, names in tops.items():
+        if len(names) == 1:
+            yield Problem("MISSING", names[0], "not stored; the model needs it")
+        else:
+            detail = f"not stored; the model needs all {len(names)} in it"
+            yield Problem("MISSING", where, detail, len(names))
 
 
 def _unused(tree: Tree, unused: Iterable[str]) -> Iterator[Problem]:

@@ -39,6 +39,8 @@ _GROUPS = (
 )
 _PARAMETERS = "norms and scalars"
 
+MOST = 4  # findings of a kind, and names of a finding, that a terminal gets to see
+
 _ADVICE: Mapping[Kind, str] = {
     "UNUSED": "Every stored tensor must have a place, since ignoring one can change what the model"
     " says. Check that config.json belongs to these weights.",
@@ -136,7 +138,9 @@ class Report:
         for kind, advice in _ADVICE.items():
             found = [finding for finding in self.problems if finding.kind == kind]
             if found:
-                lines += ["", *(line for finding in found for line in _lines(finding))]
+                lines += ["", *(line for finding in found[:MOST] for line in _lines(finding))]
+                if len(found) > MOST:
+                    lines.append(f"  and {len(found) - MOST} more {kind} problems")
                 lines.append(f"  {advice}")
         if self.loads:
             lines += ["", *_table(self.groups)]
@@ -210,11 +214,11 @@ def _ranges(numbers: Sequence[int]) -> str:
     return text if text.isdecimal() else f"{{{text}}}"
 
 
-def _lines(finding: Finding, most: int = 4) -> Iterator[str]:
-    more = len(finding.where) - most
+def _lines(finding: Finding) -> Iterator[str]:
+    more = len(finding.where) - MOST
     kind = f"{finding.kind:<8}" if finding.kind else ""
     times = f"  x{finding.count}" if finding.count > 1 else ""
-    for i, where in enumerate(finding.where[:most]):
+    for i, where in enumerate(finding.where[:MOST]):
         yield f"  {kind if i == 0 else ' ' * len(kind)}{where}{times if i == 0 else ''}"
     if more > 0:
         yield f"  {' ' * len(kind)}and {more} more like these"

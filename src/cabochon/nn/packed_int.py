@@ -92,7 +92,7 @@ def _codes(words: Tensor, bits: int) -> tuple[Tensor, int]:
 
 def unpack_columns(words: Tensor, bits: int, out_features: int) -> Tensor:
     """Zero points, packed along the output: int32 `[n, groups]` to uint8 `[out, groups]`."""
-    octets = words.T.contiguous().view(torch.uint8)  # [groups, n * 4]
+    octets = words.T.flatten().view(torch.uint8).view(words.shape[1], -1)  # [groups, n * 4]
     if bits == 4:
         octets = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
     return octets[:, :out_features].T.contiguous()

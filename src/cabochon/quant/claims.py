@@ -147,7 +147,7 @@ def _group(
     scheme = PackedInt(
         bits=weights["num_bits"],
         group=weights.get("group_size") if grouped else None,
-        symmetric=bool(weights.get("symmetric", True)),
+        symmetric=weights.get("symmetric") is not False,
     )
     return targets, Claim(rule, scheme=scheme)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cabochon.errors import ConfigError, RequestError
+from cabochon.files import read_json_object
 from cabochon.text.sandbox import Renderer
 
 
@@ -34,8 +34,8 @@ class ChatTemplate:
         Raises:
             ConfigError: an unreadable file, a template that does not compile or lacks a token.
         """
-        config = _read_object(folder / "tokenizer_config.json")
-        legacy = _read_object(folder / "special_tokens_map.json")
+        config = read_json_object(folder / "tokenizer_config.json")
+        legacy = read_json_object(folder / "special_tokens_map.json")
         return cls(_find_template(folder, config), {**_tokens(legacy), **_tokens(config)})
 
     def render(
@@ -75,7 +75,7 @@ def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None
-    found = _read_object(folder / "chat_template.json").get("chat_template")
+    found = read_json_object(folder / "chat_template.json").get("chat_template")
     if found is None:
         found = config.get("chat_template")
     if isinstance(found, list):  # several by name
@@ -96,16 +96,3 @@ def _tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(content, str):
             tokens[name] = content
     return tokens
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`; an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values

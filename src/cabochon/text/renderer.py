@@ -67,7 +67,9 @@ def _warm_up(environment: Environment) -> None:
 def _confine() -> None:
     for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
         resource.setrlimit(kind, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    ceiling = resource.getrlimit(resource.RLIMIT_AS)[1]
+    memory = MEMORY_LIMIT if ceiling == resource.RLIM_INFINITY else min(MEMORY_LIMIT, ceiling)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
 def _environment() -> Environment:
@@ -121,7 +123,7 @@ def _render(template: Template, variables: dict[str, Any]) -> str:
 
 def _message(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return f"it takes more than {MEMORY_LIMIT >> 20} MiB of memory"
+        return f"it takes more memory than the {MEMORY_LIMIT >> 20} MiB it may have"
     if isinstance(error, RecursionError):
         return "it calls itself too often"
     text = str(error)[:MESSAGE_LIMIT]

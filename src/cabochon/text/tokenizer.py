@@ -47,7 +47,9 @@ class Tokenizer:
             )
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in the library's Rust code is no Exception
             raise ConfigError(f"{path} cannot be read as a tokenizer: {error}") from None
         steps = _decoder_steps(inner)
         if steps != DECODER_STEPS:
