@@ -269,7 +269,9 @@ def test_an_image_token_in_the_text_is_no_picture(url: str) -> None:
 
 def test_a_context_that_is_too_long(url: str, llm: LLM) -> None:
     text = "Who are you? " * llm.max_context
-    refused(post(url, {**HELLO, "messages": say(text)}), 400, "messages", "context")
+    long = {**HELLO, "messages": say(text)}
+    refused(post(url, long), 400, "messages", "context")
+    refused(post(url, {**long, "stream": True}), 400, "messages", "context")
     answers(url)
 
 

@@ -50,10 +50,6 @@ class Checkpoint:
             return cls(folder, {meta.name: meta for meta in read_header(single)})
         raise UnreadableError(_nothing_to_read(folder))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(meta.nbytes for meta in self.tensors.values())
-
     def read(self, name: str) -> Tensor:
         """The tensor `name` in fresh memory. UnreadableError if its file ends early."""
         return read_tensor(self.tensors[name])
