@@ -2,11 +2,11 @@
 
     python tests/media_goldens.py > tests/data/media.json
 
-Those processors need torchvision. No build of it fits a torch without CUDA, hence a file in place of
-a live comparison. In a throw-away environment, `pip install --no-deps torchvision` beside such a
-torch suffices once its `_meta_registrations.py` is emptied: that registers operators in C++ which
-the build lacks and preprocessing does not use. Made with transformers 5.23.0, torch 2.13.0 and
-torchvision 0.28.0.
+Those processors need torchvision, whose builds do not fit a torch without CUDA, hence a file in
+place of a live comparison. In a throw-away environment, `pip install --no-deps torchvision` beside
+such a torch suffices once its `_meta_registrations.py` is emptied: that registers operators in C++
+which the build lacks and preprocessing does not use. Made with transformers 5.23.0, torch 2.13.0
+and torchvision 0.28.0.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cabochon.errors import ConfigError
+from cabochon.files import read_json_object
 
 
 class Settings:
@@ -56,22 +56,10 @@ def read_settings(folder: Path, section: str, *older: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: a file that is no JSON object.
     """
-    nested = _read_object(folder / "processor_config.json").get(section)
+    nested = read_json_object(folder / "processor_config.json").get(section)
     if nested is None:
         paths = [folder / name for name in older]
-        return next((_read_object(path) for path in paths if path.exists()), {})
+        return next((read_json_object(path) for path in paths if path.exists()), {})
     if not isinstance(nested, dict):
         raise ConfigError(f"processor_config.json: {section} is {nested!r}, not an object")
     return nested
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, expected an object")
-    return values

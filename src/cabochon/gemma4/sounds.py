@@ -149,9 +149,11 @@ def _checked_wave(wave: Wave) -> Wave:
             f"a sound is an array of {wave.dtype} and shape {list(wave.shape)};"
             " expected one row of floats, mono at 16 kHz"
         )
+    with np.errstate(over="ignore"):
+        wave = wave.astype(np.float32)
     if not np.isfinite(wave).all():
-        raise RequestError("a sound has samples that are not finite numbers")
-    return wave.astype(np.float32)
+        raise RequestError("a sound has samples that are not finite numbers of 32 bits")
+    return wave
 
 
 def parse_mel(settings: Mapping[str, Any]) -> MelProcessor:
@@ -250,7 +252,9 @@ def decode_sound(
     """Decode one untrusted WAV, FLAC, MP3 or Ogg file to a wave: `[samples]`, mono, 16 kHz.
 
     Channels are averaged, then soxr converts the rate in its high quality, as upstream does. Both
-    limits hold before a sample is decoded, and again while decoding, because a header may lie.
+    limits hold before a sample is decoded, and again while decoding, because a header may lie. What
+    the conversion leaves of error, measured against the same tones written at 16 kHz: from 48 kHz
+    -120 dB up to 7.2 kHz; from 44.1 kHz -115 dB up to 3.6 kHz, -85 dB at 5 kHz, -60 dB at 7 kHz.
 
     Raises:
         RequestError: not such a file, damaged, empty, larger than a limit, or the `audio` extra is
@@ -284,7 +288,7 @@ def _libraries() -> tuple[Any, Any]:
 
 def _known(data: bytes) -> bool:
     """Whether the file begins as one of ours: the library would try two dozen formats on it."""
-    if data[:4] in (b"RIFF", b"RF64"):
+    if data[:4] == b"RIFF":
         return data[8:12] == b"WAVE"
     mpeg = len(data) > 1 and data[0] == 0xFF and data[1] & 0xE0 == 0xE0
     return data[:4] in (b"fLaC", b"OggS") or data[:3] == b"ID3" or mpeg

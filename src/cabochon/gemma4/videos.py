@@ -105,7 +105,7 @@ class VideoProcessor:
                 )
             indices = self.sample(total, rate)
             pictures, shown = self._take(container, stream, indices, max_pixels)
-            if len(pictures) < len(indices):  # some packets show nothing, VP8's golden frames do so
+            if len(pictures) < len(indices):  # packets that show nothing, at a cut
                 indices = self.sample(shown, rate)
                 pictures, shown = self._take(container, stream, indices, max_pixels)
         return Video(tuple(pictures), tuple(index / rate for index in indices))
