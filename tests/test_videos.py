@@ -150,6 +150,24 @@ def test_packets_that_show_nothing_are_not_counted() -> None:
     assert video.seconds == pytest.approx([i * 80 // 32 / 30 for i in range(32)], abs=1e-3)
 
 
+def test_a_sound_track_does_not_matter() -> None:
+    file = BytesIO()
+    with av.open(BytesIO(MP4)) as source, av.open(file, "w", format="mp4") as output:
+        sound = output.add_stream("aac", rate=48_000)
+        stream = output.add_stream_from_template(source.streams.video[0])
+        silence = av.AudioFrame.from_ndarray(np.zeros((2, 48_000), np.float32), format="fltp")
+        silence.rate = 48_000
+        output.mux(sound.encode(silence))
+        output.mux(sound.encode())
+        for packet in list(source.demux(video=0))[:-1]:
+            packet.stream = stream
+            output.mux(packet)
+    with_sound, without = VideoProcessor()(file.getvalue()), VideoProcessor()(MP4)
+    assert with_sound.seconds == without.seconds
+    for one, other in zip(with_sound.frames, without.frames, strict=True):
+        np.testing.assert_array_equal(one.patches, other.patches)
+
+
 def test_a_short_video_is_seen_whole() -> None:
     video = VideoProcessor()(film(frames=5))
     assert video.seconds == tuple(i / 30 for i in range(5))

@@ -23,8 +23,9 @@ from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import ConfigError, RequestError
+from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import load_model
-from cabochon.prompts import Message, Prompts, Wave
+from cabochon.prompts import Message, Prompts
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 

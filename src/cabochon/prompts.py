@@ -8,22 +8,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from cabochon.config import Gemma4Config
 from cabochon.engine.request import Prompt
 from cabochon.errors import RequestError
 from cabochon.gemma4.pictures import Picture, PictureProcessor
-from cabochon.gemma4.sounds import Sound, SoundProcessor
+from cabochon.gemma4.sounds import Sound, SoundProcessor, Wave
 from cabochon.gemma4.videos import Video, VideoProcessor
 from cabochon.text.chat import ChatTemplate
 from cabochon.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Wave = NDArray[np.float32]  # [samples], mono, 16 kHz
-
 _VIDEO = "<|video|>"
 
 
@@ -44,9 +40,9 @@ class Prompts:
         self.config = config
         self.tokenizer = Tokenizer.open(folder)
         self.template = ChatTemplate.open(folder)
-        self.pictures = PictureProcessor.open(folder)
+        self.pictures = PictureProcessor.open(folder, config.vision)
         self.sounds = SoundProcessor.open(folder, config.audio)
-        self.videos = VideoProcessor.open(folder)
+        self.videos = VideoProcessor.open(folder, config.vision)
         ids = config.tokens
         self._kinds = (
             _Kind(ids.image, ids.image_start, ids.image_end, "image"),
@@ -118,7 +114,10 @@ class Prompts:
         self, tokens: Sequence[int], made: Sequence[Sequence[Picture | Sound]]
     ) -> Iterator[tuple[int, Picture | Sound]]:
         """Each medium with the position of its first soft token, in the order of the prompt."""
-        kinds = {kind.token: iter(items) for kind, items in zip(self._kinds, made, strict=True)}
+        kinds = {
+            kind.token: (item for item in items if item.soft_tokens)  # a click may have none
+            for kind, items in zip(self._kinds, made, strict=True)
+        }
         position = 0
         while position < len(tokens):
             following = kinds.get(tokens[position])

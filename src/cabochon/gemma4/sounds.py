@@ -132,14 +132,15 @@ def mel_filters(bins: int, size: int, low: float, high: float) -> npt.NDArray[np
 
     The scale is HTK's: O'Shaughnessy, Speech Communication (1987), 2595 log10(1 + f / 700).
     """
-    ends = 2595.0 * np.log10(1.0 + np.array([low, high]) / 700.0)
-    corners = 700.0 * (np.power(10.0, np.linspace(*ends, bins + 2) / 2595.0) - 1.0)
+    first, last = (2595.0 * np.log10(1.0 + frequency / 700.0) for frequency in (low, high))
+    corners = 700.0 * (np.power(10.0, np.linspace(first, last, bins + 2) / 2595.0) - 1.0)
     frequencies = np.linspace(0, SAMPLE_RATE // 2, size // 2 + 1)
     distances = corners - frequencies[:, None]
     widths = np.diff(corners)
     rising = -distances[:, :-2] / widths[:-1]
     falling = distances[:, 2:] / widths[1:]
-    return np.maximum(0.0, np.minimum(rising, falling))
+    filters: npt.NDArray[np.float64] = np.maximum(0.0, np.minimum(rising, falling))
+    return filters
 
 
 def _checked_wave(wave: Wave) -> Wave:
