@@ -132,9 +132,7 @@ def on_disk(name: str) -> str:
     ]
     + [pytest.param(member, CASES["sound"], id=f"{member}-sound") for member in HEARING],
 )
-def test_every_submodule(
-    family: Family, references: References, member: str, media: Media
-) -> None:
+def test_every_submodule(family: Family, references: References, member: str, media: Media) -> None:
     ours, theirs = traces(family(member), references(member), media)
     # Only in ours: weights, which are modules here, and experts, which upstream holds as tensors.
     own = ("weight", "gate_up_proj", "down_proj")

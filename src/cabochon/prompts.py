@@ -74,6 +74,7 @@ class Prompts:
             if isinstance(prompt, str):
                 prompt = _with_timestamps(prompt, films)
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        made: tuple[Sequence[Picture | Sound], ...]
         made = ([self.pictures(i) for i in images], [self.sounds(w) for w in sounds], frames)
         for kind, items in zip(self._kinds, made, strict=True):
             tokens = _expand(tokens, kind, items)
@@ -138,9 +139,7 @@ def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
     return "".join(chain.from_iterable(zip(pieces, chain(films, [""]), strict=True)))
 
 
-def _expand(
-    tokens: Sequence[int], kind: _Kind, items: Sequence[Picture | Sound]
-) -> list[int]:
+def _expand(tokens: Sequence[int], kind: _Kind, items: Sequence[Picture | Sound]) -> list[int]:
     """Each token of `kind` turned into as many as its medium has soft tokens, between start and end."""
     found = tokens.count(kind.token)
     if items and found == sum(item.soft_tokens for item in items):

@@ -47,7 +47,9 @@ def read_config(folder: Path) -> tuple[Gemma4Config, Mapping[str, Any]]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} has no config.json, so it is not a checkpoint folder") from None
+        raise ConfigError(
+            f"{folder} has no config.json, so it is not a checkpoint folder"
+        ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -177,7 +179,9 @@ def _layer_kinds(section: Section) -> list[LayerKind]:
     count = section.size("num_hidden_layers", 30)
     names = section.values.get("layer_types")
     if names is None:  # upstream's default: five sliding layers, then a full one
-        names = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
+        names = [
+            "full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)
+        ]
         names[-1] = "full_attention"
     if not isinstance(names, list) or len(names) != count:
         raise ConfigError(f"config.json: layer_types must list {count} layers, found {names!r}")
@@ -210,7 +214,9 @@ def _head_sizes(
         override = Section(values, f"per_layer_config[{key!r}]")
         unknown = sorted(set(override.values) - {"head_dim", "num_key_value_heads"})
         if unknown:
-            raise ConfigError(f"config.json: {override.name} sets {unknown}, which is not supported")
+            raise ConfigError(
+                f"config.json: {override.name} sets {unknown}, which is not supported"
+            )
         dims[layer] = override.size("head_dim", dims[layer])
         heads[layer] = override.size("num_key_value_heads", heads[layer])
     return dims, heads
@@ -218,7 +224,9 @@ def _head_sizes(
 
 def _layer_number(key: str, count: int) -> int:
     if not key.isdecimal() or int(key) >= count:
-        raise ConfigError(f"config.json: per_layer_config has key {key!r}, expected 0 to {count - 1}")
+        raise ConfigError(
+            f"config.json: per_layer_config has key {key!r}, expected 0 to {count - 1}"
+        )
     return int(key)
 
 

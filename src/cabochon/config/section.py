@@ -28,7 +28,9 @@ class Section:
     def integer(self, key: str, default: int, least: int = 0) -> int:
         value: int = self._read(key, default, (int,), "an integer")
         if value < least:
-            raise ConfigError(f"config.json: {self.name}.{key} is {value}, expected at least {least}")
+            raise ConfigError(
+                f"config.json: {self.name}.{key} is {value}, expected at least {least}"
+            )
         return value
 
     def size(self, key: str, default: int) -> int:

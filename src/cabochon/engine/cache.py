@@ -62,7 +62,12 @@ class CachePlan:
 
     @classmethod
     def fit(
-        cls, config: TextConfig, dtype: torch.dtype, budget: int, max_batch: int, chunk: int,
+        cls,
+        config: TextConfig,
+        dtype: torch.dtype,
+        budget: int,
+        max_batch: int,
+        chunk: int,
         max_context: int | None = None,
     ) -> CachePlan:
         """Divide `budget` bytes: room for `max_batch` windows first, the rest for full attention.
@@ -73,7 +78,9 @@ class CachePlan:
         groups = cache_groups(config)
         wanted = min(max_context or config.max_positions, config.max_positions)
         sliding = sum(
-            g.page_bytes(dtype) * g.pages_held(wanted, chunk) for g in groups if g.window is not None
+            g.page_bytes(dtype) * g.pages_held(wanted, chunk)
+            for g in groups
+            if g.window is not None
         )
         full = sum(g.page_bytes(dtype) for g in groups if g.window is None)
         if sliding:
@@ -223,10 +230,12 @@ class CacheStep:
         return step
 
     def _write_slots(self, group: int) -> Tensor:
-        return torch.cat([
-            self._slots(chunk.table.pages[group], span)
-            for chunk, span in zip(self.chunks, self._spans, strict=True)
-        ])
+        return torch.cat(
+            [
+                self._slots(chunk.table.pages[group], span)
+                for chunk, span in zip(self.chunks, self._spans, strict=True)
+            ]
+        )
 
     def _slots(self, pages: Sequence[int], positions: Tensor) -> Tensor:
         first = int(positions[0]) // PAGE

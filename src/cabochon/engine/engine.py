@@ -154,7 +154,9 @@ class Engine:
                     break
             self._step()
         for number in list(self._requests):
-            self._fail(number, CabochonError("the engine was closed before the answer was complete"))
+            self._fail(
+                number, CabochonError("the engine was closed before the answer was complete")
+            )
 
     def _accept(self, number: int, request: _Request | None) -> None:
         if request is not None:
@@ -196,7 +198,9 @@ class Engine:
         finite = logits.isfinite().all(dim=-1).tolist()
         for number, fine in zip(numbers, finite, strict=True):
             if not fine:
-                self._fail(number, CabochonError("the model's logits are not finite for this prompt"))
+                self._fail(
+                    number, CabochonError("the model's logits are not finite for this prompt")
+                )
         keep = [i for i, fine in enumerate(finite) if fine]
         if keep:
             drawing = [self._requests[numbers[i]] for i in keep]

@@ -54,7 +54,8 @@ class SamplingParams:
             raise RequestError("top_p is 0, expected more than 0 and at most 1", "top_p")
         if len(self.stop) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
             raise RequestError(
-                f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop"
+                f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+                "stop",
             )
 
     def _within(self, name: str, least: float, most: float) -> None:

@@ -71,8 +71,10 @@ class Runner:
                 wanted.append(len(tokens) - 1)
         if every:
             wanted = list(range(len(tokens)))
-        integers = [torch.tensor(x, dtype=torch.int64, device=self.device)
-                    for x in (tokens, positions, soft_at, wanted)]
+        integers = [
+            torch.tensor(x, dtype=torch.int64, device=self.device)
+            for x in (tokens, positions, soft_at, wanted)
+        ]
         return Batch(
             tokens=integers[0],
             positions=integers[1],

@@ -77,7 +77,9 @@ class Gemma4(nn.Module):
         return (tokens == ids.image) | (tokens == ids.audio) | (tokens == ids.video)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
+        head = (
+            self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
+        )
         logits: Tensor = head(hidden).float()
         cap = self.config.text.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -41,7 +41,9 @@ class Attention(nn.Module):
             kv.write(self.layer.index, rotate(self.k_norm(keys), rotation), self.v_norm(values))
         return self.o_proj(kv.attend(self.layer.kv_source, queries).flatten(1))
 
-    def _heads(self, x: Tensor) -> Tensor:  # [tokens, heads * head_dim] -> [tokens, heads, head_dim]
+    def _heads(
+        self, x: Tensor
+    ) -> Tensor:  # [tokens, heads * head_dim] -> [tokens, heads, head_dim]
         return x.unflatten(-1, (-1, self.layer.head_dim))
 
 

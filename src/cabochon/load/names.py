@@ -40,8 +40,12 @@ _WRAPPERS = (
 # Other modules for the same thing, once the wrapper is canonical.
 _RENAMES = (
     # transformers saves the encoder-free embedder so from some 5.1x on
-    (re.compile(r"model\.embed_vision\.(patch_ln1|patch_dense|patch_ln2|pos_embedding|pos_norm)\b"),
-     r"model.vision_embedder.\1"),
+    (
+        re.compile(
+            r"model\.embed_vision\.(patch_ln1|patch_dense|patch_ln2|pos_embedding|pos_norm)\b"
+        ),
+        r"model.vision_embedder.\1",
+    ),
     (re.compile(r"model\.embed_vision\.multimodal_embedder\b"), "model.embed_vision"),
     (re.compile(r"(model\.language_model\.layers\.\d+)\.moe\.experts\b"), r"\1.experts"),
 )
@@ -90,7 +94,8 @@ def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> 
         return Place(name, "weight")
     expert = _EXPERT.fullmatch(name)
     if expert is not None:
-        return _locate_expert(*expert.groups(), sites)
+        layer, number, projection, leaf = expert.groups()
+        return _locate_expert(f"{layer}.experts", int(number), projection, leaf, sites)
     module = name
     while "." in module:
         module = module.rpartition(".")[0]
@@ -100,12 +105,12 @@ def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> 
 
 
 def _locate_expert(
-    layer: str, expert: str, projection: str, leaf: str, sites: Mapping[str, Site]
+    experts: str, number: int, projection: str, leaf: str, sites: Mapping[str, Site]
 ) -> Place | None:
     """Gate and up take turns in the rows of one matrix; down has a matrix of its own."""
     fused = projection != "down"
-    site = sites.get(f"{layer}.experts.{'gate_up' if fused else 'down'}_proj")
-    part = 2 * int(expert) + (projection == "up") if fused else int(expert)
+    site = sites.get(f"{experts}.gate_up_proj" if fused else f"{experts}.down_proj")
+    part = 2 * number + (projection == "up") if fused else number
     if site is None or part >= site.parts:
         return None
     return Place(site.name, leaf, part)

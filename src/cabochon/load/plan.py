@@ -200,7 +200,9 @@ def _incomplete(site: Site, parts: Collection[int | None]) -> Iterator[Problem]:
         yield Problem("TWICE", site.name, "stored whole and in parts")
     lacking = sorted(set(range(site.parts)) - set(stored)) if stored else []
     if lacking:
-        detail = f"{len(lacking)} of {site.parts} parts are not stored, first {_part(site, lacking[0])}"
+        detail = (
+            f"{len(lacking)} of {site.parts} parts are not stored, first {_part(site, lacking[0])}"
+        )
         yield Problem("MISSING", site.name, detail, len(lacking))
 
 

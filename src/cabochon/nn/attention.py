@@ -13,6 +13,7 @@ from cabochon.config import PictureSight
 
 Spans = Sequence[tuple[int, int]]
 
+
 class KeyValues(Protocol):
     """One step's view of the cache. The model writes keys and values and asks for attention.
 

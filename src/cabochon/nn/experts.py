@@ -52,7 +52,9 @@ class Experts(nn.Module):
         shares = shares.flatten()[order]
         out = torch.zeros_like(x)
         start = 0
-        for expert, stop in enumerate(numbers.flatten().bincount(minlength=self.count).cumsum(0).tolist()):
+        for expert, stop in enumerate(
+            numbers.flatten().bincount(minlength=self.count).cumsum(0).tolist()
+        ):
             if stop > start:
                 rows = tokens[start:stop]
                 made = self._run(expert, x[rows]) * shares[start:stop, None]
