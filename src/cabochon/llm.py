@@ -26,6 +26,7 @@ from cabochon.errors import ConfigError, RequestError
 from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import load_model
 from cabochon.prompts import Message, Prompts
+from cabochon.settings import DEMO
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -34,7 +35,7 @@ DEMO_NAME = "cabochon-demo"
 
 def default_model() -> Path:
     """The folder of the demo checkpoint that comes with the package."""
-    return Path(__file__).parent / "demo"
+    return DEMO
 
 
 class LLM:
