@@ -18,14 +18,17 @@ from cabochon.load.plan import LoadPlan, build_plan
 FIXTURES = Path(__file__).parent / "fixtures"
 DENSE = FIXTURES / "e2b-bf16"
 QUANTIZED = tuple(
-    FIXTURES / f"e2b-{name}"
+    FIXTURES / name
     for name in (
-        "w4a16",
-        "w4a16-asym",
-        "w8a16",
-        "w8a16-asym",
-        "w4a16-head",
-        "w4a16-embed",
+        "e2b-w4a16",
+        "e2b-w4a16-asym",
+        "e2b-w8a16",
+        "e2b-w8a16-asym",
+        "e2b-w4a16-head",
+        "e2b-w4a16-embed",
+        "12b-w4a16",
+        "26b-w4a16",
+        "31b-w4a16",
     )
 )
 W4A16 = QUANTIZED[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cabochon.gemma4.sounds import Wave
 from cabochon.llm import LLM
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "e2b-bf16"  # random weights in bfloat16, E2B's architecture at toy size
+
+# One of each architecture, by the name of a real size.
+MEMBERS = ("e2b", "12b", "26b", "31b")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,23 +28,51 @@ def _two_threads() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Iterator[LLM]:
-    with LLM(TINY, dtype="float32") as llm:
-        yield llm
+def family() -> Iterator[Callable[[str], LLM]]:
+    """The tiny bfloat16 checkpoint of a member, computing in float32."""
+    made: dict[str, LLM] = {}
+
+    def member(name: str) -> LLM:
+        if name not in made:
+            made[name] = LLM(FIXTURES / f"{name}-bf16", dtype="float32")
+        return made[name]
+
+    yield member
+    for llm in made.values():
+        llm.close()
 
 
 @pytest.fixture(scope="session")
-def reference() -> Any:
-    """transformers' own model of the tiny checkpoint, in float32."""
-    from transformers import Gemma4ForConditionalGeneration
+def tiny(family: Callable[[str], LLM]) -> LLM:
+    return family("e2b")
 
-    model = Gemma4ForConditionalGeneration.from_pretrained(
-        TINY, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval()
+
+@pytest.fixture(scope="session")
+def references() -> Callable[[str], Any]:
+    """transformers' own model of a member's tiny checkpoint, in float32."""
+    from transformers import AutoModelForImageTextToText
+
+    @cache
+    def member(name: str) -> Any:
+        model = AutoModelForImageTextToText.from_pretrained(
+            FIXTURES / f"{name}-bf16", dtype=torch.float32, attn_implementation="eager"
+        )
+        return model.eval()
+
+    return member
+
+
+@pytest.fixture(scope="session")
+def reference(references: Callable[[str], Any]) -> Any:
+    return references("e2b")
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture with something different in every pixel."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
+
+
+def hiss(samples: int, seed: int = 0) -> Wave:
+    """A sound with something different in every sample."""
+    return np.random.default_rng(seed).normal(0, 0.1, samples).astype(np.float32)

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media import noise as media_noise
+from media_goldens import digest
 from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
+from cabochon.config import PatchConfig, VisionConfig
 from cabochon.errors import ConfigError, RequestError
 from cabochon.gemma4.pictures import (
     SOFT_TOKEN_BUDGETS,
@@ -217,6 +220,75 @@ def test_unreadable_settings_are_refused(tmp_path: Path, content: Any) -> None:
     write(tmp_path, "processor_config.json", content)
     with pytest.raises(ConfigError, match=r"processor_config\.json"):
         PictureProcessor.open(tmp_path)
+
+
+GOLDENS = json.loads((Path(__file__).parent / "data" / "media.json").read_text())
+
+
+@pytest.mark.parametrize("golden", GOLDENS["unified_pictures"])
+def test_pictures_without_a_tower_equal_upstream(golden: dict[str, Any]) -> None:
+    processor = parse_processor(golden["settings"], unified=True)
+    picture = processor(Image.fromarray(media_noise(*golden["size"])))
+    assert len(picture.patches) == picture.soft_tokens == golden["soft_tokens"]
+    assert digest(picture.patches, picture.positions) == golden["digest"]
+
+
+def test_the_two_arithmetics_differ_by_little() -> None:
+    """A mistaken choice between them would not be seen in an answer, so that it has a test."""
+    image = noise(200, 150)
+    towered = PictureProcessor(max_soft_tokens=70)(image)
+    merged = PictureProcessor(max_soft_tokens=70, arithmetic="torch", merged=True)(image)
+    side = PictureProcessor().patch_size * PictureProcessor().pooling
+    columns = int(merged.positions[:, 0].max()) + 1
+    whole = merged.patches.reshape(-1, columns, side, side, 3).swapaxes(1, 2)
+    small = towered.patches.reshape(-1, columns * 3, 16, 16, 3).swapaxes(1, 2)
+    difference = whole.reshape(-1, columns * side, 3) - small.reshape(-1, columns * side, 3)
+    assert 0 < np.abs(difference).max() < 2.01 / 255
+
+
+def vision(patch: int, pooling: int) -> VisionConfig:
+    return VisionConfig(
+        hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, head_dim=8, eps=1e-6,
+        rope_theta=100.0, patch_size=patch, pooling=pooling, position_table_size=8, clipped=False,
+        standardize=False,
+    )  # fmt: skip
+
+
+def patches(patch: int, pooling: int) -> PatchConfig:
+    return PatchConfig(
+        patch_size=patch, pooling=pooling, hidden_size=8, position_table_size=8, eps=1e-6
+    )
+
+
+def test_the_model_decides_whether_patches_are_merged(tmp_path: Path) -> None:
+    assert not PictureProcessor.open(tmp_path, vision(16, 3)).merged
+    unified = PictureProcessor.open(tmp_path, patches(16, 3))
+    assert (unified.merged, unified.arithmetic) == (True, "torch")
+
+
+@pytest.mark.parametrize("model", [vision(14, 3), vision(16, 2), patches(14, 3), patches(16, 2)])
+def test_settings_that_contradict_the_model_are_refused(
+    tmp_path: Path, model: VisionConfig | PatchConfig
+) -> None:
+    with pytest.raises(ConfigError, match=r"is (16|3), but the model's is (14|2)"):
+        PictureProcessor.open(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [("Gemma4ImageProcessor", patches(16, 3)), ("Gemma4UnifiedImageProcessor", vision(16, 3))],
+)
+def test_the_processor_of_the_other_architecture_is_refused(
+    tmp_path: Path, kind: str, model: VisionConfig | PatchConfig
+) -> None:
+    write(tmp_path, "preprocessor_config.json", {"image_processor_type": kind})
+    with pytest.raises(ConfigError, match="image_processor_type"):
+        PictureProcessor.open(tmp_path, model)
+
+
+def test_a_filter_that_torch_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="resample is 4"):
+        parse_processor({"resample": 4}, unified=True)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -290,11 +290,11 @@ def test_vision_in_the_file_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_any_single_tensor_lost_or_bent_is_noticed(tmp_path: Path) -> None:
-    """Of a quantized checkpoint without its audio tower, no tensor can be spared or reshaped."""
+    """No tensor of a quantized checkpoint can be spared or reshaped."""
     config = config_of(ASYMMETRIC)
-    tensors = {n: t for n, t in tensors_of(ASYMMETRIC).items() if "audio" not in n}
+    tensors = dict(tensors_of(ASYMMETRIC))
     assert inspect_checkpoint(write(tmp_path, tensors, config)).loads
-    for name in sorted(tensors)[::7]:
+    for name in sorted(tensors)[::11]:
         kept = tensors.pop(name)
         assert not inspect_checkpoint(write(tmp_path, tensors, config)).loads, name
         tensors[name] = kept[None]

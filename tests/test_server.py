@@ -87,7 +87,7 @@ def test_an_answer_has_openais_shape(url: str, llm: LLM) -> None:
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
     is_schema("CreateChatCompletionResponse", answer)
     usage = answer["usage"]
-    assert usage["prompt_tokens"] == len(llm.chat_prompt(body["messages"]).tokens)
+    assert usage["prompt_tokens"] == len(llm.prompts.chat(body["messages"]).tokens)
     assert 0 < usage["completion_tokens"] <= 24
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -228,7 +228,7 @@ def test_extensions(client: OpenAI, llm: LLM) -> None:
     likeliest = ask(client, say("Who are you?"))
     for extra in ({"top_k": 1}, {"min_p": 1.0}):
         assert ask(client, say("Who are you?"), temperature=1, extra_body=extra) == likeliest
-    first = llm.tokenizer.encode(likeliest)[0]
+    first = llm.prompts.tokenizer.encode(likeliest)[0]
     stopped = ask(client, say("Who are you?"), extra_body={"stop_token_ids": [first]})
     assert stopped == ""
 

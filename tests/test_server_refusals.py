@@ -345,7 +345,7 @@ def test_a_fault_of_ours_shows_no_more_than_its_number(
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm, "chat_prompt", fail)
+        patch.setattr(llm.prompts, "chat", fail)
         response = post(url, HELLO)
     refused(response, 500, None, response.headers["x-request-id"])
     assert "secret" not in response.text

@@ -87,7 +87,7 @@ class Conversation:
         start = time.perf_counter()
         first: float | None = None
         tokens = 0
-        prompt = self.llm.chat_prompt(messages)
+        prompt = self.llm.prompts.chat(messages)
         with self.llm.stream(prompt, self.params) as deltas:
             for delta in deltas:
                 first = first or time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,27 +16,26 @@ from PIL import Image
 from torch import Tensor
 
 from cabochon.config import Gemma4Config
-from cabochon.engine.cache import CachePlan, Chunk, PagedCache
+from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.engine import Engine
 from cabochon.engine.request import Completion, Prompt, SamplingParams
-from cabochon.engine.runner import Runner, check_pictures
-from cabochon.engine.scheduler import Scheduled, TokenSequence
+from cabochon.engine.runner import Runner, new_sequence
+from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import ConfigError, RequestError
-from cabochon.gemma4.pictures import Picture, PictureProcessor
+from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import load_model
-from cabochon.text.chat import ChatTemplate
-from cabochon.text.tokenizer import Tokenizer
+from cabochon.prompts import Message, Prompts
+from cabochon.settings import DEMO
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Message = Mapping[str, Any]
 
 DEMO_NAME = "cabochon-demo"
 
 
 def default_model() -> Path:
     """The folder of the demo checkpoint that comes with the package."""
-    return Path(__file__).parent / "demo"
+    return DEMO
 
 
 class LLM:
@@ -77,59 +76,19 @@ class LLM:
         compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         gemma, self.report = load_model(folder, dtype=compute, progress=progress)
         self.config: Gemma4Config = gemma.config
-        self.tokenizer = Tokenizer.open(folder)
-        self.template = ChatTemplate.open(folder)
-        self.pictures = PictureProcessor.open(folder)
+        self.prompts = Prompts(folder, self.config)
         self.defaults, ends = _generation_defaults(folder)
         self.prefill_chunk = prefill_chunk
         self.runner = Runner(gemma, compute, torch.device("cpu"))
         budget = kv_cache_bytes or _memory() // 8
+        # A picture that must stay whole may make a step longer than the chunk.
+        self._longest_step = max(prefill_chunk, self.prompts.pictures.max_soft_tokens)
         plan = CachePlan.fit(
-            self.config.text, compute, budget, max_batch, prefill_chunk, max_context
+            self.config.text, compute, budget, max_batch, self._longest_step, max_context
         )
         self.max_context = plan.max_context
-        self.engine = Engine(
-            self.runner, plan, self.tokenizer, ends=ends, prefill_chunk=prefill_chunk
-        )
-
-    def prompt(
-        self, prompt: str | Sequence[int], images: Sequence[Image.Image] = ()
-    ) -> Prompt:
-        """Tokens of `prompt`, exactly as written, with each image token expanded to its picture.
-
-        Special tokens stand in the text by their names: `<bos>`, one `<|image|>` a picture.
-        Token ids may also bring each picture expanded, as upstream's processor does.
-
-        Raises:
-            RequestError: the pictures and the image tokens differ in number.
-        """
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if images and self.config.vision is None:
-            raise RequestError("this model does not see pictures: it has no vision tower", "messages")
-        pictures = tuple(self.pictures(image) for image in images)
-        return Prompt(tuple(self._expand(tokens, pictures)), pictures)
-
-    def chat_prompt(self, messages: Sequence[Message], **template: Any) -> Prompt:
-        """The prompt that the checkpoint's chat template makes of `messages`.
-
-        A message has a `role` and a `content`: a string, or a list of parts
-        `{"type": "text", "text": str}` and `{"type": "image", "image": PIL.Image.Image}`.
-        `template` goes to the template (`enable_thinking=True`, for example).
-
-        Raises:
-            RequestError: no messages, or the template refuses them.
-        """
-        if not messages:
-            raise RequestError("messages is empty; give at least one", "messages")
-        parts = [
-            part
-            for message in messages
-            if isinstance(message.get("content"), list)
-            for part in message["content"]
-        ]
-        images = [part["image"] for part in parts if part.get("type") == "image"]
-        text = self.template.render(messages, add_generation_prompt=True, **template)
-        return self.prompt(text, images)
+        tokenizer = self.prompts.tokenizer
+        self.engine = Engine(self.runner, plan, tokenizer, ends=ends, prefill_chunk=prefill_chunk)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Deltas as they come. Closing the stream cancels the request.
@@ -140,7 +99,8 @@ class LLM:
         return Stream(self.engine, prompt, params or self.defaults)
 
     def generate(
-        self, prompts: str | Sequence[int] | Prompt | Sequence[str | Prompt],
+        self,
+        prompts: str | Sequence[int] | Prompt | Sequence[str | Prompt],
         params: SamplingParams | None = None,
     ) -> list[Completion]:
         """Answers to one or several prompts, computed together, in order.
@@ -156,27 +116,30 @@ class LLM:
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
     ) -> Completion:
-        """The answer to a conversation; see `chat_prompt` for the messages."""
-        return self.generate(self.chat_prompt(messages, **template), params)[0]
+        """The answer to a conversation; see `Prompts.chat` for the messages."""
+        return self.generate(self.prompts.chat(messages, **template), params)[0]
 
     @torch.inference_mode()
     def logits(
-        self, prompt: str | Sequence[int], images: Sequence[Image.Image] = ()
+        self,
+        prompt: str | Sequence[int],
+        images: Sequence[Image.Image] = (),
+        sounds: Sequence[Wave] = (),
+        videos: Sequence[bytes] = (),
     ) -> Tensor:
         """Logits after the soft-cap at every position of `prompt`: `[tokens, vocab_size]`, float32.
 
-        The prompt goes through a cache of its own, in the chunks in which serving would compute it.
+        See `Prompts.raw` for what a prompt may hold. It goes through a cache of its own, in the
+        chunks in which serving would compute it.
         """
-        full = self.prompt(prompt, images)
-        length = len(full.tokens)
-        plan = CachePlan.single(self.config.text, length, self.prefill_chunk)
+        full = self.prompts.raw(prompt, images, sounds, videos)
+        plan = CachePlan.single(self.config.text, len(full.tokens), self._longest_step)
         cache = PagedCache(plan, self.runner.dtype, self.runner.device)
-        sequence = TokenSequence(full, cache.new_table(), list(full.tokens))
-        check_pictures(self.runner.model, sequence)
-        self.runner.see(sequence)
+        sequence = new_sequence(self.runner.model, full, cache)
+        self.runner.encode(sequence)
         parts = []
-        for start in range(0, length, self.prefill_chunk):
-            chunk = Chunk(sequence.table, start, min(start + self.prefill_chunk, length))
+        while sequence.computed < len(full.tokens):
+            chunk = sequence.chunk(self.prefill_chunk)
             assert cache.reserve(chunk)
             parts.append(self.runner.run(cache, [Scheduled(sequence, chunk)], every=True))
         return torch.cat(parts)
@@ -200,28 +163,7 @@ class LLM:
             return prompt
         if isinstance(prompt, str) and not prompt.startswith("<bos>"):
             prompt = "<bos>" + prompt
-        return self.prompt(prompt)
-
-    def _expand(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> list[int]:
-        config = self.config
-        found = tokens.count(config.image_token_id)
-        if pictures and found == sum(picture.soft_tokens for picture in pictures):
-            return list(tokens)
-        if found != len(pictures):
-            raise RequestError(
-                f"the prompt has {found} image tokens for {len(pictures)} pictures;"
-                " write one <|image|> for each picture",
-                "messages",
-            )
-        following = iter(pictures)
-        expanded: list[int] = []
-        for token in tokens:
-            if token == config.image_token_id:
-                soft = [token] * next(following).soft_tokens
-                expanded += [config.boi_token_id, *soft, config.eoi_token_id]
-            else:
-                expanded.append(token)
-        return expanded
+        return self.prompts.raw(prompt)
 
 
 def _as_list(

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cabochon.config import TextConfig
+from cabochon.config import PictureSight, TextConfig
 from cabochon.errors import CabochonError
-from cabochon.nn.attention import attention, causal_mask
+from cabochon.nn.attention import Spans, attention, visible
 
 PAGE = 16  # tokens
 
@@ -29,6 +29,7 @@ class Group:
     window: int | None
     kv_heads: int
     head_dim: int
+    pictures: PictureSight
     layers: tuple[int, ...]
 
     def page_bytes(self, dtype: torch.dtype) -> int:
@@ -42,10 +43,11 @@ class Group:
 
 
 def cache_groups(config: TextConfig) -> tuple[Group, ...]:
-    made: dict[tuple[int | None, int, int], list[int]] = {}
+    made: dict[tuple[int | None, int, int, PictureSight], list[int]] = {}
     for layer in config.layers:
         if not layer.shares_kv:
-            made.setdefault((layer.window, layer.kv_heads, layer.head_dim), []).append(layer.index)
+            key = (layer.window, layer.kv_heads, layer.head_dim, layer.pictures)
+            made.setdefault(key, []).append(layer.index)
     return tuple(Group(*key, layers=tuple(layers)) for key, layers in made.items())
 
 
@@ -60,7 +62,12 @@ class CachePlan:
 
     @classmethod
     def fit(
-        cls, config: TextConfig, dtype: torch.dtype, budget: int, max_batch: int, chunk: int,
+        cls,
+        config: TextConfig,
+        dtype: torch.dtype,
+        budget: int,
+        max_batch: int,
+        chunk: int,
         max_context: int | None = None,
     ) -> CachePlan:
         """Divide `budget` bytes: room for `max_batch` windows first, the rest for full attention.
@@ -71,7 +78,9 @@ class CachePlan:
         groups = cache_groups(config)
         wanted = min(max_context or config.max_positions, config.max_positions)
         sliding = sum(
-            g.page_bytes(dtype) * g.pages_held(wanted, chunk) for g in groups if g.window is not None
+            g.page_bytes(dtype) * g.pages_held(wanted, chunk)
+            for g in groups
+            if g.window is not None
         )
         full = sum(g.page_bytes(dtype) for g in groups if g.window is None)
         if sliding:
@@ -113,6 +122,7 @@ class Chunk:
     table: PageTable
     start: int
     stop: int
+    pictures: Spans = ()  # those that lie in it, whole
 
 
 class PagedCache:
@@ -220,10 +230,12 @@ class CacheStep:
         return step
 
     def _write_slots(self, group: int) -> Tensor:
-        return torch.cat([
-            self._slots(chunk.table.pages[group], span)
-            for chunk, span in zip(self.chunks, self._spans, strict=True)
-        ])
+        return torch.cat(
+            [
+                self._slots(chunk.table.pages[group], span)
+                for chunk, span in zip(self.chunks, self._spans, strict=True)
+            ]
+        )
 
     def _slots(self, pages: Sequence[int], positions: Tensor) -> Tensor:
         first = int(positions[0]) // PAGE
@@ -232,10 +244,12 @@ class CacheStep:
 
     def _reading(self, group: int, index: int) -> _Reading:
         chunk, asking = self.chunks[index], self._queries[index]
-        window = self.cache.plan.groups[group].window
+        layout = self.cache.plan.groups[group]
+        window = layout.window
         first = 0 if window is None else max(0, int(asking[0]) - window + 1)
         span = torch.arange(first, chunk.stop, device=self.cache.device)
         slots = self._slots(chunk.table.pages[group], span)
         if len(asking) == 1 and int(asking[0]) == chunk.stop - 1:  # sees all that is read
             return _Reading(slots, None)
-        return _Reading(slots, causal_mask(asking, first, len(span), window))
+        mask = visible(asking, span, window, layout.pictures, chunk.pictures)
+        return _Reading(slots, mask)

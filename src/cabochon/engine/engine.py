@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams
-from cabochon.engine.runner import Runner, check_pictures
+from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.sampler import Sampling, sample
 from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
 from cabochon.errors import CabochonError, RequestError
@@ -124,8 +124,7 @@ class Engine:
         vocab = self.runner.model.config.text.vocab_size
         if not all(0 <= token < vocab for token in prompt.tokens):
             raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
-        sequence = TokenSequence(prompt, self.cache.new_table(), list(prompt.tokens))
-        check_pictures(self.runner.model, sequence)
+        sequence = new_sequence(self.runner.model, prompt, self.cache)
         most = self.max_context - length
         return _Request(
             sequence=sequence,
@@ -155,7 +154,9 @@ class Engine:
                     break
             self._step()
         for number in list(self._requests):
-            self._fail(number, CabochonError("the engine was closed before the answer was complete"))
+            self._fail(
+                number, CabochonError("the engine was closed before the answer was complete")
+            )
 
     def _accept(self, number: int, request: _Request | None) -> None:
         if request is not None:
@@ -166,7 +167,7 @@ class Engine:
             self._forget(number)
 
     def _step(self) -> None:
-        step = self._see(self.scheduler.schedule())
+        step = self._encode(self.scheduler.schedule())
         if not step:
             return
         try:
@@ -178,17 +179,17 @@ class Engine:
             return
         self._sample([s for s in step if s.complete], logits)
 
-    def _see(self, step: Sequence[Scheduled]) -> list[Scheduled]:
-        """Encode pictures of sequences that start; one that cannot be encoded fails alone."""
+    def _encode(self, step: Sequence[Scheduled]) -> list[Scheduled]:
+        """Encode media of sequences that start; a sequence whose media cannot be encoded fails alone."""
         ready = []
         for scheduled in step:
             sequence = scheduled.sequence
             try:
-                if sequence.prompt.pictures and not sequence.soft:
-                    self.runner.see(sequence)
+                if sequence.prompt.media and not sequence.soft:
+                    self.runner.encode(sequence)
                 ready.append(scheduled)
             except Exception as error:
-                logger.exception("a picture could not be encoded")
+                logger.exception("a picture or sound could not be encoded")
                 self._fail(self._by_sequence[sequence], _internal(error))
         return ready
 
@@ -197,7 +198,9 @@ class Engine:
         finite = logits.isfinite().all(dim=-1).tolist()
         for number, fine in zip(numbers, finite, strict=True):
             if not fine:
-                self._fail(number, CabochonError("the model's logits are not finite for this prompt"))
+                self._fail(
+                    number, CabochonError("the model's logits are not finite for this prompt")
+                )
         keep = [i for i, fine in enumerate(finite) if fine]
         if keep:
             drawing = [self._requests[numbers[i]] for i in keep]

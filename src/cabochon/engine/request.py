@@ -8,6 +8,7 @@ from typing import Literal
 
 from cabochon.errors import CabochonError, RequestError
 from cabochon.gemma4.pictures import Picture
+from cabochon.gemma4.sounds import Sound
 
 FinishReason = Literal["stop", "length"]
 
@@ -53,7 +54,8 @@ class SamplingParams:
             raise RequestError("top_p is 0, expected more than 0 and at most 1", "top_p")
         if len(self.stop) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
             raise RequestError(
-                f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop"
+                f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
+                "stop",
             )
 
     def _within(self, name: str, least: float, most: float) -> None:
@@ -64,10 +66,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids with every picture expanded to its soft tokens, and the pictures in order."""
+    """Token ids in which every picture and sound has its soft tokens, and where each of them begins."""
 
     tokens: tuple[int, ...]
-    pictures: tuple[Picture, ...] = ()
+    media: tuple[tuple[int, Picture | Sound], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CacheStep, PagedCache
+from cabochon.engine.request import Prompt
 from cabochon.engine.scheduler import Scheduled, TokenSequence
 from cabochon.errors import RequestError
 from cabochon.gemma4.model import Batch, Gemma4
+from cabochon.gemma4.pictures import Picture
+from cabochon.gemma4.sounds import Sound
 
 
 class Runner:
@@ -22,16 +25,19 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def see(self, sequence: TokenSequence) -> None:
-        """Encode the pictures of a sequence, once, and note where their soft tokens go."""
-        image = self.model.config.image_token_id
-        places = [i for i, token in enumerate(sequence.prompt.tokens) if token == image]
-        for picture in sequence.prompt.pictures:
-            pixels = torch.from_numpy(picture.patches).to(self.device, self.dtype)
-            soft = self.model.see(pixels, torch.from_numpy(picture.positions).to(self.device))
-            assert len(soft) == picture.soft_tokens
-            sequence.soft.append((places[0], soft))
-            places = places[len(soft) :]
+    def encode(self, sequence: TokenSequence) -> None:
+        """Turn the pictures and sounds of a sequence into soft tokens, once."""
+        for position, item in sequence.prompt.media:
+            soft = self._see(item) if isinstance(item, Picture) else self._hear(item)
+            assert len(soft) == item.soft_tokens
+            sequence.soft.append((position, soft))
+
+    def _see(self, picture: Picture) -> Tensor:
+        pixels = torch.from_numpy(picture.patches).to(self.device, self.dtype)
+        return self.model.see(pixels, torch.from_numpy(picture.positions).to(self.device))
+
+    def _hear(self, sound: Sound) -> Tensor:
+        return self.model.hear(torch.from_numpy(sound.features).to(self.device, self.dtype))
 
     @torch.inference_mode()
     def run(self, cache: PagedCache, step: Sequence[Scheduled], *, every: bool = False) -> Tensor:
@@ -65,8 +71,10 @@ class Runner:
                 wanted.append(len(tokens) - 1)
         if every:
             wanted = list(range(len(tokens)))
-        integers = [torch.tensor(x, dtype=torch.int64, device=self.device)
-                    for x in (tokens, positions, soft_at, wanted)]
+        integers = [
+            torch.tensor(x, dtype=torch.int64, device=self.device)
+            for x in (tokens, positions, soft_at, wanted)
+        ]
         return Batch(
             tokens=integers[0],
             positions=integers[1],
@@ -87,20 +95,26 @@ def _soft_parts(scheduled: Scheduled) -> list[tuple[int, Tensor]]:
     return parts
 
 
-def check_pictures(model: Gemma4, sequence: TokenSequence) -> None:
-    """Refuse a prompt whose pictures and image tokens do not belong together.
+def new_sequence(model: Gemma4, prompt: Prompt, cache: PagedCache) -> TokenSequence:
+    """A sequence that has computed nothing yet.
 
     Raises:
-        RequestError: the model sees no pictures, or the numbers differ.
+        RequestError: the prompt has pictures or sounds, and the model has no eyes or ears.
     """
-    prompt = sequence.prompt
-    if prompt.pictures and model.config.vision is None:
-        raise RequestError("this model does not see pictures: it has no vision tower", "messages")
-    expected = sum(picture.soft_tokens for picture in prompt.pictures)
-    found = prompt.tokens.count(model.config.image_token_id)
-    if expected != found:
-        raise RequestError(
-            f"the prompt has {found} image tokens, but its {len(prompt.pictures)} pictures fill"
-            f" {expected}: write one image token for each picture",
-            "messages",
-        )
+    config = model.config
+    spans = []
+    for position, item in prompt.media:
+        if isinstance(item, Sound):
+            _check(config.audio is not None, "hear sounds", "audio")
+        else:
+            _check(config.vision is not None, "see pictures", "vision")
+            spans.append((position, position + item.soft_tokens))
+    sighted = any(layer.pictures != "causal" for layer in config.text.layers)
+    return TokenSequence(
+        prompt, cache.new_table(), list(prompt.tokens), whole=tuple(spans) if sighted else ()
+    )
+
+
+def _check(able: bool, what: str, part: str) -> None:
+    if not able:
+        raise RequestError(f"this model does not {what}: it has no {part} part", "messages")

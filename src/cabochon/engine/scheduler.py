@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cabochon.engine.cache import Chunk, PagedCache, PageTable
 from cabochon.engine.request import Prompt
+from cabochon.nn.attention import Spans
 
 
 @dataclass(slots=True, eq=False)
@@ -25,10 +26,20 @@ class TokenSequence:
     tokens: list[int]  # the prompt's and those generated
     computed: int = 0  # tokens whose keys and values are in the cache
     soft: list[tuple[int, Tensor]] = field(default_factory=list)  # first position, soft tokens
+    whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
 
     @property
     def decoding(self) -> bool:
         return len(self.tokens) - self.computed == 1
+
+    def chunk(self, room: int) -> Chunk:
+        """The next positions to compute: `room` of them, more or fewer where a picture must stay whole."""
+        start, stop = self.computed, min(len(self.tokens), self.computed + room)
+        for first, last in self.whole:
+            if first < stop < last:
+                stop = last if first <= start else first
+        inside = tuple(span for span in self.whole if start <= span[0] < stop)
+        return Chunk(self.table, start, stop, inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +83,10 @@ class Scheduler:
             if sequence in self.running:  # it may have given its pages to an earlier one
                 self._schedule(sequence, 1, step)
         for sequence in [s for s in self.running if not s.decoding]:
-            if room and sequence in self.running:
+            if room > 0 and sequence in self.running:
                 room -= self._schedule(sequence, room, step)
         step = [s for s in step if s.sequence in self.running]
-        while room and self._may_admit():
+        while room > 0 and self._may_admit():
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             room -= self._schedule(sequence, room, step)
@@ -86,15 +97,14 @@ class Scheduler:
 
         None if it had to make place for those before it. The last of the running one gives way first.
         """
-        stop = min(len(sequence.tokens), sequence.computed + room)
-        chunk = Chunk(sequence.table, sequence.computed, stop)
+        chunk = sequence.chunk(room)
         while not self.cache.reserve(chunk):
             loser = self.running[-1]
             self._preempt(loser)
             if loser is sequence:
                 return 0
         step.append(Scheduled(sequence, chunk))
-        return stop - chunk.start
+        return chunk.stop - chunk.start
 
     def _preempt(self, sequence: TokenSequence) -> None:
         self.running.remove(sequence)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cabochon.config import Gemma4Config
+from cabochon.config import AudioConfig, Gemma4Config, VisionConfig
+from cabochon.gemma4.audio import AudioTower
+from cabochon.gemma4.embedders import PatchEmbedder, SoftTokenEmbedder
 from cabochon.gemma4.text import TextModel
-from cabochon.gemma4.vision import SoftTokenEmbedder, VisionTower
+from cabochon.gemma4.vision import VisionTower
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.linear import Linear
 
@@ -20,7 +22,7 @@ class Batch:
 
     tokens: Tensor  # [tokens]
     positions: Tensor  # [tokens], within each sequence
-    soft_at: Tensor  # [soft tokens], rows that a picture fills; their ids do not count
+    soft_at: Tensor  # [soft tokens], rows that a picture or a sound fills; their ids do not count
     soft: Tensor  # [soft tokens, hidden_size]; its dtype is the compute dtype
     wanted: Tensor  # [rows], sorted: whose logits to compute
 
@@ -30,13 +32,20 @@ class Gemma4Model(nn.Module):
 
     def __init__(self, config: Gemma4Config) -> None:
         super().__init__()
+        hidden = config.text.hidden_size
         self.language_model = TextModel(config.text)
-        if config.vision is not None:
-            vision = config.vision
+        vision, audio = config.vision, config.audio
+        if isinstance(vision, VisionConfig):
             self.vision_tower = VisionTower(vision)
-            self.embed_vision = SoftTokenEmbedder(
-                vision.hidden_size, config.text.hidden_size, vision.eps
-            )
+            self.embed_vision = SoftTokenEmbedder(vision.hidden_size, hidden, vision.eps)
+        elif vision is not None:
+            self.vision_embedder = PatchEmbedder(vision)
+            self.embed_vision = SoftTokenEmbedder(vision.hidden_size, hidden, vision.eps)
+        if isinstance(audio, AudioConfig):
+            self.audio_tower = AudioTower(audio)
+            self.embed_audio = SoftTokenEmbedder(audio.output_size, hidden, audio.eps)
+        elif audio is not None:
+            self.embed_audio = SoftTokenEmbedder(audio.samples, hidden, audio.eps)
 
 
 class Gemma4(nn.Module):
@@ -57,17 +66,34 @@ class Gemma4(nn.Module):
     def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
         """Logits of the wanted rows after the soft-cap: `[rows, vocab_size]`, float32."""
         text = self.model.language_model
-        ids = batch.tokens.index_fill(0, batch.soft_at, self.config.text.pad_token_id)
+        # The ids of media count for nothing, not even where the model itself wrote one.
+        ids = batch.tokens.masked_fill(self._media(batch.tokens), self.config.text.pad_token_id)
         x = text.embed_tokens(ids, batch.soft.dtype)
         x = x.index_copy(0, batch.soft_at, batch.soft)
         return self.logits(text(ids, x, batch.positions, kv, batch.wanted))
 
+    def _media(self, tokens: Tensor) -> Tensor:
+        ids = self.config.tokens
+        return (tokens == ids.image) | (tokens == ids.audio) | (tokens == ids.video)
+
     def logits(self, hidden: Tensor) -> Tensor:
-        head = self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
+        head = (
+            self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
+        )
         logits: Tensor = head(hidden).float()
         cap = self.config.text.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def see(self, pixels: Tensor, positions: Tensor) -> Tensor:
-        """Soft tokens of one picture: patches `[n, 3 * patch_size**2]` at `[n, 2]` to `[m, hidden_size]`."""
-        return self.model.embed_vision(self.model.vision_tower(pixels, positions))
+        """Soft tokens `[m, hidden_size]` of one picture: patches `[n, pixels]` at `[n, 2]`."""
+        model = self.model
+        tower = isinstance(self.config.vision, VisionConfig)
+        encoder = model.vision_tower if tower else model.vision_embedder
+        return model.embed_vision(encoder(pixels, positions))
+
+    def hear(self, frames: Tensor) -> Tensor:
+        """Soft tokens `[m, hidden_size]` of one sound: `[frames, bins]`, or frames of the wave."""
+        model = self.model
+        if isinstance(self.config.audio, AudioConfig):
+            frames = model.audio_tower(frames)
+        return model.embed_audio(frames)

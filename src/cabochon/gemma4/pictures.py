@@ -1,7 +1,9 @@
-"""From a picture to patches: what the vision tower sees.
+"""From a picture to patches: what a vision tower, or the embedder of a model without one, sees.
 
-The arithmetic is that of upstream's Pillow back end, and tests hold it to that bit for bit. Getting
-an image out of untrusted bytes is the business of `decode_picture`, at the end.
+The arithmetic is upstream's, and tests hold it to that bit for bit: Pillow's for pictures that go
+to a tower, torch's for pictures of the Unified model and for frames of videos. The two resize and
+scale with different rounding. Getting an image out of untrusted bytes is the business of
+`decode_picture`, at the end.
 """
 
 from __future__ import annotations
@@ -9,33 +11,37 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from cabochon.config import PatchConfig, VisionConfig
 from cabochon.errors import ConfigError, RequestError
-from cabochon.files import read_json_object
+from cabochon.gemma4.processors import Settings, read_settings
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
 PROCESSOR_TYPES = ("Gemma4ImageProcessor", "Gemma4ImageProcessorPil", "Gemma4ImageProcessorFast")
+UNIFIED_PROCESSOR_TYPES = ("Gemma4UnifiedImageProcessor", "Gemma4UnifiedImageProcessorFast")
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 MAX_PICTURE_BYTES = 20_000_000
 MAX_PICTURE_PIXELS = 64_000_000
+
+Levels = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
     """One preprocessed picture.
 
-    `patches` [patches, patch * patch * 3] float32, row by row, channels last within a patch;
+    `patches` [patches, side * side * 3] float32, row by row, channels last within a patch;
     `positions` [patches, 2] int64, the (x, y) of each patch in the grid of patches;
     `soft_tokens`, how many places the picture takes in the prompt.
     """
@@ -54,15 +60,27 @@ class PictureProcessor:
     max_soft_tokens: int = 280
     resample: Image.Resampling = Image.Resampling.BICUBIC
     rescale_factor: float = 1 / 255
+    normalize: bool = False  # by mean 0 and deviation 1, which still changes torch's rounding
+    arithmetic: Literal["pillow", "torch"] = "pillow"
+    merged: bool = False  # each soft token's patches as one: for models without a tower
 
     @classmethod
-    def open(cls, folder: Path) -> PictureProcessor:
+    def open(
+        cls, folder: Path, vision: VisionConfig | PatchConfig | None = None
+    ) -> PictureProcessor:
         """Read the checkpoint's picture settings; upstream's defaults where it has none.
 
+        `vision` is the model's own configuration, by which the settings are checked; `None` stands
+        for a tower of which nothing is known.
+
         Raises:
-            ConfigError: an unreadable file, or a setting that this version does not compute.
+            ConfigError: an unreadable file, a setting that this version does not compute, or one
+                that contradicts the model.
         """
-        return parse_processor(_image_settings(folder))
+        settings = read_settings(folder, "image_processor", "preprocessor_config.json")
+        processor = parse_processor(settings, unified=isinstance(vision, PatchConfig))
+        processor.check(vision)
+        return processor
 
     def __call__(self, image: Image.Image) -> Picture:
         """Preprocess one picture of any mode and size.
@@ -70,22 +88,57 @@ class PictureProcessor:
         Raises:
             RequestError: the picture has no pixels, or its sides cannot be fitted into the budget.
         """
-        width, height = self.fitted_size(*image.size)
-        rgb = _rgb(image)
-        if rgb.size != (width, height):
-            rgb = rgb.resize((width, height), resample=self.resample)
-        levels = np.arange(256, dtype=np.float64) * self.rescale_factor
-        pixels = levels.astype(np.float32)[np.asarray(rgb)]  # [height, width, 3]
+        self.fitted_size(*image.size)  # refuses before anything is converted
+        return self.cut(np.asarray(_rgb(image)))
 
-        patch = self.patch_size
-        rows, columns = height // patch, width // patch
-        grid = pixels.reshape(rows, patch, columns, patch, 3).swapaxes(1, 2)
+    def cut(self, levels: Levels) -> Picture:
+        """Preprocess pixels that are RGB already, `[height, width, 3]`.
+
+        Raises:
+            RequestError: no pixels, or sides that cannot be fitted into the budget.
+        """
+        width, height = self.fitted_size(levels.shape[1], levels.shape[0])
+        if levels.shape[:2] != (height, width):
+            resize = _resize_by_pillow if self.arithmetic == "pillow" else _resize_by_torch
+            levels = resize(levels, (width, height), self.resample)
+        pixels = self._scale()[levels]
+
+        side = self.patch_size * (self.pooling if self.merged else 1)
+        rows, columns = height // side, width // side
+        grid = pixels.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
         y, x = np.indices((rows, columns), dtype=np.int64)
         return Picture(
-            patches=grid.reshape(rows * columns, patch * patch * 3),
+            patches=grid.reshape(rows * columns, side * side * 3),
             positions=np.stack((x, y), axis=-1).reshape(-1, 2),
-            soft_tokens=rows * columns // self.pooling**2,
+            soft_tokens=rows * columns // (1 if self.merged else self.pooling**2),
         )
+
+    def _scale(self) -> npt.NDArray[np.float32]:
+        """What each of the 256 levels becomes, in the rounding of upstream's back end."""
+        if self.arithmetic == "pillow":
+            return (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        levels = np.arange(256, dtype=np.float32)
+        if self.normalize:
+            return levels / np.float32(1 / self.rescale_factor)
+        return levels * np.float32(self.rescale_factor)
+
+    def check(self, vision: VisionConfig | PatchConfig | None) -> None:
+        """Refuse settings whose patches are not those of the model.
+
+        Raises:
+            ConfigError: naming both values.
+        """
+        if vision is None:
+            return
+        for key, ours, model in (
+            ("patch_size", self.patch_size, vision.patch_size),
+            ("pooling_kernel_size", self.pooling, vision.pooling),
+        ):
+            if ours != model:
+                raise ConfigError(
+                    f"the processor's {key} is {ours}, but the model's is {model} (config.json);"
+                    " the two files are not of one checkpoint"
+                )
 
     def fitted_size(self, width: int, height: int) -> tuple[int, int]:
         """The width and height that a picture is resized to.
@@ -115,72 +168,65 @@ class PictureProcessor:
         return across * side, down * side
 
 
-def parse_processor(settings: Mapping[str, Any]) -> PictureProcessor:
+def parse_processor(settings: Mapping[str, Any], *, unified: bool = False) -> PictureProcessor:
     """The processor that a checkpoint's `image_processor` settings describe.
 
     Raises:
         ConfigError: a setting that this version does not compute.
     """
-    reader = _Settings(settings)
-    reader.choice("image_processor_type", PROCESSOR_TYPES[0], PROCESSOR_TYPES)
+    reader = Settings(settings, "picture processor")
+    types = UNIFIED_PROCESSOR_TYPES if unified else PROCESSOR_TYPES
+    reader.choice("image_processor_type", types[0], types)
+    if unified:
+        return read_patching(reader, PictureProcessor(arithmetic="torch", merged=True))
+    return read_patching(reader, PictureProcessor())
+
+
+def read_patching(reader: Settings, defaults: PictureProcessor) -> PictureProcessor:
+    """`defaults` with what `reader` says of resizing, scaling and patches, of a picture or a frame.
+
+    Raises:
+        ConfigError: a setting that this version does not compute.
+    """
     for switch in ("do_convert_rgb", "do_resize", "do_rescale"):
         reader.choice(switch, True, (True,))
-    if reader.choice("do_normalize", False, (False, True, None)):
+    normalize = bool(reader.choice("do_normalize", defaults.normalize, (False, True, None)))
+    if normalize:
         reader.choice("image_mean", [0.0, 0.0, 0.0], ([0.0, 0.0, 0.0],))
         reader.choice("image_std", [1.0, 1.0, 1.0], ([1.0, 1.0, 1.0],))
-    defaults = PictureProcessor()
-    return PictureProcessor(
+    filters = tuple(Image.Resampling) if defaults.arithmetic == "pillow" else tuple(_TORCH_FILTERS)
+    return replace(
+        defaults,
         patch_size=reader.size("patch_size", defaults.patch_size),
         pooling=reader.size("pooling_kernel_size", defaults.pooling),
         max_soft_tokens=reader.choice(
             "max_soft_tokens", defaults.max_soft_tokens, SOFT_TOKEN_BUDGETS
         ),
-        resample=Image.Resampling(
-            reader.choice("resample", defaults.resample, tuple(Image.Resampling))
+        resample=Image.Resampling(reader.choice("resample", defaults.resample, filters)),
+        rescale_factor=reader.number(
+            "rescale_factor", defaults.rescale_factor, hint=", usually 1/255"
         ),
-        rescale_factor=reader.factor("rescale_factor", defaults.rescale_factor),
+        normalize=normalize,
     )
 
 
-class _Settings:
-    """Picture settings, read by type and named in errors. Upstream takes a null for "no"."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def choice(self, key: str, default: Any, allowed: Sequence[Any]) -> Any:
-        value = self._values.get(key, default)
-        # `1 == True` in Python; a switch that is a number is still a mistake.
-        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
-            wanted = " or ".join(str(a) for a in allowed)
-            raise _unsupported(key, value, f"computes {wanted} only")
-        return value
-
-    def size(self, key: str, default: int) -> int:
-        value = self._values.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise _unsupported(key, value, "expects a positive integer")
-        return value
-
-    def factor(self, key: str, default: float) -> float:
-        value = self._values.get(key, default)
-        if not isinstance(value, float) or not 0.0 < value < math.inf:
-            raise _unsupported(key, value, "expects a positive number, usually 1/255")
-        return value
+_TORCH_FILTERS = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
-def _unsupported(key: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f"the picture processor's {key} is {value!r}; this version {wanted}")
+def _resize_by_pillow(levels: Levels, size: tuple[int, int], resample: Image.Resampling) -> Levels:
+    return np.asarray(Image.fromarray(levels).resize(size, resample=resample))
 
 
-def _image_settings(folder: Path) -> Mapping[str, Any]:
-    """The raw settings, from the newer file if it has them, else from the older one."""
-    nested = read_json_object(folder / "processor_config.json").get("image_processor")
-    if nested is None:
-        return read_json_object(folder / "preprocessor_config.json")
-    if not isinstance(nested, dict):
-        raise ConfigError(f"processor_config.json: image_processor is {nested!r}, not an object")
-    return nested
+def _resize_by_torch(levels: Levels, size: tuple[int, int], resample: Image.Resampling) -> Levels:
+    """Up to two levels off Pillow's: torch keeps its weights in 16 bits."""
+    import torch  # here, because nothing else about pictures needs it
+
+    width, height = size
+    image = torch.tensor(levels).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(
+        image, size=(height, width), mode=_TORCH_FILTERS[resample], antialias=True
+    )
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _rgb(image: Image.Image) -> Image.Image:

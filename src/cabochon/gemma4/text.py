@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cabochon.config import LayerConfig, LayerKind, TextConfig
 from cabochon.nn.attention import KeyValues
+from cabochon.nn.experts import Experts, Router
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.norm import RMSNorm
 from cabochon.nn.rotary import Rotation, rotate, text_rotation
@@ -27,19 +28,22 @@ class Attention(nn.Module):
         if not layer.shares_kv:
             self.k_proj = Linear(config.hidden_size, layer.kv_heads * dim)
             self.k_norm = RMSNorm(config.eps, dim)
-            self.v_proj = Linear(config.hidden_size, layer.kv_heads * dim)
+            if not layer.k_eq_v:
+                self.v_proj = Linear(config.hidden_size, layer.kv_heads * dim)
             self.v_norm = RMSNorm(config.eps)
         self.o_proj = Linear(config.num_heads * dim, config.hidden_size)
 
     def forward(self, x: Tensor, rotation: Rotation, kv: KeyValues) -> Tensor:
         queries = rotate(self.q_norm(self._heads(self.q_proj(x))), rotation)
         if not self.layer.shares_kv:
-            keys = rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)
-            values = self.v_norm(self._heads(self.v_proj(x)))
-            kv.write(self.layer.index, keys, values)
+            keys = self._heads(self.k_proj(x))
+            values = keys if self.layer.k_eq_v else self._heads(self.v_proj(x))
+            kv.write(self.layer.index, rotate(self.k_norm(keys), rotation), self.v_norm(values))
         return self.o_proj(kv.attend(self.layer.kv_source, queries).flatten(1))
 
-    def _heads(self, x: Tensor) -> Tensor:  # [tokens, heads * head_dim] -> [tokens, heads, head_dim]
+    def _heads(
+        self, x: Tensor
+    ) -> Tensor:  # [tokens, heads * head_dim] -> [tokens, heads, head_dim]
         return x.unflatten(-1, (-1, self.layer.head_dim))
 
 
@@ -69,6 +73,14 @@ class DecoderLayer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(eps, hidden)
         self.mlp = MLP(hidden, layer.intermediate_size)
         self.post_feedforward_layernorm = RMSNorm(eps, hidden)
+        self.mixed = config.experts is not None
+        if config.experts is not None:
+            experts = config.experts
+            self.router = Router(hidden, experts.count, experts.chosen, eps)
+            self.experts = Experts(hidden, experts.intermediate_size, experts.count)
+            self.post_feedforward_layernorm_1 = RMSNorm(eps, hidden)
+            self.pre_feedforward_layernorm_2 = RMSNorm(eps, hidden)
+            self.post_feedforward_layernorm_2 = RMSNorm(eps, hidden)
         if config.ple_dim:
             self.per_layer_input_gate = Linear(hidden, config.ple_dim)
             self.per_layer_projection = Linear(config.ple_dim, hidden)
@@ -81,11 +93,20 @@ class DecoderLayer(nn.Module):
         """`x [tokens, hidden_size]`, `own [tokens, ple_dim]`: this layer's part of the inputs."""
         attended = self.self_attn(self.input_layernorm(x), rotation, kv)
         x = x + self.post_attention_layernorm(attended)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        x = x + self.post_feedforward_layernorm(self._feed_forward(x))
         if own is not None:
             gated = F.gelu(self.per_layer_input_gate(x), approximate="tanh") * own
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
         return x * self.layer_scalar.to(x.dtype)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.mlp(self.pre_feedforward_layernorm(x))
+        if not self.mixed:
+            return made
+        # The router sees the residual itself; the experts see it through a norm of their own.
+        mixed = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        first = self.post_feedforward_layernorm_1(made)
+        return first + self.post_feedforward_layernorm_2(mixed)
 
 
 class TextModel(nn.Module):

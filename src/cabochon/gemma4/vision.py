@@ -11,32 +11,10 @@ from torch import Tensor, nn
 
 from cabochon.config import VisionConfig
 from cabochon.nn.attention import attention
+from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Linear
 from cabochon.nn.norm import RMSNorm
 from cabochon.nn.rotary import Rotation, rotate_halves, vision_rotation
-
-
-class ClippableLinear(nn.Module):
-    """A linear layer whose input and output are clamped to bounds that the checkpoint brings."""
-
-    def __init__(self, in_features: int, out_features: int, clipped: bool) -> None:
-        super().__init__()
-        self.clipped = clipped
-        self.linear = Linear(in_features, out_features)
-        if clipped:
-            for bound in ("input_min", "input_max", "output_min", "output_max"):
-                self.register_buffer(bound, torch.empty(()))
-
-    input_min: Tensor
-    input_max: Tensor
-    output_min: Tensor
-    output_max: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.clipped:
-            return self.linear(x)
-        y: Tensor = self.linear(x.clamp(self.input_min.to(x.dtype), self.input_max.to(x.dtype)))
-        return y.clamp(self.output_min.to(x.dtype), self.output_max.to(x.dtype))
 
 
 class PatchEmbedder(nn.Module):
@@ -145,20 +123,18 @@ class VisionTower(nn.Module):
         self.patch_embedder = PatchEmbedder(config)
         self.encoder = VisionEncoder(config)
         self.pooler = VisionPooler(config)
+        self.standardize = config.standardize
+        if config.standardize:
+            self.register_buffer("std_bias", torch.empty(config.hidden_size))
+            self.register_buffer("std_scale", torch.empty(config.hidden_size))
+
+    std_bias: Tensor
+    std_scale: Tensor
 
     def forward(self, pixels: Tensor, positions: Tensor) -> Tensor:
         x = self.patch_embedder(pixels, positions)
         x = self.encoder(x, positions)
-        return self.pooler(x, positions).to(pixels.dtype)  # [soft tokens, hidden_size]
-
-
-class SoftTokenEmbedder(nn.Module):
-    """From a tower to the text model. The norm comes before the projection; no loader can see that."""
-
-    def __init__(self, tower_size: int, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.embedding_pre_projection_norm = RMSNorm(eps)
-        self.embedding_projection = Linear(tower_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.embedding_projection(self.embedding_pre_projection_norm(x))
+        x = self.pooler(x, positions)  # [soft tokens, hidden_size], float32
+        if self.standardize:
+            x = (x - self.std_bias) * self.std_scale
+        return x.to(pixels.dtype)

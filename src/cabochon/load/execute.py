@@ -15,6 +15,7 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.report import Report, inspect_checkpoint
 from cabochon.nn.linear import Embedding, Linear
+from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -49,15 +50,22 @@ def execute(plan: LoadPlan, *, dtype: torch.dtype, progress: Progress | None = N
     _assert_same(model, plan)
     reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
     done = 0
+    parts: dict[str, dict[int, Weight]] = {}
     for read in sorted(reads, key=_position):
         if isinstance(read, SiteRead):
-            _fill_site(model.get_submodule(read.site.name), read, dtype)
+            weight = _build(read, dtype)
+            if read.part is None:
+                _fill_site(model, read.site.name, weight)
+            else:
+                parts.setdefault(read.site.name, {})[read.part] = weight
             done += read.nbytes
         else:
             _fill_parameter(model, read, dtype)
             done += read.tensor.nbytes
         if progress is not None:
             progress(done, plan.nbytes)
+    for name, stored in parts.items():
+        _fill_site(model, name, Stack([stored[part] for part in sorted(stored)]))
     _assert_filled(model)
     return model.eval()
 
@@ -91,7 +99,13 @@ def _position(read: SiteRead | ParameterRead) -> tuple[str, int]:
     return min((str(meta.file), meta.span[0]) for meta in metas)
 
 
-def _fill_site(module: nn.Module, read: SiteRead, dtype: torch.dtype) -> None:
+def _fill_site(model: Gemma4, name: str, weight: Weight) -> None:
+    module = model.get_submodule(name)
+    assert isinstance(module, Linear | Embedding)
+    module.weight = weight
+
+
+def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
     tensors = {leaf: read_tensor(meta) for leaf, meta in read.stored.items()}
     for slot in read.scheme.slots:
         tensor, meta = tensors[slot.leaf], read.stored[slot.leaf]
@@ -99,8 +113,7 @@ def _fill_site(module: nn.Module, read: SiteRead, dtype: torch.dtype) -> None:
             _check_finite(tensor, meta, dtype)
         elif slot.holds == "shape":
             _check_shape(tensor, meta, read)
-    assert isinstance(module, Linear | Embedding)
-    module.weight = read.scheme.build(tensors, read.site)
+    return read.scheme.build(tensors, read.site)
 
 
 def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> None:

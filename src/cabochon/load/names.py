@@ -7,15 +7,16 @@ Whole path components are matched, never substrings.
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cabochon.config import Gemma4Config
+from cabochon.config import AudioConfig, Gemma4Config, VisionConfig
 from cabochon.load.tree import CLIP_BOUNDS
+from cabochon.quant.scheme import Site
 
-# Prefixes met in files, and the canonical ones; the longest that matches counts.
-_SPELLINGS = (
+# Prefixes met in files, and the canonical ones; the first that matches counts.
+_WRAPPERS = (
     ("model.language_model.model", "model.language_model"),  # some importers
     ("model.language_model.lm_head", "lm_head"),
     ("model.language_model", "model.language_model"),  # multimodal, as upstream saves it
@@ -23,9 +24,11 @@ _SPELLINGS = (
     ("language_model.lm_head", "lm_head"),
     ("model.vision_tower", "model.vision_tower"),
     ("model.audio_tower", "model.audio_tower"),
+    ("model.vision_embedder", "model.vision_embedder"),
     ("model.embed_vision", "model.embed_vision"),
     ("model.embed_audio", "model.embed_audio"),
     ("vision_tower", "model.vision_tower"),
+    ("vision_embedder", "model.vision_embedder"),
     ("audio_tower", "model.audio_tower"),
     ("embed_vision", "model.embed_vision"),
     ("embed_audio", "model.embed_audio"),
@@ -34,11 +37,32 @@ _SPELLINGS = (
 )
 
 
+# Other modules for the same thing, once the wrapper is canonical.
+_RENAMES = (
+    # transformers saves the encoder-free embedder so from some 5.1x on
+    (
+        re.compile(
+            r"model\.embed_vision\.(patch_ln1|patch_dense|patch_ln2|pos_embedding|pos_norm)\b"
+        ),
+        r"model.vision_embedder.\1",
+    ),
+    (re.compile(r"model\.embed_vision\.multimodal_embedder\b"), "model.embed_vision"),
+    (re.compile(r"(model\.language_model\.layers\.\d+)\.moe\.experts\b"), r"\1.experts"),
+)
+
+# One expert's matrix: layer, expert, projection, leaf.
+_EXPERT = re.compile(r"(.+\.layers\.\d+)\.experts\.(\d+)\.(gate|up|down)_proj\.(.+)")
+
+
 class Place(NamedTuple):
-    """A stored tensor's destination: a site and its leaf, or a parameter with an empty leaf."""
+    """A stored tensor's destination: a site and its leaf, or a parameter with an empty leaf.
+
+    `part` counts slices of rows, for sites that are stored in parts.
+    """
 
     module: str
     leaf: str
+    part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +74,28 @@ class Drop:
 
 
 def canonical(name: str) -> str:
-    """`name` with its wrapper prefix replaced; a name with none of them stays as it is."""
-    for spelling, prefix in _SPELLINGS:
-        if name == spelling or name.startswith(spelling + "."):
-            return prefix + name[len(spelling) :]
+    """`name` in the model's own spelling; a name without a known wrapper stays as it is."""
+    for wrapper, prefix in _WRAPPERS:
+        if name == wrapper or name.startswith(wrapper + "."):
+            name = prefix + name[len(wrapper) :]
+            break
+    for pattern, replacement in _RENAMES:
+        name, count = pattern.subn(replacement, name, count=1)
+        if count:
+            break
     return name
 
 
-def locate(name: str, sites: Container[str], parameters: Container[str]) -> Place | None:
+def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> Place | None:
     """The place of the canonical `name`; None if the model has none."""
     if name in parameters:
         return Place(name, "")
+    if name in sites:  # stacked experts have no leaf
+        return Place(name, "weight")
+    expert = _EXPERT.fullmatch(name)
+    if expert is not None:
+        layer, number, projection, leaf = expert.groups()
+        return _locate_expert(f"{layer}.experts", int(number), projection, leaf, sites)
     module = name
     while "." in module:
         module = module.rpartition(".")[0]
@@ -69,10 +104,21 @@ def locate(name: str, sites: Container[str], parameters: Container[str]) -> Plac
     return None
 
 
+def _locate_expert(
+    experts: str, number: int, projection: str, leaf: str, sites: Mapping[str, Site]
+) -> Place | None:
+    """Gate and up take turns in the rows of one matrix; down has a matrix of its own."""
+    fused = projection != "down"
+    site = sites.get(f"{experts}.gate_up_proj" if fused else f"{experts}.down_proj")
+    part = 2 * number + (projection == "up") if fused else number
+    if site is None or part >= site.parts:
+        return None
+    return Place(site.name, leaf, part)
+
+
 def drops(config: Gemma4Config) -> tuple[Drop, ...]:
     """What this configuration makes superfluous. None of it may name anything the model needs."""
     rows = [
-        (r"model\.(audio_tower|embed_audio)\..+", "sound is not supported yet"),
         (
             r"model\.embed_vision\.(embedding|hard_embedding_norm|soft_embedding_norm)\..+",
             "a vestige that upstream's model does not read either",
@@ -91,7 +137,8 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
                 "these layers use the keys and values of an earlier one",
             )
         )
-    if config.vision is not None and not config.vision.clipped:
-        bounds = "|".join(CLIP_BOUNDS)
-        rows.append((rf"model\.vision_tower\..+\.({bounds})", "use_clipped_linears is false"))
+    bounds = "|".join(CLIP_BOUNDS)
+    for name, tower in (("vision", config.vision), ("audio", config.audio)):
+        if isinstance(tower, VisionConfig | AudioConfig) and not tower.clipped:
+            rows.append((rf"model\.{name}_tower\..+\.({bounds})", "use_clipped_linears is false"))
     return tuple(Drop(re.compile(pattern), reason) for pattern, reason in rows)

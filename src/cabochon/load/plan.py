@@ -7,8 +7,8 @@ it is never executed, and still describes what it could, for the report.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cabochon.checkpoint.folder import Checkpoint
@@ -52,11 +52,12 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class SiteRead:
-    """A matrix, the scheme it is stored in, and its tensors by leaf."""
+    """A matrix or one part of it, the scheme it is stored in, and its tensors by leaf."""
 
-    site: Site
+    site: Site  # with the dimensions of the part
     scheme: Scheme
     stored: Mapping[str, TensorMeta]
+    part: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +91,8 @@ class LoadPlan:
 class _Placed:
     """Every stored tensor at its place."""
 
-    sites: dict[str, dict[str, TensorMeta]] = field(default_factory=dict)  # by site, then leaf
+    # by site, part and leaf; the part is None where the whole matrix is stored at once
+    sites: dict[str, dict[int | None, dict[str, TensorMeta]]] = field(default_factory=dict)
     parameters: dict[str, TensorMeta] = field(default_factory=dict)
     dropped: list[Dropped] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -129,7 +131,7 @@ def build_plan(checkpoint: Checkpoint, config: Gemma4Config, raw: Mapping[str, A
 
 
 def _place(checkpoint: Checkpoint, config: Gemma4Config, tree: Tree) -> _Placed:
-    sites = {site.name for site in tree.sites}
+    sites = {site.name: site for site in tree.sites}
     parameters = {parameter.name for parameter in tree.parameters}
     rows = drops(config)
     for name in (*(f"{site}.weight" for site in sites), *parameters):
@@ -152,10 +154,19 @@ def _place(checkpoint: Checkpoint, config: Gemma4Config, tree: Tree) -> _Placed:
             else:
                 placed.dropped.append(Dropped(meta, _outermost(name, inside), reason))
         elif place.leaf:
-            placed.sites.setdefault(place.module, {})[place.leaf] = meta
+            parts = placed.sites.setdefault(place.module, {})
+            parts.setdefault(place.part, {})[place.leaf] = _flat(meta, sites[place.module])
         else:
             placed.parameters[place.module] = meta
     return placed
+
+
+def _flat(meta: TensorMeta, site: Site) -> TensorMeta:
+    """Stacked experts `[experts, rows, in]` as the one tall matrix that they are."""
+    if site.kind == "experts" and len(meta.shape) == 3:
+        experts, rows, width = meta.shape
+        return replace(meta, shape=(experts * rows, width))
+    return meta
 
 
 def _resolve_all(
@@ -165,19 +176,41 @@ def _resolve_all(
     notes: list[Note] = []
     problems: list[Problem] = []
     claims: dict[str, Claim] = {}
-    for site in tree.sites:
-        stored = placed.sites.get(site.name)
-        if stored is None:
-            continue
-        claim = claims[site.name] = rules.claim(site, _spellings(site, stored))
-        verdict = resolve(site, stored, claim)
-        if isinstance(verdict, Refusal):
-            problems.append(Problem(verdict.kind, site.name, verdict.detail))
-            continue
-        if verdict.note is not None:
-            notes.append(Note(site.name, verdict.note))
-        reads.append(SiteRead(site, verdict.scheme, stored))
+    for whole in tree.sites:
+        parts = placed.sites.get(whole.name, {})
+        problems += _incomplete(whole, parts)
+        for part, stored in parts.items():
+            site = whole if part is None else whole.part
+            claim = claims[site.name] = rules.claim(site, _spellings(site, stored))
+            verdict = resolve(site, stored, claim)
+            if isinstance(verdict, Refusal):
+                where = site.name if part is None else next(iter(stored.values())).name
+                problems.append(Problem(verdict.kind, where, verdict.detail))
+                continue
+            if verdict.note is not None:
+                notes.append(Note(site.name, verdict.note))
+            reads.append(SiteRead(site, verdict.scheme, stored, part))
     return reads, notes, problems + list(_partial_zero_points(reads, claims))
+
+
+def _incomplete(site: Site, parts: Collection[int | None]) -> Iterator[Problem]:
+    """A matrix is stored whole, or in all of its parts."""
+    stored = [part for part in parts if part is not None]
+    if stored and len(stored) < len(parts):
+        yield Problem("TWICE", site.name, "stored whole and in parts")
+    lacking = sorted(set(range(site.parts)) - set(stored)) if stored else []
+    if lacking:
+        detail = (
+            f"{len(lacking)} of {site.parts} parts are not stored, first {_part(site, lacking[0])}"
+        )
+        yield Problem("MISSING", site.name, detail, len(lacking))
+
+
+def _part(site: Site, part: int) -> str:
+    """What a checkpoint calls a part of stacked experts."""
+    if site.name.endswith("gate_up_proj"):
+        return f"{part // 2}.{('gate', 'up')[part % 2]}_proj"
+    return f"{part}.down_proj"
 
 
 def _spellings(site: Site, stored: Mapping[str, TensorMeta]) -> tuple[str, ...]:

@@ -11,18 +11,31 @@ from typing import Any
 from cabochon.checkpoint.folder import Checkpoint
 from cabochon.config import read_config
 from cabochon.load.plan import Kind, LoadPlan, build_plan
-from cabochon.load.tree import HEAD, PROJECTOR, TEXT, VISION
+from cabochon.load.tree import (
+    AUDIO,
+    AUDIO_PROJECTOR,
+    EMBEDDER,
+    HEAD,
+    TEXT,
+    VISION,
+    VISION_PROJECTOR,
+)
 
 # First match of a site's canonical name.
 _GROUPS = (
     (re.compile(rf"{re.escape(TEXT)}\.layers\.\d+\.self_attn\..+"), "attention"),
     (re.compile(rf"{re.escape(TEXT)}\.layers\.\d+\.mlp\..+"), "mlp"),
+    (re.compile(rf"{re.escape(TEXT)}\.layers\.\d+\.router\..+"), "router"),
+    (re.compile(rf"{re.escape(TEXT)}\.layers\.\d+\.experts\..+"), "experts"),
     (re.compile(rf"{re.escape(TEXT)}\.(layers\.\d+\.)?per_layer_.+"), "per-layer inputs"),
     (re.compile(rf"{re.escape(TEXT)}\.embed_tokens_per_layer"), "per-layer embeddings"),
     (re.compile(rf"{re.escape(TEXT)}\.embed_tokens"), "embeddings"),
     (re.compile(rf"{re.escape(HEAD)}"), "head"),
     (re.compile(rf"{re.escape(VISION)}\..+"), "vision tower"),
-    (re.compile(rf"{re.escape(PROJECTOR)}"), "vision projector"),
+    (re.compile(rf"{re.escape(EMBEDDER)}\..+"), "vision embedder"),
+    (re.compile(rf"{re.escape(VISION_PROJECTOR)}"), "vision projector"),
+    (re.compile(rf"{re.escape(AUDIO)}\..+"), "audio tower"),
+    (re.compile(rf"{re.escape(AUDIO_PROJECTOR)}"), "audio projector"),
 )
 _PARAMETERS = "norms and scalars"
 

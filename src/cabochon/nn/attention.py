@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cabochon.config import PictureSight
+
+Spans = Sequence[tuple[int, int]]
 
 
 class KeyValues(Protocol):
@@ -50,10 +55,20 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     return out[0].transpose(0, 1)
 
 
-def causal_mask(positions: Tensor, first: int, count: int, window: int | None) -> Tensor:
-    """Which of the keys at `first` to `first + count` the queries at `positions` see: `[n, count]`."""
-    keys = torch.arange(first, first + count, device=positions.device)
-    seen = keys <= positions[:, None]
-    if window is not None:
-        seen &= keys > positions[:, None] - window
-    return seen
+def visible(
+    queries: Tensor, keys: Tensor, window: int | None, sight: PictureSight, pictures: Spans = ()
+) -> Tensor:
+    """Which keys at positions `keys [m]` the queries at positions `queries [n]` see: `[n, m]`.
+
+    `pictures` are the spans of positions, end excluded, that `sight` speaks of.
+    """
+    asking = queries[:, None]
+    near = torch.ones_like(asking <= keys) if window is None else keys > asking - window
+    same = torch.zeros_like(near)
+    if sight != "causal":
+        for start, stop in pictures:
+            inside = (asking >= start) & (asking < stop)
+            same |= inside & (keys >= start) & (keys < stop)
+    if sight == "whole":
+        return (keys <= asking) & near | same
+    return ((keys <= asking) | same) & near

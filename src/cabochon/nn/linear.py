@@ -1,4 +1,4 @@
-"""The two modules that hold a matrix. Both get their `Weight` from the loader, never from `__init__`."""
+"""The modules that hold a matrix. They get their `Weight` from the loader, never from `__init__`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cabochon.nn.weight import Weight
 
 
 class Linear(nn.Module):
-    """`x @ W.T`, no bias."""
+    """`x @ W.T`."""
 
     weight: Weight
 
@@ -21,6 +21,24 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
         return self.weight.linear(x)
+
+    def part(self, x: Tensor, index: int, parts: int) -> Tensor:
+        """The product with one of `parts` equal slices of rows; nothing else is read."""
+        rows = self.out_features // parts
+        return self.weight.linear(x, index * rows, (index + 1) * rows)
+
+
+class BiasedLinear(Linear):
+    """`x @ W.T + b`."""
+
+    bias: Tensor  # [out_features]
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.linear(x) + self.bias.to(x.dtype)
 
 
 class Embedding(nn.Module):

@@ -1,8 +1,9 @@
-"""Root-mean-square normalization, in float32 whatever comes in."""
+"""Normalizations, in float32 whatever comes in."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -26,3 +27,21 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             wide = wide * self.weight
         return wide.to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance normalization with weight, and with bias unless told otherwise."""
+
+    weight: Tensor  # [dim]
+    bias: Tensor | None
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, biased: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        bias = nn.Parameter(torch.empty(dim), requires_grad=False) if biased else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.weight.shape
+        return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)

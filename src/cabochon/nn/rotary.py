@@ -33,9 +33,7 @@ def text_rotation(
     return _rotation(positions[:, None].float() * frequencies, dtype)
 
 
-def vision_rotation(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> Rotation:
+def vision_rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
     """Rotations for patches at `positions [patches, 2]`: half of the head turns by x, half by y."""
     frequencies = _frequencies(head_dim // 2, theta, positions.device)
     angles = positions[:, :, None].float() * frequencies  # [patches, 2, head_dim / 4]

@@ -6,6 +6,8 @@ dtype of the activation. This is what keeps a storage type from becoming a compu
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,15 +34,16 @@ class Weight(nn.Module):
         """The rows `ids` (any shape) in `dtype`: `[*ids.shape, in_features]`."""
         raise NotImplementedError
 
-    def linear(self, x: Tensor) -> Tensor:
-        """`x @ W.T`: `[..., in_features]` to `[..., out_features]`, in `x`'s dtype."""
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """`x @ W[start:stop].T`: `[..., in_features]` to `[..., stop - start]`, in `x`'s dtype."""
+        stop = self.out_features if stop is None else stop
         step = max(1, TILE_BYTES // (self.in_features * x.element_size()))
-        if step >= self.out_features:
-            return F.linear(x, self.dense(x.dtype))
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            y[..., start:stop] = F.linear(x, self.dense(x.dtype, start, stop))
+        if step >= stop - start:
+            return F.linear(x, self.dense(x.dtype, start, stop))
+        y = x.new_empty(*x.shape[:-1], stop - start)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            y[..., first - start : last - start] = F.linear(x, self.dense(x.dtype, first, last))
         return y
 
 
@@ -58,3 +61,33 @@ class DenseWeight(Weight):
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self.data[ids].to(dtype)
+
+
+class Stack(Weight):
+    """Matrices of equal size, one below the other: experts that are stored one by one."""
+
+    def __init__(self, parts: Sequence[Weight]) -> None:
+        rows = parts[0].out_features
+        assert all(part.out_features == rows for part in parts)
+        super().__init__(rows * len(parts), parts[0].in_features)
+        self.parts = nn.ModuleList(parts)
+        self.part_rows = rows
+
+    def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        return torch.cat([p.dense(dtype, *rows) for p, rows in self._covering(start, stop)])
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        flat = [self.dense(dtype, row, row + 1) for row in ids.flatten().tolist()]
+        return torch.cat(flat).unflatten(0, ids.shape)
+
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        return torch.cat([p.linear(x, *rows) for p, rows in self._covering(start, stop)], dim=-1)
+
+    def _covering(self, start: int, stop: int | None) -> Iterator[tuple[Weight, tuple[int, int]]]:
+        """The parts that hold rows `start` to `stop`, and which of their own rows these are."""
+        stop = self.out_features if stop is None else stop
+        for index in range(start // self.part_rows, -(-stop // self.part_rows)):
+            first = index * self.part_rows
+            part = self.parts[index]
+            assert isinstance(part, Weight)
+            yield part, (max(start - first, 0), min(stop - first, self.part_rows))

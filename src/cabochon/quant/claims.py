@@ -15,7 +15,8 @@ from typing import Any
 from cabochon.errors import ConfigError
 from cabochon.quant.scheme import PackedInt, Site
 
-_CLASSES = {"linear": "Linear", "embedding": "Embedding"}
+# Quantizers unfold experts into linear layers.
+_CLASSES = {"linear": "Linear", "embedding": "Embedding", "experts": "Linear"}
 
 
 @dataclass(frozen=True, slots=True)

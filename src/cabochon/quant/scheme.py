@@ -6,7 +6,7 @@ Shape checks, byte counts and error texts all follow from the slots that a schem
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from cabochon.checkpoint.headers import TensorMeta
@@ -26,9 +26,15 @@ class Site:
     """A matrix that the model needs, by its canonical name."""
 
     name: str
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "experts"]
     out_features: int  # rows; of an embedding, its entries
     in_features: int
+    parts: int = 1  # equal slices of rows which a file may store one by one
+
+    @property
+    def part(self) -> Site:
+        """One of the parts, as a matrix of its own."""
+        return replace(self, out_features=self.out_features // self.parts, parts=1)
 
     def extent(self, axis: str) -> int:
         """The size of an axis: "out", "in", "in/32" (groups, the last may be cut), or a number."""

@@ -66,7 +66,7 @@ class Chat:
         vocab = self.llm.config.text.vocab_size
         if any(token >= vocab for token in chat.stop_token_ids or ()):
             raise RequestError(f"stop_token_ids must be 0 to {vocab - 1}", "stop_token_ids")
-        prompt = self.llm.chat_prompt(chat_messages(chat.messages))
+        prompt = self.llm.prompts.chat(chat_messages(chat.messages))
         return chat, prompt, chat.sampling(self.llm.defaults)
 
 

@@ -19,7 +19,7 @@ _ROLES = {"developer": "system"}
 
 
 def chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """`messages` as `LLM.chat_prompt` takes them: pictures are PIL images in parts of type `image`.
+    """`messages` as `Prompts.chat` takes them: pictures are PIL images in parts of type `image`.
 
     Raises:
         RequestError: a picture is not a data URL or cannot be decoded, or there are too many.

@@ -1,0 +1,52 @@
+"""A part of `config.json` that reads values by type and names them in its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cabochon.errors import ConfigError
+
+
+class Section:
+    """One object of the file; `name` is its path in it, empty for the whole."""
+
+    def __init__(self, values: Any, name: str) -> None:
+        if not isinstance(values, dict):
+            raise ConfigError(f"config.json: {name} is {values!r}, expected an object")
+        self.values = values
+        self.name = name
+
+    def _read(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
+        value = self.values.get(key, default)
+        if value is None:
+            value = default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            where = f"{self.name}.{key}" if self.name else key
+            raise ConfigError(f"config.json: {where} is {value!r}, expected {expected}")
+        return value
+
+    def integer(self, key: str, default: int, least: int = 0) -> int:
+        value: int = self._read(key, default, (int,), "an integer")
+        if value < least:
+            raise ConfigError(
+                f"config.json: {self.name}.{key} is {value}, expected at least {least}"
+            )
+        return value
+
+    def size(self, key: str, default: int) -> int:
+        return self.integer(key, default, least=1)
+
+    def number(self, key: str, default: float) -> float:
+        return float(self._read(key, default, (int, float), "a number"))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return bool(self._read(key, default, (bool,), "true or false"))
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Refuse a value of `key` that this version does not compute; absent is always allowed."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            wanted = " or ".join(repr(a) for a in allowed) or "it absent"
+            raise ConfigError(
+                f"config.json: {self.name}.{key} is {value!r}; this version computes {wanted} only"
+            )
