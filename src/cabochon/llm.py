@@ -1,4 +1,4 @@
-"""`LLM`: a checkpoint, loaded and ready. What the command line, the server and Python callers share."""
+"""`LLM`: a checkpoint, loaded and ready, as command line, server and Python callers share it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Reads `config.json` in either of its two schemas.
 
 Upstream moved the sizes of full-attention layers from `global_head_dim` and
-`num_global_key_value_heads` into `per_layer_config`, keyed by zero-padded layer numbers. Both become
-one `LayerConfig` a layer, so that nothing behind this file knows there were two. Defaults are those
-of upstream's classes. Derived facts (who shares whose keys, who is double-wide) are resolved here once.
+`num_global_key_value_heads` into `per_layer_config`, keyed by zero-padded layer numbers. Both
+become one `LayerConfig` a layer, so that nothing behind this file knows there were two. Defaults
+are those of upstream's classes. Derived facts (who shares whose keys, who is double-wide) are
+resolved here once.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _layers(section: Section, unified: bool) -> tuple[LayerConfig, ...]:
 
 
 def _picture_sight(section: Section, unified: bool) -> dict[LayerKind, PictureSight]:
-    """Upstream's two classes differ: with a tower, only sliding layers look forwards, within the window."""
+    """With a tower, only sliding layers look forwards, and within the window; else all of them."""
     if section.values.get("use_bidirectional_attention", "vision" if unified else None) is None:
         return {"sliding": "causal", "full": "causal"}
     if unified:
@@ -231,7 +232,7 @@ def _layer_number(key: str, count: int) -> int:
 
 
 def _kv_sources(kinds: list[LayerKind], shared: int) -> list[int]:
-    """For each layer, the layer whose keys and values it uses: the last of its kind before sharing."""
+    """The layer whose keys and values each one uses: the last of its kind before sharing."""
     own = len(kinds) - shared
     if own < 1:
         raise ConfigError(f"config.json: num_kv_shared_layers is {shared} of {len(kinds)} layers")

@@ -1,4 +1,4 @@
-"""What a Gemma 4 is, as values: every derived fact resolved, nothing about where it was read from."""
+"""What a Gemma 4 is, as values: derived facts resolved, nothing about where it was read from."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The paged key/value cache: one pool a kind of layer, pages handed out to sequences and taken back.
+"""The paged key/value cache: one pool a kind of layer, pages handed out and taken back.
 
 Layers of the same window and head sizes form a group and share page numbers. A group with a window
-gives its pages back as they fall out of it. Layers that share keys and values own no pages: they read
-their source's.
+gives its pages back as they fall out of it. Layers that share keys and values own no pages: they
+read their source's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Group:
         return 2 * len(self.layers) * PAGE * self.kv_heads * self.head_dim * dtype.itemsize
 
     def pages_held(self, length: int, chunk: int) -> int:
-        """The most pages a sequence of `length` tokens holds, prefilled `chunk` tokens at a time."""
+        """The most pages a sequence of `length` tokens holds, computed `chunk` tokens at a time."""
         if self.window is not None:
             length = min(length, self.window + chunk + PAGE)
         return -(-length // PAGE)
@@ -126,7 +126,7 @@ class Chunk:
 
 
 class PagedCache:
-    """The pools. Memory is reserved here, once; the system commits it when pages are first written."""
+    """The pools. Memory is reserved here, once; the system commits it when it is first written."""
 
     def __init__(self, plan: CachePlan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
@@ -189,8 +189,8 @@ class _Reading:
 class CacheStep:
     """One step's view of the cache, the `KeyValues` that the model sees.
 
-    Rows of the step are the chunks' positions, one chunk after the other. After `narrow`, chunks have
-    fewer queries than positions, and those without any are left out.
+    Rows of the step are the chunks' positions, one chunk after the other. After `narrow`, chunks
+    have fewer queries than positions, and those without any are left out.
     """
 
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:

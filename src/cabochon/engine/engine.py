@@ -180,7 +180,7 @@ class Engine:
         self._sample([s for s in step if s.complete], logits)
 
     def _encode(self, step: Sequence[Scheduled]) -> list[Scheduled]:
-        """Encode media of sequences that start; a sequence whose media cannot be encoded fails alone."""
+        """Encode the media of sequences that start; one that cannot be encoded fails alone."""
         ready = []
         for scheduled in step:
             sequence = scheduled.sequence

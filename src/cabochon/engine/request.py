@@ -66,7 +66,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids in which every picture and sound has its soft tokens, and where each of them begins."""
+    """Token ids, with soft tokens for every picture and sound, and where each of them begins."""
 
     tokens: tuple[int, ...]
     media: tuple[tuple[int, Picture | Sound], ...] = ()

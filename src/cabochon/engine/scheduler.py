@@ -1,8 +1,8 @@
 """Which positions of which sequences the next step computes.
 
-Decoding goes first, one token a sequence; prompts fill what is left of the step. When pages run out,
-the sequence that came last gives its own back and is computed anew later, so that the one that came
-first always goes on: an accepted request does not die of memory.
+Decoding goes first, one token a sequence; prompts fill what is left of the step. When pages run
+out, the sequence that came last gives its own back and is computed anew later, so that the one that
+came first always goes on: an accepted request does not die of memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TokenSequence:
         return len(self.tokens) - self.computed == 1
 
     def chunk(self, room: int) -> Chunk:
-        """The next positions to compute: `room` of them, more or fewer where a picture must stay whole."""
+        """The next `room` positions to compute, or more or fewer where a picture must stay whole."""
         start, stop = self.computed, min(len(self.tokens), self.computed + room)
         for first, last in self.whole:
             if first < stop < last:
@@ -95,7 +95,7 @@ class Scheduler:
     def _schedule(self, sequence: TokenSequence, room: int, step: list[Scheduled]) -> int:
         """Add up to `room` positions of `sequence`, and return how many.
 
-        None if it had to make place for those before it. The last of the running one gives way first.
+        None if it had to make place for those before it. The last of the running gives way first.
         """
         chunk = sequence.chunk(room)
         while not self.cache.reserve(chunk):
@@ -113,7 +113,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _may_admit(self) -> bool:
-        """Whether the first in line fits beside the running, with a page to grow for each of them."""
+        """Whether the first in line fits beside the running, with a page for each to grow."""
         if not self.waiting or len(self.running) >= self.cache.plan.max_batch:
             return False
         length = len(self.waiting[0].tokens)

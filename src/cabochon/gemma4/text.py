@@ -1,4 +1,4 @@
-"""The text decoder. Tokens of all sequences of a step come as one row each; the cache tells them apart."""
+"""The text decoder. A step's tokens come as one row each; the cache knows whose they are."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP between norms, then the layer's own input, then one scalar for all of it."""
+    """Attention and MLP between norms, then the layer's own input, then a scalar for all of it."""
 
     def __init__(self, config: TextConfig, layer: LayerConfig) -> None:
         super().__init__()

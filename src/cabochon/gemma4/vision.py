@@ -101,7 +101,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionPooler(nn.Module):
-    """Mean over squares of `pooling` by `pooling` patches, times the root of the width, in float32."""
+    """Mean over squares of `pooling` by `pooling` patches, times the root of the width; float32."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

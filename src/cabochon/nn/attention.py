@@ -17,7 +17,8 @@ Spans = Sequence[tuple[int, int]]
 class KeyValues(Protocol):
     """One step's view of the cache. The model writes keys and values and asks for attention.
 
-    The step knows which rows belong to which sequence, how far each may look, and where its past lies.
+    The step knows which rows belong to which sequence, how far each may look, and where its past
+    lies.
     """
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -25,7 +26,7 @@ class KeyValues(Protocol):
         ...
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        """Attention of `[rows, heads, head_dim]` over what `layer` stored, this step's rows included."""
+        """Attention of `[rows, heads, head_dim]` over what `layer` stored, this step included."""
         ...
 
     def narrow(self, rows: Tensor) -> KeyValues:

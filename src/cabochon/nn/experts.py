@@ -26,7 +26,7 @@ class Router(nn.Module):
         self.per_expert_scale = nn.Parameter(torch.empty(count), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `x [tokens, hidden_size]`: shares (float32) and numbers of experts, `[tokens, chosen]`."""
+        """Shares (float32) and numbers of experts, `[tokens, chosen]`, for `x [tokens, hidden_size]`."""
         scores = self.proj(self.norm(x) * self.scale.to(x.dtype) * self.root)
         shares, numbers = scores.softmax(dim=-1, dtype=torch.float32).topk(self.chosen, dim=-1)
         shares = shares / shares.sum(dim=-1, keepdim=True)
@@ -34,7 +34,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Expert `e` owns rows `e * rows` to `(e + 1) * rows` of each matrix; gate rows come before up rows.
+    """Expert `e` owns the `e`-th slice of rows of each matrix; gate rows come before up rows.
 
     Tokens are sorted by expert, so that each chosen expert's rows are read once, and no others.
     """

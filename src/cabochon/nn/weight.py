@@ -1,7 +1,7 @@
 """`Weight`: a matrix in its stored bits, and `DenseWeight`, the one that is stored as floats.
 
-A weight has no dtype to ask for. Whoever wants numbers says in which dtype; products come back in the
-dtype of the activation. This is what keeps a storage type from becoming a compute type.
+A weight has no dtype to ask for. Whoever wants numbers says in which dtype; products come back in
+the dtype of the activation. This is what keeps a storage type from becoming a compute type.
 """
 
 from __future__ import annotations
