@@ -14,7 +14,7 @@ from cabochon.gemma4.sounds import Sound
 
 
 def inputs(model: Any, prompt: Prompt) -> dict[str, Any]:
-    """What `model` takes for `prompt`: media padded to a common size, with masks, as upstream's are.
+    """What `model` takes for `prompt`: media padded to a common size, with masks, as upstream does.
 
     That the media themselves are preprocessed as upstream does it is tested elsewhere.
     """

@@ -42,7 +42,7 @@ def decompressed(folder: Path) -> Tensors:
 
 def scheme_of(folder: Path, parts: Tensors) -> QuantizationScheme:
     """The config group whose width is that of the packed words."""
-    out, width = parts["weight_shape"].tolist()
+    _, width = parts["weight_shape"].tolist()
     bits = 32 * parts["weight_packed"].shape[1] // width
     groups = config_of(folder)["quantization_config"]["config_groups"].values()
     schemes = [QuantizationScheme.model_validate(group) for group in groups]

@@ -1,7 +1,7 @@
 """Cabochon runs quantized Gemma 4 right: a checkpoint loads exactly, or is refused by name.
 
-`LLM` and `SamplingParams` are imported when first asked for, so that `cabochon inspect` and `--help`
-need not wait for torch.
+`LLM` and `SamplingParams` are imported when first asked for, so that `cabochon inspect` and
+`--help` need not wait for torch.
 """
 
 from __future__ import annotations

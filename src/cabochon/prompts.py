@@ -25,7 +25,7 @@ _VIDEO = "<|video|>"
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How one kind of media stands in a prompt: its token, those around it, and what it is called."""
+    """How one kind of media stands in a prompt: its token, those around it, and its name."""
 
     token: int
     start: int
@@ -60,8 +60,8 @@ class Prompts:
         """Tokens of `prompt` exactly as written, with each media token expanded to its soft tokens.
 
         Special tokens stand in the text by their names: `<bos>`, one `<|image|>`, `<|audio|>` or
-        `<|video|>` for each of the media, in order. Token ids may also bring media expanded already,
-        as upstream's processor does.
+        `<|video|>` for each of the media, in order. Token ids may also bring media expanded
+        already, as upstream's processor does.
 
         Raises:
             RequestError: media and their tokens differ in number, or the model cannot take them.
@@ -74,8 +74,11 @@ class Prompts:
             if isinstance(prompt, str):
                 prompt = _with_timestamps(prompt, films)
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        made: tuple[Sequence[Picture | Sound], ...]
-        made = ([self.pictures(i) for i in images], [self.sounds(w) for w in sounds], frames)
+        made: list[Sequence[Picture | Sound]] = [
+            [self.pictures(image) for image in images],
+            [self.sounds(wave) for wave in sounds],
+            frames,
+        ]
         for kind, items in zip(self._kinds, made, strict=True):
             tokens = _expand(tokens, kind, items)
         return Prompt(tuple(tokens), tuple(self._placed(tokens, made)))
@@ -85,7 +88,8 @@ class Prompts:
 
         A message has a `role` and a `content`: a string, or a list of parts
         `{"type": "text", "text": str}`, `{"type": "image", "image": PIL.Image.Image}`,
-        `{"type": "audio", "audio": float32 wave, mono, 16 kHz}`, `{"type": "video", "video": bytes}`.
+        `{"type": "audio", "audio": float32 wave, mono, 16 kHz}`,
+        `{"type": "video", "video": bytes}`.
         `template` goes to the template (`enable_thinking=True`, for example).
 
         Raises:
@@ -131,7 +135,7 @@ class Prompts:
 
 
 def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
-    """`prompt` with each video token turned into one a frame, each behind its time of the form 00:07."""
+    """`prompt` with a video token for each frame, behind its time of the form 00:07."""
     pieces = prompt.split(_VIDEO)
     if len(pieces) - 1 != len(videos):
         raise _count_error("video", len(pieces) - 1, len(videos))
@@ -140,7 +144,7 @@ def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
 
 
 def _expand(tokens: Sequence[int], kind: _Kind, items: Sequence[Picture | Sound]) -> list[int]:
-    """Each token of `kind` turned into as many as its medium has soft tokens, between start and end."""
+    """Each token of `kind` as many times as its medium has soft tokens, between start and end."""
     found = tokens.count(kind.token)
     if items and found == sum(item.soft_tokens for item in items):
         return list(tokens)
