@@ -33,7 +33,7 @@ class TokenSequence:
         return len(self.tokens) - self.computed == 1
 
     def chunk(self, room: int) -> Chunk:
-        """The next `room` positions to compute, or more or fewer where a picture must stay whole."""
+        """The next `room` positions; more, or fewer, where a picture must stay whole."""
         start, stop = self.computed, min(len(self.tokens), self.computed + room)
         for first, last in self.whole:
             if first < stop < last:

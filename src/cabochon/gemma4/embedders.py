@@ -11,7 +11,7 @@ from cabochon.nn.norm import LayerNorm, RMSNorm
 
 
 class SoftTokenEmbedder(nn.Module):
-    """From a tower to the text model. The norm comes first; no loader could see it if it did not."""
+    """From a tower to the text model. The norm comes first; no loader could see it otherwise."""
 
     def __init__(self, tower_size: int, hidden_size: int, eps: float) -> None:
         super().__init__()

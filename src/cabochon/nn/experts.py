@@ -26,7 +26,7 @@ class Router(nn.Module):
         self.per_expert_scale = nn.Parameter(torch.empty(count), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares (float32) and numbers of experts, `[tokens, chosen]`, for `x [tokens, hidden_size]`."""
+        """Of `x [tokens, hidden_size]`, shares (float32) and experts, `[tokens, chosen]` each."""
         scores = self.proj(self.norm(x) * self.scale.to(x.dtype) * self.root)
         shares, numbers = scores.softmax(dim=-1, dtype=torch.float32).topk(self.chosen, dim=-1)
         shares = shares / shares.sum(dim=-1, keepdim=True)

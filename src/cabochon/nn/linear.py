@@ -54,6 +54,6 @@ class Embedding(nn.Module):
         self.register_module("weight", None)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:  # [n] -> [n, embedding_dim]
-        # The reference rounds the scale to the compute dtype first: sqrt(1536) is 39.25 in bfloat16.
+        # The reference rounds the scale first: the root of 1536 is 39.25 in bfloat16.
         scale = torch.tensor(self.scale, dtype=dtype, device=ids.device)
         return self.weight.rows(ids, dtype) * scale
