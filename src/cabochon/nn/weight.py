@@ -76,10 +76,6 @@ class Stack(Weight):
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         return torch.cat([p.dense(dtype, *rows) for p, rows in self._covering(start, stop)])
 
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        flat = [self.dense(dtype, row, row + 1) for row in ids.flatten().tolist()]
-        return torch.cat(flat).unflatten(0, ids.shape)
-
     def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         return torch.cat([p.linear(x, *rows) for p, rows in self._covering(start, stop)], dim=-1)
 
