@@ -164,6 +164,25 @@ def test_a_request_that_fails_fails_alone(tiny: LLM, alone: list[Completion]) ->
     assert idle(tiny)
 
 
+def test_the_engine_survives_its_own_faults(
+    tiny: LLM, alone: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs gets an error, wherever the fault lies, and the next request is answered."""
+    prompt = prompts(tiny, 2)[1]
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("injected")
+
+    for broken in ((tiny.engine.scheduler, "schedule"), (tiny.runner, "run")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*broken, fail)
+            with pytest.raises(CabochonError, match="ArithmeticError: injected"):
+                tiny.generate(prompt, GREEDY)
+        assert idle(tiny)
+        assert tiny.generate(prompt, GREEDY)[0] == alone[1]
+    assert tiny.engine.alive
+
+
 def test_a_sink_that_raises_harms_nobody(tiny: LLM, alone: list[Completion]) -> None:
     def broken(_delta: Delta) -> None:
         raise ValueError("a client's own mistake")

@@ -105,6 +105,11 @@ class Engine:
         self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        """Whether requests are still worked on."""
+        return self._thread.is_alive()
+
+    @property
     def load(self) -> int:
         """Requests that wait or run."""
         with self._wake:
@@ -152,7 +157,7 @@ class Engine:
                     self._accept(number, request)
                 if self._closed:
                     break
-            self._step()
+            self._step_safely()
         for number in list(self._requests):
             self._fail(
                 number, CabochonError("the engine was closed before the answer was complete")
@@ -165,6 +170,15 @@ class Engine:
             self.scheduler.add(request.sequence)
         elif number in self._requests:
             self._forget(number)
+
+    def _step_safely(self) -> None:
+        """One step. If the engine itself fails, so do its requests, and it goes on with the next."""
+        try:
+            self._step()
+        except Exception as error:
+            logger.exception("the engine failed")
+            for number in list(self._requests):
+                self._fail(number, _internal(error))
 
     def _step(self) -> None:
         step = self._encode(self.scheduler.schedule())
@@ -241,4 +255,4 @@ class Engine:
 
 
 def _internal(error: Exception) -> CabochonError:
-    return CabochonError(f"the model failed on this request: {type(error).__name__}: {error}")
+    return CabochonError(f"the engine failed on this request: {type(error).__name__}: {error}")

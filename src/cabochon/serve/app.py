@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -29,8 +28,10 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
     card = ModelCard(id=llm.name, created=int(time.time()))
 
     @app.get("/health")
-    async def health() -> Mapping[str, str]:
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        if llm.engine.alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine has stopped"}, status_code=503)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
