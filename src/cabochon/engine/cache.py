@@ -104,9 +104,6 @@ class CachePlan:
         groups = cache_groups(config)
         return cls(groups, tuple(g.pages_held(length, chunk) for g in groups), 1, length)
 
-    def bytes(self, dtype: torch.dtype) -> int:
-        return sum(g.page_bytes(dtype) * n for g, n in zip(self.groups, self.pages, strict=True))
-
 
 class PageTable:
     """The pages of one sequence, a list for each group; entry `i` holds tokens `i * PAGE` on."""
