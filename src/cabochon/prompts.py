@@ -6,21 +6,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from cabochon.config import Gemma4Config
 from cabochon.engine.request import Prompt
 from cabochon.errors import RequestError
-from cabochon.gemma4.pictures import Picture, PictureProcessor
-from cabochon.gemma4.sounds import Sound, SoundProcessor, Wave
+from cabochon.gemma4.pictures import Picture, PictureProcessor, decode_picture
+from cabochon.gemma4.sounds import SAMPLE_RATE, Sound, SoundProcessor, Wave, decode_sound
 from cabochon.gemma4.videos import Video, VideoProcessor
 from cabochon.text.chat import ChatTemplate
 from cabochon.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+MediaKind = Literal["image", "audio", "video"]
+
 _VIDEO = "<|video|>"
+_SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +53,98 @@ class Prompts:
             _Kind(ids.video, ids.image_start, ids.image_end, "video"),
         )
 
+    def picture(self, image: Image.Image | bytes) -> Picture:
+        """What the model sees of a picture, or of the bytes of an untrusted file of one.
+
+        Raises:
+            RequestError: the model does not see, the file cannot be decoded, or the picture has a
+                shape that the model has no positions for.
+        """
+        self.check_sense("image")
+        if isinstance(image, bytes):
+            image = decode_picture(image)
+        return self._within_table(self.pictures(image))
+
+    def sound(self, wave: Wave | bytes) -> Sound:
+        """What the model hears of a wave, or of the bytes of an untrusted file of sound.
+
+        Upstream cuts a sound that is too long, and gives one that is too short no place in the
+        prompt. Nothing is dropped here in silence.
+
+        Raises:
+            RequestError: the model does not hear, the file cannot be decoded, or the sound is
+                longer or shorter than what the model hears.
+        """
+        self.check_sense("audio")
+        if isinstance(wave, bytes):
+            wave = decode_sound(wave)
+        sound, longest = self.sounds(wave), self.sounds.longest
+        seconds = len(wave) / SAMPLE_RATE
+        if longest is not None and len(wave) > longest:
+            raise RequestError(
+                f"a sound of {seconds:.2f} seconds is longer than the {longest / SAMPLE_RATE:g}"
+                " that this model hears; send it in pieces"
+            )
+        if not sound.soft_tokens:
+            raise RequestError(
+                f"a sound of {len(wave)} samples ({seconds:.3f} seconds at 16 kHz) is too short for"
+                " this model to hear"
+            )
+        return sound
+
+    def video(self, data: bytes) -> Video:
+        """What the model sees of the bytes of an untrusted video file.
+
+        Raises:
+            RequestError: the model does not see, the file cannot be decoded, or its frames have a
+                shape that the model has no positions for.
+        """
+        self.check_sense("video")
+        video = self.videos(data)
+        for frame in video.frames:
+            self._within_table(frame)
+        return video
+
+    def check_sense(self, kind: MediaKind) -> None:
+        """Say what the model lacks, before anything is decoded or counted.
+
+        Raises:
+            RequestError: the model takes no media of this kind.
+        """
+        if kind == "audio":
+            if self.config.audio is None:
+                raise RequestError(
+                    "this model does not hear: its checkpoint has no audio", "messages"
+                )
+        elif self.config.vision is None:
+            raise RequestError("this model does not see: its checkpoint has no vision", "messages")
+
     def raw(
         self,
         prompt: str | Sequence[int],
-        images: Sequence[Image.Image] = (),
-        sounds: Sequence[Wave] = (),
-        videos: Sequence[bytes] = (),
+        images: Sequence[Image.Image | Picture] = (),
+        sounds: Sequence[Wave | Sound] = (),
+        videos: Sequence[bytes | Video] = (),
     ) -> Prompt:
         """Tokens of `prompt` exactly as written, with each media token expanded to its soft tokens.
 
         Special tokens stand in the text by their names: `<bos>`, one `<|image|>`, `<|audio|>` or
         `<|video|>` for each of the media, in order. Token ids may also bring media expanded
-        already, as upstream's processor does.
+        already, as upstream's processor does. Media may come as `picture`, `sound` and `video`
+        made them.
 
         Raises:
             RequestError: media and their tokens differ in number, or the model cannot take them.
         """
-        self._check_senses(images, sounds, videos)
-        frames: list[Picture] = []
-        if videos:
-            films = [self.videos(data) for data in videos]
-            frames = [frame for film in films for frame in film.frames]
-            if isinstance(prompt, str):
-                prompt = _with_timestamps(prompt, films)
+        films = [v if isinstance(v, Video) else self.video(v) for v in videos]
+        made: tuple[Sequence[Picture | Sound], ...] = (
+            [i if isinstance(i, Picture) else self.picture(i) for i in images],
+            [w if isinstance(w, Sound) else self.sound(w) for w in sounds],
+            [frame for film in films for frame in film.frames],
+        )
+        if films and isinstance(prompt, str):
+            prompt = _with_timestamps(prompt, films)
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        made: list[Sequence[Picture | Sound]] = [
-            [self.pictures(image) for image in images],
-            [self.sounds(wave) for wave in sounds],
-            frames,
-        ]
         for kind, items in zip(self._kinds, made, strict=True):
             tokens = _expand(tokens, kind, items)
         return Prompt(tuple(tokens), tuple(self._placed(tokens, made)))
@@ -89,7 +155,7 @@ class Prompts:
         A message has a `role` and a `content`: a string, or a list of parts
         `{"type": "text", "text": str}`, `{"type": "image", "image": PIL.Image.Image}`,
         `{"type": "audio", "audio": float32 wave, mono, 16 kHz}`,
-        `{"type": "video", "video": bytes}`.
+        `{"type": "video", "video": bytes}`; media also as `picture`, `sound` and `video` make them.
         `template` goes to the template (`enable_thinking=True`, for example).
 
         Raises:
@@ -97,6 +163,7 @@ class Prompts:
         """
         if not messages:
             raise RequestError("messages is empty; give at least one", "messages")
+        messages = [_plain_system(message, i) for i, message in enumerate(messages)]
         contents = (message.get("content") for message in messages)
         parts = list(chain.from_iterable(c for c in contents if isinstance(c, list)))
         text = self.template.render(messages, add_generation_prompt=True, **template)
@@ -106,23 +173,23 @@ class Prompts:
         )
         return self.raw(text, images, sounds, videos)
 
-    def _check_senses(
-        self, images: Sequence[Any], sounds: Sequence[Any], videos: Sequence[Any]
-    ) -> None:
-        """Say what the model lacks before anything is decoded or counted."""
-        if (images or videos) and self.config.vision is None:
-            raise RequestError("this model does not see: its checkpoint has no vision", "messages")
-        if sounds and self.config.audio is None:
-            raise RequestError("this model does not hear: its checkpoint has no audio", "messages")
+    def _within_table(self, picture: Picture) -> Picture:
+        """`picture`, if the model has learnt a position for each of its patches."""
+        assert self.config.vision is not None
+        known = self.config.vision.position_table_size
+        across, down = (int(most) + 1 for most in picture.positions.max(axis=0))
+        if max(across, down) > known:
+            raise RequestError(
+                f"a picture of this shape becomes {across} x {down} patches, but the model has"
+                f" positions for {known} either way; send one that is less long and narrow"
+            )
+        return picture
 
     def _placed(
         self, tokens: Sequence[int], made: Sequence[Sequence[Picture | Sound]]
     ) -> Iterator[tuple[int, Picture | Sound]]:
         """Each medium with the position of its first soft token, in the order of the prompt."""
-        kinds = {
-            kind.token: (item for item in items if item.soft_tokens)  # a click may have none
-            for kind, items in zip(self._kinds, made, strict=True)
-        }
+        kinds = {kind.token: iter(items) for kind, items in zip(self._kinds, made, strict=True)}
         position = 0
         while position < len(tokens):
             following = kinds.get(tokens[position])
@@ -132,6 +199,23 @@ class Prompts:
                 item = next(following)
                 yield position, item
                 position += item.soft_tokens
+
+
+def _plain_system(message: Message, index: int) -> Message:
+    """A system message's parts as one string: Gemma's own template takes no list there.
+
+    Raises:
+        RequestError: there is something else than text among them.
+    """
+    content = message.get("content")
+    if message.get("role") not in _SYSTEM or not isinstance(content, list):
+        return message
+    if any(part.get("type") != "text" for part in content):
+        raise RequestError(
+            f"a message of role {message['role']!r} is of text alone; media belong to a user",
+            f"messages[{index}].content",
+        )
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
@@ -146,7 +230,9 @@ def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
 def _expand(tokens: Sequence[int], kind: _Kind, items: Sequence[Picture | Sound]) -> list[int]:
     """Each token of `kind` as many times as its medium has soft tokens, between start and end."""
     found = tokens.count(kind.token)
-    if items and found == sum(item.soft_tokens for item in items):
+    whole = bool(items) and found == sum(item.soft_tokens for item in items)
+    # One token may stand for a short sound, or be the whole of it: then its start is before it.
+    if whole and tokens[tokens.index(kind.token) - 1] == kind.start:
         return list(tokens)
     if found != len(items):
         raise _count_error(kind.name, found, len(items))

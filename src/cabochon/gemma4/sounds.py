@@ -66,6 +66,11 @@ class SoundProcessor(ABC):
             return _checked_frames(parse_frames(settings), audio)
         return _checked_mel(parse_mel(settings), audio)
 
+    @property
+    @abstractmethod
+    def longest(self) -> int | None:
+        """Samples of the longest sound that is heard to its end; None if there is no such bound."""
+
     @abstractmethod
     def __call__(self, wave: Wave) -> Sound:
         """Preprocess one wave: `[samples]`, mono, 16 kHz.
@@ -87,6 +92,10 @@ class MelProcessor(SoundProcessor):
     floor: float = 1e-3
     max_samples: int = 30 * SAMPLE_RATE  # upstream hears no more of a sound, and says nothing
 
+    @property
+    def longest(self) -> int:
+        return self.max_samples
+
     def __call__(self, wave: Wave) -> Sound:
         wave = _checked_wave(wave)[: self.max_samples]
         wave = np.pad(wave, (self.frame // 2, 0))
@@ -107,6 +116,10 @@ class FrameProcessor(SoundProcessor):
     """The wave itself, cut into frames, each of them a soft token; silence fills up the last."""
 
     samples: int = 640  # of a frame
+
+    @property
+    def longest(self) -> None:
+        return None
 
     def __call__(self, wave: Wave) -> Sound:
         wave = _checked_wave(wave)

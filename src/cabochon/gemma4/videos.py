@@ -90,11 +90,7 @@ class VideoProcessor:
             RequestError: not such a file, damaged, larger than a limit, without a frame rate, or
                 the `video` extra is not installed.
         """
-        if len(data) > max_bytes:
-            raise RequestError(
-                f"a video has {len(data):,} bytes; at most {max_bytes:,} are accepted"
-            )
-        with _opened(data) as (container, stream):
+        with _opened(data, max_bytes) as (container, stream):
             rate = _frame_rate(stream)
             _check_size(stream.width, stream.height, max_pixels)
             total = _count_frames(container, stream)
@@ -169,9 +165,21 @@ def parse_videos(settings: Mapping[str, Any], *, unified: bool = False) -> Video
     return VideoProcessor(num_frames=num_frames, fps=fps, frames=frames)
 
 
+def check_video(data: bytes) -> None:
+    """Open a video without decoding a frame, for an error before there is a model to see it.
+
+    Raises:
+        RequestError: not such a file, too large, or the `video` extra is not installed.
+    """
+    with _opened(data, MAX_VIDEO_BYTES):
+        pass
+
+
 @contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+def _opened(data: bytes, max_bytes: int) -> Iterator[tuple[Any, Any]]:
     """The container and its video stream. Errors are put into our own words, those inside too."""
+    if len(data) > max_bytes:
+        raise RequestError(f"a video has {len(data):,} bytes; at most {max_bytes:,} are accepted")
     av = _library()
     options = {"format_whitelist": _CONTAINERS, "codec_whitelist": ",".join(_CODECS)}
     try:
