@@ -89,6 +89,16 @@ def run(
         list[Path] | None,
         typer.Option("--image", metavar="FILE", help="A picture; may be repeated"),
     ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--audio", metavar="FILE", help="A sound: WAV, FLAC, MP3 or Ogg; may be repeated"
+        ),
+    ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option("--video", metavar="FILE", help="A video; may be repeated"),
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message")] = None,
     max_tokens: Annotated[int | None, _sampling("--max-tokens", "Length of an answer")] = None,
     temperature: Annotated[
@@ -106,7 +116,7 @@ def run(
     settings: Settings,
 ) -> None:
     """Answer a prompt, or chat."""
-    from cabochon.conversation import Conversation, converse, open_picture
+    from cabochon.conversation import Conversation, converse, open_medium
     from cabochon.engine.request import SamplingParams
 
     given = {
@@ -119,14 +129,19 @@ def run(
     }
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     SamplingParams(**changes)  # raises before a long load, not after it
-    pictures = [open_picture(path) for path in image or ()]
+    media = [
+        *(open_medium("image", path) for path in image or ()),
+        *(open_medium("audio", path) for path in audio or ()),
+        *(open_medium("video", path) for path in video or ()),
+    ]
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
     with _load(model, settings) as llm:
         if verbose:
             print(llm.report.text(), file=sys.stderr)
         params = dataclasses.replace(llm.defaults, **changes)
         conversation = Conversation(llm, params, system=system, verbose=verbose)
-        conversation.pending = pictures
+        for medium in media:
+            conversation.attach(medium)
         if prompt is None:
             raise typer.Exit(converse(conversation))
         conversation.say(prompt)

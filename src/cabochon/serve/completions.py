@@ -26,7 +26,7 @@ from cabochon.serve.protocol import ChatRequest
 from cabochon.serve.requests import parse_request
 from cabochon.settings import Settings
 
-PREPARING = 2  # requests whose JSON, pictures and tokens are worked on at once, off the event loop
+PREPARING = 2  # requests whose JSON, media and tokens are worked on at once, off the event loop
 
 
 class Chat:
@@ -66,7 +66,7 @@ class Chat:
         vocab = self.llm.config.text.vocab_size
         if any(token >= vocab for token in chat.stop_token_ids or ()):
             raise RequestError(f"stop_token_ids must be 0 to {vocab - 1}", "stop_token_ids")
-        prompt = self.llm.prompts.chat(chat_messages(chat.messages))
+        prompt = self.llm.prompts.chat(chat_messages(chat.messages, self.llm.prompts))
         return chat, prompt, chat.sampling(self.llm.defaults)
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's messages → messages of the chat template, with pictures decoded."""
+"""OpenAI's messages → messages of the chat template, with media as the model takes them."""
 
 from __future__ import annotations
 
@@ -7,66 +7,85 @@ import binascii
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
 from cabochon.errors import RequestError
-from cabochon.gemma4.pictures import decode_picture
-from cabochon.serve.protocol import ChatMessage, ImagePart, TextPart
+from cabochon.prompts import Prompts
+from cabochon.serve.protocol import AudioPart, ChatMessage, ImagePart, TextPart, VideoPart
 
-MAX_PICTURES = 64
+MOST = {ImagePart: (64, "pictures"), AudioPart: (16, "sounds"), VideoPart: (4, "videos")}
 
 _ROLES = {"developer": "system"}
 
 
-def chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """`messages` as `Prompts.chat` takes them: pictures are PIL images in parts of type `image`.
+def chat_messages(messages: Sequence[ChatMessage], prompts: Prompts) -> list[dict[str, Any]]:
+    """`messages` as `Prompts.chat` takes them, each of their media preprocessed by `prompts`.
+
+    That is done at once, one after the other, because a file decoded is much larger than what the
+    model takes of it.
 
     Raises:
-        RequestError: a picture is not a data URL or cannot be decoded, or there are too many.
+        RequestError: a medium that is not in the request itself, cannot be decoded or is not for
+            this model, or too many of them.
     """
-    pictures = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
-    if pictures > MAX_PICTURES:
-        raise RequestError(
-            f"{pictures} pictures in one request, expected at most {MAX_PICTURES}", "messages"
-        )
-    return [_message(message, f"messages[{i}].content") for i, message in enumerate(messages)]
+    for kind, (most, name) in MOST.items():
+        found = sum(isinstance(part, kind) for m in messages for part in m.content)
+        if found > most:
+            raise RequestError(
+                f"{found} {name} in one request, expected at most {most}", "messages"
+            )
+    return [_message(m, prompts, f"messages[{i}].content") for i, m in enumerate(messages)]
 
 
-def _message(message: ChatMessage, where: str) -> dict[str, Any]:
+def _message(message: ChatMessage, prompts: Prompts, where: str) -> dict[str, Any]:
     content: str | list[dict[str, Any]]
     if isinstance(message.content, str):
         content = message.content
     else:
-        content = [_part(part, f"{where}[{i}]") for i, part in enumerate(message.content)]
+        content = [_part(part, prompts, f"{where}[{i}]") for i, part in enumerate(message.content)]
     return {"role": _ROLES.get(message.role, message.role), "content": content}
 
 
-def _part(part: TextPart | ImagePart, where: str) -> dict[str, Any]:
+def _part(
+    part: TextPart | ImagePart | AudioPart | VideoPart, prompts: Prompts, where: str
+) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
-    where += ".image_url"
-    return {"type": "image", "image": _picture(part.image_url.url, where)}
-
-
-def _picture(url: str, where: str) -> Image.Image:
+    where += f".{part.type}"
     try:
-        return decode_picture(_data(url))
+        match part:
+            case ImagePart():
+                data = _from_url(part.image_url.url, "image/png")
+                return {"type": "image", "image": prompts.picture(data)}
+            case AudioPart():
+                data = _from_audio(part.input_audio.data)
+                return {"type": "audio", "audio": prompts.sound(data)}
+            case VideoPart():
+                data = _from_url(part.video_url.url, "video/mp4")
+                return {"type": "video", "video": prompts.video(data)}
     except RequestError as error:
         raise RequestError(f"{where}: {error}", where) from None
 
 
-def _data(url: str) -> bytes:
+def _from_audio(data: str) -> bytes:
+    """OpenAI sends bare base64, which has no colon; some clients send a data URL."""
+    return _from_url(data, "audio/wav") if ":" in data[:8] else _from_base64(data)
+
+
+def _from_url(url: str, example: str) -> bytes:
     """The bytes of a base64 data URL. Its media type is not believed: the bytes tell."""
     scheme, colon, rest = url.partition(":")
     if scheme.lower() in ("http", "https"):
         raise RequestError(
-            "this server fetches no pictures; send the file itself as a data URL,"
-            " 'data:image/png;base64,…'"
+            "this server fetches nothing from elsewhere; send the file itself as a data URL,"
+            f" 'data:{example};base64,…'"
         )
     head, comma, data = rest.partition(",")
     if scheme.lower() != "data" or not (colon and comma) or not head.lower().endswith(";base64"):
-        raise RequestError("expected a data URL, 'data:image/png;base64,…'")
+        raise RequestError(f"expected a data URL, 'data:{example};base64,…'")
+    return _from_base64(data)
+
+
+def _from_base64(data: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError("the data URL is not valid base64") from None
+        raise RequestError("the data is not valid base64") from None

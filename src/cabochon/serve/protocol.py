@@ -44,7 +44,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _as_image_url(value: Any) -> Any:
+def _as_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
@@ -69,12 +69,46 @@ class ImagePart(BaseModel):
     model_config = _STRICT
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_as_image_url)]
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_url)]
+
+
+class InputAudio(BaseModel):
+    """OpenAI takes WAV and MP3; which format it is, the bytes tell."""
+
+    model_config = _STRICT
+
+    data: str
+    format: Literal["wav", "mp3", "flac", "ogg"]
+
+
+class AudioPart(BaseModel):
+    model_config = _STRICT
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class VideoUrl(BaseModel):
+    model_config = _STRICT
+
+    url: str
+
+
+class VideoPart(BaseModel):
+    """OpenAI has no videos; this is the shape that other engines take."""
+
+    model_config = _STRICT
+
+    type: Literal["video_url"]
+    video_url: Annotated[VideoUrl, BeforeValidator(_as_url)]
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
-    _either(_part_tag, "a part of type 'text' or 'image_url'"),
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image_url>")]
+    | Annotated[AudioPart, Tag("<input_audio>")]
+    | Annotated[VideoPart, Tag("<video_url>")],
+    _either(_part_tag, "a part of type 'text', 'image_url', 'input_audio' or 'video_url'"),
 ]
 
 

@@ -60,7 +60,7 @@ _MESSAGE_NOT_SERVED: Mapping[str, Neutral] = {
     "tool_calls": ([],),
 }
 _ROLES_NOT_SERVED = ("tool", "function")
-_PARTS_NOT_SERVED = ("audio_url", "file", "input_audio", "refusal", "video_url")
+_PARTS_NOT_SERVED = ("audio_url", "file", "refusal")
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -114,7 +114,8 @@ def _served_message(message: Any, index: int) -> Any:
     for i, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict) and part.get("type") in _PARTS_NOT_SERVED:
             raise RequestError(
-                f"parts of type {part['type']!r} are not supported; send 'text' and 'image_url'",
+                f"parts of type {part['type']!r} are not supported; send 'text', 'image_url',"
+                " 'input_audio' and 'video_url'",
                 f"{where}.content[{i}].type",
             )
     return {name: value for name, value in message.items() if name not in _MESSAGE_NOT_SERVED}

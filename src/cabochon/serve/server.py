@@ -17,12 +17,16 @@ from cabochon.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+BACKLOG = 2048
 DRAIN_SECONDS = 30
 MAX_HEADER_BYTES = 64 * 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to `host:port`, which does not listen yet.
+    """A socket that listens on `host:port`; who connects waits until it is served.
+
+    It listens from the start, because two servers may bind one port as long as neither does: the
+    second would find out only after its model was loaded.
 
     Raises:
         CabochonError: the address is taken, or not one of this machine.
@@ -34,6 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         raise CabochonError(
             f"cannot listen on {host} port {port}: {error.strerror}; --host and --port set it"
@@ -54,6 +59,7 @@ class Server(uvicorn.Server):
             log_config=None,
             proxy_headers=False,
             server_header=False,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
         super().__init__(config)
