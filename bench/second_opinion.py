@@ -2,10 +2,13 @@
 
     python bench/second_opinion.py CHECKPOINT MODEL.gguf
 
-CHECKPOINT is a bfloat16 folder; MODEL.gguf is what llama.cpp's `convert_hf_to_gguf.py --outtype bf16`
-makes of it. Needs `pip install llama-cpp-python`. Text only: random tokens, some of them behind the
-sliding window. Prints the least and the mean cosine over the positions, and how often both find the
-same token likeliest; exits with 1 below a cosine of 0.999.
+CHECKPOINT is a folder; MODEL.gguf is what llama.cpp's `convert_hf_to_gguf.py` makes of it, with
+`--outtype bf16` or `f32`. With bf16 weights llama.cpp rounds activations to bfloat16 in each product:
+a mixture of experts then chooses another expert where two are close, and differs at such tokens.
+
+Needs `pip install llama-cpp-python`. Text only: random tokens, more than a sliding window of them.
+Prints the least and the mean cosine over the positions, and how often both find the same token
+likeliest; exits with 1 below a cosine of 0.999.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import sys
 
 import numpy as np
 import torch
-from llama_cpp import Llama
+from llama_cpp import GGML_TYPE_F32, Llama
 from torch.nn.functional import cosine_similarity
 
 from cabochon import LLM
@@ -40,13 +43,22 @@ def main() -> None:
     with LLM(arguments.checkpoint, dtype="float32") as llm:
         tokens = ordinary_tokens(llm, TOKENS)
         ours = llm.logits(tokens)
-    peer = Llama(arguments.gguf, n_ctx=512, logits_all=True, verbose=False)
+    peer = Llama(
+        arguments.gguf,
+        n_ctx=512,
+        logits_all=True,
+        type_k=GGML_TYPE_F32,
+        type_v=GGML_TYPE_F32,
+        verbose=False,
+    )
     peer.eval(tokens)
     theirs = torch.from_numpy(np.array(peer.scores[: len(tokens)]))
     cosines = cosine_similarity(ours, theirs, dim=-1)
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
-    print(f"cosine: least {cosines.min():.6f}, mean {cosines.mean():.6f}; likeliest equal {same:.1%}")
-    sys.exit(cosines.min() < LEAST_COSINE)
+    print(
+        f"cosine: least {cosines.min():.6f}, mean {cosines.mean():.6f}; likeliest equal {same:.1%}"
+    )
+    sys.exit(int(cosines.min() < LEAST_COSINE))
 
 
 if __name__ == "__main__":
