@@ -3,8 +3,8 @@
     python bench/second_opinion.py CHECKPOINT MODEL.gguf
 
 CHECKPOINT is a folder; MODEL.gguf is what llama.cpp's `convert_hf_to_gguf.py` makes of it, with
-`--outtype bf16` or `f32`. With bf16 weights llama.cpp rounds activations to bfloat16 in each product:
-a mixture of experts then chooses another expert where two are close, and differs at such tokens.
+`--outtype bf16` or `f32`. With bf16 weights llama.cpp rounds activations to bfloat16 in each
+product: where two experts are close it then chooses the other one, and differs at such tokens.
 
 Needs `pip install llama-cpp-python`. Text only: random tokens, more than a sliding window of them.
 Prints the least and the mean cosine over the positions, and how often both find the same token
