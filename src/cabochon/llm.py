@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -17,12 +15,12 @@ from torch import Tensor
 
 from cabochon.config import Gemma4Config
 from cabochon.engine.cache import CachePlan, PagedCache
+from cabochon.engine.defaults import GenerationDefaults
 from cabochon.engine.engine import Engine
 from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
-from cabochon.errors import ConfigError, RequestError
 from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import load_model
 from cabochon.prompts import Message, Prompts
@@ -77,7 +75,8 @@ class LLM:
         gemma, self.report = load_model(folder, dtype=compute, progress=progress)
         self.config: Gemma4Config = gemma.config
         self.prompts = Prompts(folder, self.config)
-        self.defaults, ends = _generation_defaults(folder)
+        generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
+        self.defaults = generation.sampling
         self.prefill_chunk = prefill_chunk
         self.runner = Runner(gemma, compute, torch.device("cpu"))
         budget = kv_cache_bytes or _memory() // 8
@@ -87,8 +86,14 @@ class LLM:
             self.config.text, compute, budget, max_batch, self._longest_step, max_context
         )
         self.max_context = plan.max_context
-        tokenizer = self.prompts.tokenizer
-        self.engine = Engine(self.runner, plan, tokenizer, ends=ends, prefill_chunk=prefill_chunk)
+        self.engine = Engine(
+            self.runner,
+            plan,
+            self.prompts.tokenizer,
+            ends=generation.ends,
+            suppressed=generation.suppressed,
+            prefill_chunk=prefill_chunk,
+        )
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Deltas as they come. Closing the stream cancels the request.
@@ -174,24 +179,6 @@ def _as_list(
     if all(isinstance(p, int) for p in prompts):
         return [[p for p in prompts if isinstance(p, int)]]
     return [p for p in prompts if not isinstance(p, int)]
-
-
-def _generation_defaults(folder: Path) -> tuple[SamplingParams, frozenset[int]]:
-    """Sampling defaults and end tokens of `generation_config.json`, which may be absent."""
-    path = folder / "generation_config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        ends = raw.get("eos_token_id", 1)
-        defaults = SamplingParams(
-            temperature=float(raw.get("temperature") or 1.0),
-            top_k=int(raw.get("top_k") or 0),
-            top_p=float(raw.get("top_p") or 1.0),
-        )
-        if raw.get("do_sample") is False:
-            defaults = replace(defaults, temperature=0.0)
-        return defaults, frozenset([ends] if isinstance(ends, int) else map(int, ends))
-    except (OSError, ValueError, TypeError, AttributeError, RequestError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from None
 
 
 def _memory() -> int:

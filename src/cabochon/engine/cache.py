@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cabochon.config import PictureSight, TextConfig
+from cabochon.config import KeptLayers, TextConfig, kept_layers
 from cabochon.errors import CabochonError
 from cabochon.nn.attention import Spans, attention, visible
 
@@ -23,32 +23,24 @@ _FREED = -1  # a page that fell out of the window
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Layers whose keys and values have the same shape and lifetime."""
-
-    window: int | None
-    kv_heads: int
-    head_dim: int
-    pictures: PictureSight
-    layers: tuple[int, ...]
+class Group(KeptLayers):
+    """Layers that share page numbers."""
 
     def page_bytes(self, dtype: torch.dtype) -> int:
-        return 2 * len(self.layers) * PAGE * self.kv_heads * self.head_dim * dtype.itemsize
+        return PAGE * self.elements * dtype.itemsize
 
     def pages_held(self, length: int, chunk: int) -> int:
-        """The most pages a sequence of `length` tokens holds, computed `chunk` tokens at a time."""
+        """The most pages that `length` tokens hold, prefilled `chunk` tokens at a time."""
         if self.window is not None:
             length = min(length, self.window + chunk + PAGE)
         return -(-length // PAGE)
 
 
 def cache_groups(config: TextConfig) -> tuple[Group, ...]:
-    made: dict[tuple[int | None, int, int, PictureSight], list[int]] = {}
-    for layer in config.layers:
-        if not layer.shares_kv:
-            key = (layer.window, layer.kv_heads, layer.head_dim, layer.pictures)
-            made.setdefault(key, []).append(layer.index)
-    return tuple(Group(*key, layers=tuple(layers)) for key, layers in made.items())
+    return tuple(
+        Group(kept.window, kept.kv_heads, kept.head_dim, kept.pictures, kept.layers)
+        for kept in kept_layers(config)
+    )
 
 
 @dataclass(frozen=True, slots=True)

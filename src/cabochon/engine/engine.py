@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,11 +65,13 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         ends: frozenset[int],
+        suppressed: Sequence[int] = (),
         prefill_chunk: int,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
         self.ends = ends
+        self.suppressed = list(suppressed)
         self.max_context = plan.max_context
         self.cache = PagedCache(plan, runner.dtype, runner.device)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
@@ -172,7 +175,7 @@ class Engine:
             self._forget(number)
 
     def _step_safely(self) -> None:
-        """One step. If the engine itself fails, so do its requests, and it goes on with the next."""
+        """One step. If the engine itself fails, so do its requests; it goes on with the next."""
         try:
             self._step()
         except Exception as error:
@@ -218,7 +221,9 @@ class Engine:
         keep = [i for i, fine in enumerate(finite) if fine]
         if keep:
             drawing = [self._requests[numbers[i]] for i in keep]
-            tokens = sample(logits[keep], [request.sampling for request in drawing])
+            allowed = logits[keep]
+            allowed[:, self.suppressed] = -math.inf
+            tokens = sample(allowed, [request.sampling for request in drawing])
             for i, token in zip(keep, tokens, strict=True):
                 self._advance(numbers[i], token)
 

@@ -1,0 +1,71 @@
+"""What a checkpoint's `generation_config.json` asks of generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cabochon.engine.request import SamplingParams
+from cabochon.errors import ConfigError, RequestError
+from cabochon.files import read_json_object
+from cabochon.text.tokenizer import Tokenizer
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_END_OF_TURN = "<turn|>"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling where a request does not say otherwise, and tokens that end or never occur."""
+
+    sampling: SamplingParams
+    ends: frozenset[int]
+    suppressed: tuple[int, ...]  # never drawn
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: Tokenizer) -> GenerationDefaults:
+        """Read `generation_config.json`, and `config.json` for what it leaves out.
+
+        A checkpoint that names no end ends with its turn: quantizers lose this file at times.
+
+        Raises:
+            ConfigError: a value that is not of its kind, or a token outside of the vocabulary.
+        """
+        path = folder / "generation_config.json"
+        raw = read_json_object(path)
+        ends = _tokens(raw, "eos_token_id", path, tokenizer)
+        if not ends:
+            config = folder / "config.json"
+            ends = _tokens(read_json_object(config), "eos_token_id", config, tokenizer)
+        if not ends:
+            turn = tokenizer.token_id(_END_OF_TURN)
+            ends = (1,) if turn is None else (1, turn)
+        suppressed = _tokens(raw, "suppress_tokens", path, tokenizer)
+        return cls(_sampling(raw, path), frozenset(ends), suppressed)
+
+
+def _sampling(raw: Mapping[str, Any], path: Path) -> SamplingParams:
+    given = {key: raw[key] for key in _SAMPLING if raw.get(key) is not None}
+    if raw.get("do_sample") is False:
+        given["temperature"] = 0.0
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{path}: {key} is {value!r}, expected a number")
+    try:
+        return SamplingParams(**given)
+    except RequestError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _tokens(raw: Mapping[str, Any], key: str, path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """One token id or a list of them; none if the key is absent or null."""
+    value = raw.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for id_ in ids:
+        if type(id_) is not int or not 0 <= id_ < tokenizer.vocab_size:
+            raise ConfigError(
+                f"{path}: {key} has {id_!r}, expected token ids below {tokenizer.vocab_size}"
+            )
+    return tuple(ids)
