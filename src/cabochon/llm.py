@@ -30,6 +30,8 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 DEMO_NAME = "cabochon-demo"
 
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # "max" where there is none
+
 
 def default_model() -> Path:
     """The folder of the demo checkpoint that comes with the package."""
@@ -182,4 +184,10 @@ def _as_list(
 
 
 def _memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process may count on: the machine's, or its container's."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = _CONTAINER_LIMIT.read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdecimal() else machine
