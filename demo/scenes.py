@@ -134,28 +134,26 @@ def random_scene(rng: Random, counts: tuple[int, ...] = (0, 1, 1, 1, 2, 2, 3, 4)
     return Scene(width, height, background, _hue(rng, background), tuple(items), smooth)
 
 
-def _outline(item: Item, width: float, height: float) -> list[tuple[float, float]]:
-    """A square's or triangle's corners; for a circle the two corners of the box around it."""
-    r = item.radius * min(width, height)
-    x, y = item.x * width, item.y * height
+def _paint(image: Image.Image, item: Item, ratio: float, fill: tuple[int, int, int] | int) -> None:
+    """Paint one shape into an image, which may be a squeezed one of a picture of that `ratio`."""
+    pen = ImageDraw.Draw(image)
+    x, y = item.x * image.width, item.y * image.height
+    rx = item.radius * image.width * min(1.0, 1 / ratio)
+    ry = item.radius * image.height * min(1.0, ratio)
     if item.shape == "triangle":
-        return [(x, y - r), (x - r, y + r), (x + r, y + r)]
-    return [(x - r, y - r), (x + r, y + r)]
+        pen.polygon([(x, y - ry), (x - rx, y + ry), (x + rx, y + ry)], fill=fill)
+    elif item.shape == "square":
+        pen.rectangle([x - rx, y - ry, x + rx, y + ry], fill=fill)
+    else:
+        pen.ellipse([x - rx, y - ry, x + rx, y + ry], fill=fill)
 
 
 def draw(scene: Scene) -> Image.Image:
     scale = 3 if scene.smooth else 1
-    width, height = scene.width * scale, scene.height * scale
-    image = Image.new("RGB", (width, height), scene.background_rgb)
-    pen = ImageDraw.Draw(image)
+    size = (scene.width * scale, scene.height * scale)
+    image = Image.new("RGB", size, scene.background_rgb)
     for item in scene.items:
-        outline = _outline(item, width, height)
-        if item.shape == "circle":
-            pen.ellipse(outline, fill=item.rgb)
-        elif item.shape == "square":
-            pen.rectangle(outline, fill=item.rgb)
-        else:
-            pen.polygon(outline, fill=item.rgb)
+        _paint(image, item, scene.width / scene.height, item.rgb)
     return image.reduce(scale) if scale > 1 else image
 
 
@@ -175,20 +173,10 @@ def soft_token_labels(scene: Scene, columns: int, rows: int) -> dict[str, np.nda
     """
     fine = 8
     cover = np.zeros((rows, columns), np.int64)
-    size = (columns * fine, rows * fine)
     unsure = np.zeros((rows, columns), bool)
     for number, item in enumerate(scene.items, 1):
-        mask = Image.new("L", size)
-        pen = ImageDraw.Draw(mask)
-        x, y = item.x * size[0], item.y * size[1]
-        rx = item.radius * size[0] * min(1.0, scene.height / scene.width)
-        ry = item.radius * size[1] * min(1.0, scene.width / scene.height)
-        if item.shape == "triangle":
-            pen.polygon([(x, y - ry), (x - rx, y + ry), (x + rx, y + ry)], fill=1)
-        elif item.shape == "square":
-            pen.rectangle([x - rx, y - ry, x + rx, y + ry], fill=1)
-        else:
-            pen.ellipse([x - rx, y - ry, x + rx, y + ry], fill=1)
+        mask = Image.new("L", (columns * fine, rows * fine))
+        _paint(mask, item, scene.width / scene.height, 1)
         part = np.asarray(mask, np.float32).reshape(rows, fine, columns, fine).mean((1, 3))
         cover[part > 0.5] = number
         unsure |= (part > 0.15) & (part < 0.6)

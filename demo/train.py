@@ -23,7 +23,7 @@ from scenes import LABEL_CLASSES
 from tokenizer import save_side_files, train_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
+from transformers import AutoTokenizer, Gemma4ForConditionalGeneration, PreTrainedTokenizerFast
 
 EVERYTHING = (0, 1, 1, 2, 2, 3, 3, 4)
 
@@ -170,7 +170,11 @@ def average_gradients(student: Student) -> None:
 
 
 def run_stage(
-    student: Student, stage: Stage, data: Iterator[dict], first: int, opts: list
+    student: Student,
+    stage: Stage,
+    data: Iterator[dict],
+    first: int,
+    opts: list[torch.optim.Optimizer],
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Train, and report step and losses after every step."""
     for step in range(first, stage.steps):
@@ -191,7 +195,7 @@ def run_stage(
         yield step + 1, {name: value.item() for name, value in losses.items()}
 
 
-def save(student: Student, tokenizer, folder: Path) -> None:
+def save(student: Student, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """The checkpoint in bf16, with the keys a published Gemma 4 has in its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     model = build(tokenizer)
