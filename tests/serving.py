@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx
+import jsonschema
 from openai import OpenAI
 from PIL import Image
 
 from cabochon.llm import LLM
 from cabochon.serve.server import Server, bind
 from cabochon.settings import Settings
+
+DEMO = "cabochon-demo"
+HTTP = httpx.Client(timeout=60, trust_env=False)
+SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-chat.json").read_text())
 
 
 @contextmanager
@@ -67,3 +75,29 @@ def show(*contents: str | bytes) -> list[dict[str, Any]]:
 
 def say(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
+
+
+def post(url: str, body: Any, **options: Any) -> httpx.Response:
+    if isinstance(body, bytes):
+        return HTTP.post(f"{url}/v1/chat/completions", content=body, **options)
+    return HTTP.post(f"{url}/v1/chat/completions", json=body, **options)
+
+
+def answers(url: str, model: str = DEMO) -> None:
+    """The server still serves."""
+    response = post(url, {"model": model, "messages": say("Who are you?"), "max_tokens": 1})
+    assert response.status_code == 200, response.text
+
+
+def refused(response: httpx.Response, status: int, param: str | None, *words: str) -> None:
+    """An error in OpenAI's shape that names `param` and says `words`."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    jsonschema.validate(body, {**SCHEMAS, "$ref": "#/$defs/ErrorResponse"})
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["param"] == param
+    assert len(body["error"]["message"]) < 600
+    for word in words:
+        assert word in body["error"]["message"]
+    assert response.headers["x-request-id"]

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,13 +17,11 @@ import jsonschema
 import openai
 import pytest
 from openai import OpenAI
-from serving import data_url, picture_bytes, say, serving, show, strict_client
+from serving import DEMO, SCHEMAS, data_url, picture_bytes, say, serving, show, strict_client
 
 from cabochon.llm import LLM
 
-DEMO = "cabochon-demo"
 WHAT = "What colour is this rectangle?"
-SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-chat.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,27 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
-import jsonschema
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import data_url, picture_bytes, say, serving, show, strict_client
+from serving import (
+    DEMO,
+    HTTP,
+    answers,
+    data_url,
+    picture_bytes,
+    post,
+    refused,
+    say,
+    serving,
+    show,
+    strict_client,
+)
 
 from cabochon.llm import LLM
-
-DEMO = "cabochon-demo"
-HTTP = httpx.Client(timeout=60, trust_env=False)
-SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-chat.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -35,31 +40,6 @@ def llm() -> Iterator[LLM]:
 def url(llm: LLM) -> Iterator[str]:
     with serving(llm, max_body_bytes=8 * 2**20) as url:
         yield url
-
-
-def post(url: str, body: Any, **options: Any) -> httpx.Response:
-    if isinstance(body, bytes):
-        return HTTP.post(f"{url}/v1/chat/completions", content=body, **options)
-    return HTTP.post(f"{url}/v1/chat/completions", json=body, **options)
-
-
-def answers(url: str) -> None:
-    """The server still serves."""
-    response = post(url, {"model": DEMO, "messages": say("Who are you?"), "max_tokens": 1})
-    assert response.status_code == 200, response.text
-
-
-def refused(response: httpx.Response, status: int, param: str | None, *words: str) -> None:
-    assert response.status_code == status, response.text
-    body = response.json()
-    jsonschema.validate(body, {**SCHEMAS, "$ref": "#/$defs/ErrorResponse"})
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["param"] == param
-    assert len(body["error"]["message"]) < 600
-    for word in words:
-        assert word in body["error"]["message"]
-    assert response.headers["x-request-id"]
 
 
 def huge_png(width: int, height: int) -> bytes:
@@ -112,8 +92,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     (content({"type": "text", "text": 5}), "messages[0].content[0].text"),
     (content({"type": "poem", "text": "Hello"}), "messages[0].content[0]"),
     (content({"type": "text", "text": "a", "cache": 1}), "messages[0].content[0].cache"),
-    (content({"type": "input_audio", "input_audio": {}}), "messages[0].content[0].type"),
-    (content({"type": "video_url", "video_url": {}}), "messages[0].content[0].type"),
+    (content({"type": "audio_url", "audio_url": {}}), "messages[0].content[0].type"),
+    (content({"type": "file", "file": {}}), "messages[0].content[0].type"),
     (content({"type": "image_url"}), f"{IMAGE}"),
     (picture({"url": 5}), f"{IMAGE}.url"),
     (picture({"url": "data:", "size": 3}), f"{IMAGE}.size"),
