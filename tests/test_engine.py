@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,6 +207,15 @@ def test_closing_ends_what_runs() -> None:
 def test_a_budget_too_small_says_what_it_needs(tiny: LLM) -> None:
     with pytest.raises(CabochonError, match="needs"):
         CachePlan.fit(tiny.config.text, torch.float32, 10_000, 4, 64)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float64"}, {"max_batch": 0}, {"prefill_chunk": -1}, {"threads": 0}]
+)
+def test_options_of_no_use_are_named(options: dict[str, Any]) -> None:
+    name, value = next(iter(options.items()))
+    with pytest.raises(CabochonError, match=f"{name} is {value!r}, expected"):
+        LLM(TINY, **options)
 
 
 def test_shared_layers_have_no_pages(tiny: LLM) -> None:

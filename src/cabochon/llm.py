@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
+from cabochon.errors import CabochonError
 from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import load_model
 from cabochon.prompts import Message, Prompts
@@ -30,12 +31,9 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 DEMO_NAME = "cabochon-demo"
 
+_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # "max" where there is none
-
-
-def default_model() -> Path:
-    """The folder of the demo checkpoint that comes with the package."""
-    return DEMO
 
 
 class LLM:
@@ -53,6 +51,7 @@ class LLM:
         progress: Called while loading with bytes done and bytes in all.
 
     Raises:
+        CabochonError: an option out of its range.
         UnreadableError, ConfigError: the folder is no readable Gemma 4 checkpoint.
         LoadError: the checkpoint would not load exactly right; the text is the plan's report.
     """
@@ -69,11 +68,19 @@ class LLM:
         max_context: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        folder = default_model() if model is None else Path(model)
+        sizes = {
+            "threads": threads,
+            "kv_cache_bytes": kv_cache_bytes,
+            "max_batch": max_batch,
+            "prefill_chunk": prefill_chunk,
+            "max_context": max_context,
+        }
+        _check_options(dtype, sizes)
+        folder = DEMO if model is None else Path(model)
         self.name = DEMO_NAME if model is None else folder.resolve().name
         if threads is not None:
             torch.set_num_threads(threads)
-        compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        compute = _DTYPES[dtype]
         gemma, self.report = load_model(folder, dtype=compute, progress=progress)
         self.config: Gemma4Config = gemma.config
         self.prompts = Prompts(folder, self.config)
@@ -171,6 +178,14 @@ class LLM:
         if isinstance(prompt, str) and not prompt.startswith("<bos>"):
             prompt = "<bos>" + prompt
         return self.prompts.raw(prompt)
+
+
+def _check_options(dtype: str, sizes: Mapping[str, int | None]) -> None:
+    if dtype not in _DTYPES:
+        raise CabochonError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise CabochonError(f"{name} is {size}, expected at least 1")
 
 
 def _as_list(
