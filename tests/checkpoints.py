@@ -31,6 +31,7 @@ QUANTIZED = tuple(
         "31b-w4a16",
     )
 )
+NVFP4 = (FIXTURES / "e2b-nvfp4a16", FIXTURES / "26b-nvfp4a16")
 W4A16 = QUANTIZED[0]
 ASYMMETRIC = QUANTIZED[1]
 

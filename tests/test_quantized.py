@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import QUANTIZED, Tensors, config_of, tensors_of, write
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from checkpoints import NVFP4, QUANTIZED, Tensors, config_of, tensors_of, write
+from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from conftest import FIXTURES, noise
 from reference import greedy, logits, relative_error
@@ -22,6 +22,13 @@ from torch.nn.functional import cosine_similarity
 
 from cabochon import LLM, SamplingParams
 
+LEAVES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -32,20 +39,21 @@ def decompressed(folder: Path) -> Tensors:
     for name in stored:
         if name.endswith(".weight_packed"):
             module = name.removesuffix(".weight_packed")
-            leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-            parts = {f: stored[f"{module}.{f}"] for f in leaves if f"{module}.{f}" in stored}
+            parts = {f: stored[f"{module}.{f}"] for f in LEAVES if f"{module}.{f}" in stored}
             scheme = scheme_of(folder, parts)
-            restored = PackedQuantizationCompressor.decompress(parts, scheme)
-            dense[f"{module}.weight"] = restored["weight"]
+            compressor = BaseCompressor.get_value_from_registry(scheme.format)
+            dense[f"{module}.weight"] = compressor.decompress(parts, scheme)["weight"]
     return stacked(dense)
 
 
 def scheme_of(folder: Path, parts: Tensors) -> QuantizationScheme:
     """The config group whose width is that of the packed words."""
-    _, width = parts["weight_shape"].tolist()
-    bits = 32 * parts["weight_packed"].shape[1] // width
     groups = config_of(folder)["quantization_config"]["config_groups"].values()
     schemes = [QuantizationScheme.model_validate(group) for group in groups]
+    if "weight_shape" not in parts:  # 4-bit floats, of which there is one kind
+        return next(s for s in schemes if s.format == "nvfp4-pack-quantized")
+    _, width = parts["weight_shape"].tolist()
+    bits = 32 * parts["weight_packed"].shape[1] // width
     return next(s for s in schemes if s.weights is not None and s.weights.num_bits == bits)
 
 
@@ -82,7 +90,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     return load
 
 
-@pytest.mark.parametrize("folder", QUANTIZED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [*QUANTIZED, *NVFP4], ids=lambda folder: folder.name)
 def test_answers_are_those_of_upstreams_decompression(
     folder: Path, oracle: Callable[[Path], Any]
 ) -> None:
@@ -101,4 +109,5 @@ def test_answers_are_those_of_upstreams_decompression(
 
 
 def test_the_fixtures_are_all_here() -> None:
-    assert {folder.name for folder in FIXTURES.glob("*-w*")} == {f.name for f in QUANTIZED}
+    found = {folder.name for folder in FIXTURES.glob("*-*[48]a16*")}
+    assert found == {folder.name for folder in (*QUANTIZED, *NVFP4)}

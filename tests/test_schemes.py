@@ -20,7 +20,7 @@ from torch import Tensor
 from cabochon.load.execute import load_model
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
-from cabochon.quant.claims import read_rules
+from cabochon.quant.configs import read_rules
 from cabochon.quant.scheme import PackedInt, Site
 
 EXPECTED = {

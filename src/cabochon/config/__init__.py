@@ -1,6 +1,8 @@
 """The Gemma 4 configuration: what it is, and how it is read."""
 
-from cabochon.config.read import ARCHITECTURES, parse_config, read_config
+from cabochon.config.architectures import ARCHITECTURES, ForeignArchitecture
+from cabochon.config.kv import KeptLayers, kept_layers
+from cabochon.config.read import parse_config, read_config
 from cabochon.config.types import (
     AudioConfig,
     ExpertsConfig,
@@ -20,8 +22,10 @@ __all__ = [
     "ARCHITECTURES",
     "AudioConfig",
     "ExpertsConfig",
+    "ForeignArchitecture",
     "FrameConfig",
     "Gemma4Config",
+    "KeptLayers",
     "LayerConfig",
     "LayerKind",
     "PatchConfig",
@@ -30,6 +34,7 @@ __all__ = [
     "SpecialTokens",
     "TextConfig",
     "VisionConfig",
+    "kept_layers",
     "parse_config",
     "read_config",
 ]

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cabochon.config.architectures import TEXT_ONLY, UNIFIED, architecture_of
 from cabochon.config.section import Section
 from cabochon.config.types import (
     AudioConfig,
@@ -31,10 +32,6 @@ from cabochon.config.types import (
 )
 from cabochon.errors import ConfigError
 
-UNIFIED = frozenset({"Gemma4UnifiedForConditionalGeneration", "Gemma4UnifiedForCausalLM"})
-TEXT_ONLY = frozenset({"Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"})
-ARCHITECTURES = frozenset({"Gemma4ForConditionalGeneration"}) | UNIFIED | TEXT_ONLY
-
 _KINDS: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
 
 
@@ -42,7 +39,8 @@ def read_config(folder: Path) -> tuple[Gemma4Config, Mapping[str, Any]]:
     """Read `folder/config.json`: the configuration, and the raw mapping it came from.
 
     Raises:
-        ConfigError: no such file, no JSON object, or no Gemma 4 this version knows.
+        ConfigError: no such file, no JSON object, or one that describes no model.
+        ForeignArchitecture: it describes a model that this engine does not run.
     """
     path = folder / "config.json"
     try:
@@ -62,9 +60,10 @@ def parse_config(raw: Mapping[str, Any]) -> Gemma4Config:
     """The configuration that `raw`, a parsed `config.json`, describes.
 
     Raises:
-        ConfigError: another architecture, a missing or unusable value, a feature not supported.
+        ConfigError: a missing or unusable value, a feature not supported.
+        ForeignArchitecture: a model that this engine does not run.
     """
-    architecture = _architecture(raw)
+    architecture = architecture_of(raw)
     unified = architecture in UNIFIED
     top = Section(raw, "")
     if architecture in TEXT_ONLY and "text_config" not in raw:
@@ -82,16 +81,6 @@ def parse_config(raw: Mapping[str, Any]) -> Gemma4Config:
         audio=None if audio is None else hear(Section(audio, "audio_config")),
         tokens=_special_tokens(top),
     )
-
-
-def _architecture(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures")
-    if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
-        raise ConfigError(f"config.json: architectures is {names!r}, expected a list of one name")
-    if names[0] not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ConfigError(f"architecture {names[0]!r} is not supported; this version runs {known}")
-    return str(names[0])
 
 
 def _special_tokens(section: Section) -> SpecialTokens:
@@ -137,7 +126,8 @@ def _experts(section: Section) -> ExpertsConfig | None:
     )
     if experts.chosen > experts.count:
         raise ConfigError(
-            f"config.json: top_k_experts is {experts.chosen} of {experts.count} num_experts"
+            f"config.json: {section.path('top_k_experts')} is {experts.chosen},"
+            f" but num_experts is {experts.count}"
         )
     return experts
 
@@ -253,9 +243,9 @@ def _rope(section: Section) -> dict[LayerKind, RopeConfig]:
                 "partial_rotary_factor": 0.25,
             },
         }
-    table = Section(given, f"{section.name}.rope_parameters")
+    table = Section(given, section.path("rope_parameters"))
     return {
-        kind: _rope_kind(Section(table.values.get(name), f"{table.name}.{name}"))
+        kind: _rope_kind(Section(table.values.get(name), table.path(name)))
         for name, kind in _KINDS.items()
     }
 
@@ -273,7 +263,7 @@ def _rope_kind(section: Section) -> RopeConfig:
 def _vision(section: Section) -> VisionConfig:
     section.only("hidden_activation", "gelu_pytorch_tanh")
     section.only("attention_bias", False)
-    rope = Section(section.values.get("rope_parameters") or {}, "vision_config.rope_parameters")
+    rope = section.inner("rope_parameters")
     rope.only("rope_type", "axial", "default")
     heads = section.size("num_attention_heads", 12)
     section.only("num_key_value_heads", heads)
@@ -306,8 +296,9 @@ def _patches(section: Section) -> PatchConfig:
 def _audio(section: Section) -> AudioConfig:
     section.only("hidden_act", "silu")
     channels = section.values.get("subsampling_conv_channels", [128, 32])
-    if not (isinstance(channels, list) and len(channels) == 2):
-        raise ConfigError(f"config.json: subsampling_conv_channels is {channels!r}, expected two")
+    if not (isinstance(channels, list) and [type(n) for n in channels] == [int, int]):
+        where = section.path("subsampling_conv_channels")
+        raise ConfigError(f"config.json: {where} is {channels!r}, expected two integers")
     return AudioConfig(
         hidden_size=section.size("hidden_size", 1024),
         num_layers=section.size("num_hidden_layers", 12),

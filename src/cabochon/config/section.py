@@ -16,20 +16,27 @@ class Section:
         self.values = values
         self.name = name
 
+    def path(self, key: str) -> str:
+        """Where `key` is in the file: `text_config.hidden_size`."""
+        return f"{self.name}.{key}" if self.name else key
+
+    def inner(self, key: str) -> Section:
+        """The object under `key`; an empty one if it is absent."""
+        return Section(self.values.get(key) or {}, self.path(key))
+
     def _read(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
         value = self.values.get(key, default)
         if value is None:
             value = default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            where = f"{self.name}.{key}" if self.name else key
-            raise ConfigError(f"config.json: {where} is {value!r}, expected {expected}")
+            raise ConfigError(f"config.json: {self.path(key)} is {value!r}, expected {expected}")
         return value
 
     def integer(self, key: str, default: int, least: int = 0) -> int:
         value: int = self._read(key, default, (int,), "an integer")
         if value < least:
             raise ConfigError(
-                f"config.json: {self.name}.{key} is {value}, expected at least {least}"
+                f"config.json: {self.path(key)} is {value}, expected at least {least}"
             )
         return value
 
@@ -48,5 +55,5 @@ class Section:
         if value is not None and value not in allowed:
             wanted = " or ".join(repr(a) for a in allowed) or "it absent"
             raise ConfigError(
-                f"config.json: {self.name}.{key} is {value!r}; this version computes {wanted} only"
+                f"config.json: {self.path(key)} is {value!r}; this version computes {wanted} only"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.report import Report, inspect_checkpoint
 from cabochon.nn.linear import Embedding, Linear
+from cabochon.nn.nvfp4 import E4M3
 from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry
 
 
 def load_model(
@@ -37,7 +41,7 @@ def load_model(
         LoadError: it would not load exactly right; the text is the report, or names the tensor.
     """
     report = inspect_checkpoint(path)
-    if not report.loads:
+    if report.plan is None or not report.loads:
         raise LoadError(report.text())
     return execute(report.plan, dtype=dtype, progress=progress), report
 
@@ -113,6 +117,8 @@ def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
             _check_finite(tensor, meta, dtype)
         elif slot.holds == "shape":
             _check_shape(tensor, meta, read)
+        elif slot.holds in ("divisor", "factor"):
+            _check_global(float(tensor), meta, divides=slot.holds == "divisor")
     return read.scheme.build(tensors, read.site)
 
 
@@ -131,6 +137,8 @@ def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> N
 
 
 def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
+    if tensor.dtype is torch.float8_e4m3fn:
+        tensor = E4M3[tensor.view(torch.uint8).int()]
     bad = int((~tensor.to(dtype).isfinite()).sum())
     if bad:
         kind = str(dtype).removeprefix("torch.")
@@ -140,9 +148,20 @@ def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
         )
 
 
+def _check_global(value: float, meta: TensorMeta, *, divides: bool) -> None:
+    """Read in the wrong direction, it would allow entries a hundred times above any that occur."""
+    largest = NVFP4_MAX / value if divides and value else NVFP4_MAX * value
+    if not 0 < largest < 10_000:
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} is {value:g}, which allows entries up to"
+            f" {largest:g}; it is damaged, or the reciprocal of what its name says"
+        )
+
+
 def _check_shape(tensor: Tensor, meta: TensorMeta, read: SiteRead) -> None:
     wanted = [read.site.out_features, read.site.in_features]
-    if tensor.tolist() != wanted:
+    *counts, width = tensor.tolist()  # of stacked experts: their number, rows, columns
+    if [math.prod(counts), width] != wanted:
         raise LoadError(
             f"{meta.file}: tensor {meta.name!r} says that the matrix is {tensor.tolist()},"
             f" the model needs {wanted}; config.json and weights do not belong together"

@@ -37,7 +37,7 @@ _WRAPPERS = (
 )
 
 
-# Other modules for the same thing, once the wrapper is canonical.
+# Other spellings of the same place, once the wrapper is canonical. All that match are applied.
 _RENAMES = (
     # transformers saves the encoder-free embedder so from some 5.1x on
     (
@@ -48,6 +48,14 @@ _RENAMES = (
     ),
     (re.compile(r"model\.embed_vision\.multimodal_embedder\b"), "model.embed_vision"),
     (re.compile(r"(model\.language_model\.layers\.\d+)\.moe\.experts\b"), r"\1.experts"),
+    # leaves of experts with an underscore: `experts.7.down_proj_packed`, `experts.down_proj_scale`
+    (
+        re.compile(
+            r"(.+\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj)"
+            r"_(packed|scale|shape|zero_point|global_scale|g_idx)"
+        ),
+        r"\1.weight_\2",
+    ),
 )
 
 # One expert's matrix: layer, expert, projection, leaf.
@@ -67,7 +75,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Tensors, by canonical name, that are known and not used, and why."""
+    """Tensors, by canonical name, that are known and have no use, and why."""
 
     pattern: re.Pattern[str]
     reason: str
@@ -80,9 +88,7 @@ def canonical(name: str) -> str:
             name = prefix + name[len(wrapper) :]
             break
     for pattern, replacement in _RENAMES:
-        name, count = pattern.subn(replacement, name, count=1)
-        if count:
-            break
+        name = pattern.sub(replacement, name, count=1)
     return name
 
 
@@ -141,4 +147,25 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
     for name, tower in (("vision", config.vision), ("audio", config.audio)):
         if isinstance(tower, VisionConfig | AudioConfig) and not tower.clipped:
             rows.append((rf"model\.{name}_tower\..+\.({bounds})", "use_clipped_linears is false"))
+    return tuple(Drop(re.compile(pattern), reason) for pattern, reason in rows)
+
+
+def absences(config: Gemma4Config) -> tuple[Drop, ...]:
+    """Why a model of this configuration has no place for tensors that others of the family have."""
+    text, layers = config.text, r"model\.language_model\.layers"
+    rows = []
+    full = "|".join(str(layer.index) for layer in text.layers if layer.k_eq_v)
+    if full:
+        reason = "attention_k_eq_v says that full layers take their values from k_proj"
+        rows.append((rf"{layers}\.({full})\.self_attn\.v_proj\b.*", reason))
+    if text.experts is None:
+        pattern = rf"{layers}\.\d+\.(experts|router|\w+_layernorm_[12])\b.*"
+        rows.append((pattern, "enable_moe_block is not set, so there are no experts"))
+    if not text.ple_dim:
+        pattern = r"model\.language_model\.(layers\.\d+\.)?\w*per_layer\w*\b.*"
+        rows.append((pattern, "config.json says that layers have no inputs of their own"))
+    for name, part in (("vision", config.vision), ("audio", config.audio)):
+        if part is None:
+            pattern = rf"model\.({name}_tower|{name}_embedder|embed_{name})\b.*"
+            rows.append((pattern, f"{config.architecture} has no {name}_config here"))
     return tuple(Drop(re.compile(pattern), reason) for pattern, reason in rows)

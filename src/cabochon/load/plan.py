@@ -14,13 +14,15 @@ from typing import Any, Literal
 from cabochon.checkpoint.folder import Checkpoint
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import Gemma4Config
-from cabochon.load.names import canonical, drops, locate
+from cabochon.load.agreement import contradictions
+from cabochon.load.names import absences, canonical, drops, locate
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
-from cabochon.quant.claims import Claim, Rules, read_rules
+from cabochon.quant.claims import Claim, Rules
+from cabochon.quant.configs import read_rules
 from cabochon.quant.resolve import Refusal, resolve
 from cabochon.quant.scheme import FLOATS, PackedInt, Scheme, Site
 
-Kind = Literal["UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
+Kind = Literal["ARCHITECTURE", "CONFIG", "UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class LoadPlan:
 class _Placed:
     """Every stored tensor at its place."""
 
+    stored: dict[str, TensorMeta] = field(default_factory=dict)  # by canonical name
     # by site, part and leaf; the part is None where the whole matrix is stored at once
     sites: dict[str, dict[int | None, dict[str, TensorMeta]]] = field(default_factory=dict)
     parameters: dict[str, TensorMeta] = field(default_factory=dict)
@@ -117,8 +120,11 @@ def build_plan(checkpoint: Checkpoint, config: Gemma4Config, raw: Mapping[str, A
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
-    problems += [*placed.problems, *parameter_problems, *_unused(tree, placed.unused)]
+    problems += [*placed.problems, *parameter_problems, *_unused(tree, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
+    if problems:
+        found = contradictions(config, placed.stored)
+        problems = [*(Problem("CONFIG", "config.json", str(c)) for c in found), *problems]
     return LoadPlan(
         config=config,
         has_head=has_head,
@@ -138,14 +144,13 @@ def _place(checkpoint: Checkpoint, config: Gemma4Config, tree: Tree) -> _Placed:
         assert not any(row.pattern.fullmatch(name) for row in rows), f"{name} is needed and dropped"
     placed = _Placed()
     inside = _inside(tree)
-    seen: dict[str, str] = {}
     for name, meta in checkpoint.tensors.items():
         full = canonical(name)
-        if full in seen:
-            problem = Problem("TWICE", name, f"the same tensor as {seen[full]}")
-            placed.problems.append(problem)
+        if full in placed.stored:
+            detail = f"the same tensor as {placed.stored[full].name}"
+            placed.problems.append(Problem("TWICE", name, detail))
             continue
-        seen[full] = name
+        placed.stored[full] = meta
         place = locate(full, sites, parameters)
         if place is None:
             reason = next((row.reason for row in rows if row.pattern.fullmatch(full)), None)
@@ -272,18 +277,20 @@ def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
             yield Problem("MISSING", where, detail, len(names))
 
 
-def _unused(tree: Tree, unused: Iterable[str]) -> Iterator[Problem]:
+def _unused(tree: Tree, unused: Iterable[str], config: Gemma4Config) -> Iterator[Problem]:
     """Stored tensors without a place: an unknown module once, by its own name."""
-    inside = _inside(tree)
+    inside, rows = _inside(tree), absences(config)
     tops: dict[str, list[str]] = {}
     for name in unused:
         tops.setdefault(_outermost(name, inside), []).append(name)
     for where, names in tops.items():
+        full = canonical(names[0])
+        reason = next((f": {row.reason}" for row in rows if row.pattern.fullmatch(full)), "")
+        detail = f"stored, but the model has no place for it{reason}"
         if len(names) == 1:
-            yield Problem("UNUSED", names[0], "stored, but the model has no place for it")
+            yield Problem("UNUSED", names[0], detail)
         else:
-            detail = f"stored, but the model has no place for it; first {names[0]}"
-            yield Problem("UNUSED", f"{where}.*", detail, len(names))
+            yield Problem("UNUSED", f"{where}.*", f"{detail}; first {names[0]}", len(names))
 
 
 def _inside(tree: Tree) -> set[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cabochon.checkpoint.folder import Checkpoint
-from cabochon.config import read_config
-from cabochon.load.plan import Kind, LoadPlan, build_plan
+from cabochon.config import ForeignArchitecture, KeptLayers, kept_layers, read_config
+from cabochon.load.plan import Kind, LoadPlan, Problem, build_plan
 from cabochon.load.tree import (
     AUDIO,
     AUDIO_PROJECTOR,
@@ -42,6 +42,8 @@ _PARAMETERS = "norms and scalars"
 MOST = 4  # findings of a kind, and names of a finding, that a terminal gets to see
 
 _ADVICE: Mapping[Kind, str] = {
+    "ARCHITECTURE": "Only models of the Gemma 4 family that write text are run.",
+    "CONFIG": "config.json and the weights are not of the same model.",
     "UNUSED": "Every stored tensor must have a place, since ignoring one can change what the model"
     " says. Check that config.json belongs to these weights.",
     "MISSING": "The file lacks what the model needs. Check that the download is complete and that"
@@ -50,8 +52,12 @@ _ADVICE: Mapping[Kind, str] = {
     "SHAPE": "Check that config.json and the weights are of the same model.",
     "DTYPE": "Stored bits are never reinterpreted. Export the tensor as bf16, f16 or f32.",
     "SCHEME": "This version loads bf16, f16, f32, and int4 and int8 weights as llm-compressor's"
-    " W4A16 and W8A16 store them (compressed-tensors, pack-quantized).",
+    " W4A16 and W8A16 store them (compressed-tensors, pack-quantized), and NVFP4 weights of its"
+    " NVFP4A16 and of ModelOpt's W4A16_NVFP4.",
 }
+
+
+KV_DTYPES = {"bf16": 2, "f32": 4}  # bytes of a number in the cache, by the dtype that computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,62 +85,95 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Keys and values that layers of one kind keep of all tokens, or of the last `window`."""
+
+    kind: str
+    layers: int
+    window: int | None
+    kv_heads: int
+    head_dim: int
+    elements_per_token: int
+
+    @classmethod
+    def of(cls, kept: KeptLayers) -> Kept:
+        kind = "full" if kept.window is None else "sliding"
+        sizes = (kept.window, kept.kv_heads, kept.head_dim, kept.elements)
+        return cls(kind, len(kept.layers), *sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Bytes for each dtype keys and values may be kept in; `most` is None where it grows."""
+        token = {name: self.elements_per_token * width for name, width in KV_DTYPES.items()}
+        most = {name: size * self.window for name, size in token.items()} if self.window else None
+        return {**asdict(self), "bytes_per_token": token, "most_bytes_per_sequence": most}
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """A load plan, made readable."""
+    """The verdict on a checkpoint, made readable; of another architecture there is no plan."""
 
     folder: Path
-    plan: LoadPlan
+    architecture: str
+    plan: LoadPlan | None
+    foreign: tuple[Problem, ...] = ()
 
     @property
     def loads(self) -> bool:
-        return not self.plan.problems
+        return self.plan is not None and not self.plan.problems
 
     @property
     def groups(self) -> tuple[Row, ...]:
         """What would be read, in the order in which the model holds it."""
         sums: dict[tuple[str, str, int], list[int]] = {}
-        for group, scheme, bits, nbytes in self._stored():
+        for group, scheme, bits, nbytes in _stored(self.plan) if self.plan else ():
             total = sums.setdefault((group, scheme, bits), [0, 0])
             total[0] += 1
             total[1] += nbytes
         return tuple(Row(*key, count, nbytes) for key, (count, nbytes) in sums.items())
 
-    def _stored(self) -> Iterator[tuple[str, str, int, int]]:
-        for site in self.plan.sites:
-            yield _group(site.site.name), site.scheme.name, site.scheme.bits, site.nbytes
-        for read in self.plan.parameters:
-            dtype = read.tensor.dtype
-            yield _PARAMETERS, dtype.lower(), 32 if dtype == "F32" else 16, read.tensor.nbytes
+    @property
+    def kept(self) -> tuple[Kept, ...]:
+        """What a sequence keeps of its tokens."""
+        return tuple(map(Kept.of, kept_layers(self.plan.config.text))) if self.plan else ()
 
     @property
     def problems(self) -> tuple[Finding, ...]:
-        return _findings((p.kind, p.where, p.count, p.detail) for p in self.plan.problems)
+        found = self.plan.problems if self.plan else self.foreign
+        return _findings((p.kind, p.where, p.count, p.detail) for p in found)
 
     @property
     def notes(self) -> tuple[Finding, ...]:
-        return _findings(("", note.where, 1, note.detail) for note in self.plan.notes)
+        found = self.plan.notes if self.plan else ()
+        return _findings(("", note.where, 1, note.detail) for note in found)
 
     @property
     def dropped(self) -> tuple[Finding, ...]:
-        return _findings(("", drop.where, 1, drop.reason) for drop in self.plan.dropped)
+        found = self.plan.dropped if self.plan else ()
+        return _findings(("", drop.where, 1, drop.reason) for drop in found)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that loading reads."""
+        return self.plan.nbytes if self.plan else 0
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON: verdict, architecture, groups, problems, notes, dropped, bytes."""
         return {
             "verdict": "loads" if self.loads else "refused",
-            "architecture": self.plan.config.architecture,
-            "head": "stored" if self.plan.has_head else "token embeddings",
+            "architecture": self.architecture,
+            "head": "stored" if self.plan and self.plan.has_head else "token embeddings",
             "groups": [asdict(row) for row in self.groups],
+            "kv_cache": [kept.as_dict() for kept in self.kept],
             "problems": [{"kind": f.kind, **f.as_dict()} for f in self.problems],
             "notes": [finding.as_dict() for finding in self.notes],
             "dropped": [finding.as_dict() for finding in self.dropped],
-            "bytes": self.plan.nbytes,
+            "bytes": self.nbytes,
         }
 
     def text(self) -> str:
         """The report for a terminal: a refusal begins with its problems."""
         verdict = "loads" if self.loads else "refused"
-        lines = [f"{self.folder}: {verdict} ({self.plan.config.architecture})"]
+        lines = [f"{self.folder}: {verdict} ({self.architecture})"]
         for kind, advice in _ADVICE.items():
             found = [finding for finding in self.problems if finding.kind == kind]
             if found:
@@ -144,7 +183,8 @@ class Report:
                 lines.append(f"  {advice}")
         if self.loads:
             lines += ["", *_table(self.groups)]
-            lines.append(f"  {_size(self.plan.nbytes)} to read; head: {self.as_dict()['head']}")
+            lines.append(f"  {_size(self.nbytes)} to read; head: {self.as_dict()['head']}")
+            lines += ["", *_cache_table(self.kept)]
         for title, findings in (("dropped", self.dropped), ("notes", self.notes)):
             if findings:
                 lines += ["", title, *(line for finding in findings for line in _lines(finding))]
@@ -159,8 +199,20 @@ def inspect_checkpoint(path: Path) -> Report:
     """
     path = Path(path)
     checkpoint = Checkpoint.open(path)
-    config, raw = read_config(path)
-    return Report(path, build_plan(checkpoint, config, raw))
+    try:
+        config, raw = read_config(path)
+    except ForeignArchitecture as error:
+        problem = Problem("ARCHITECTURE", "config.json", str(error))
+        return Report(path, error.architecture, None, (problem,))
+    return Report(path, config.architecture, build_plan(checkpoint, config, raw))
+
+
+def _stored(plan: LoadPlan) -> Iterator[tuple[str, str, int, int]]:
+    for site in plan.sites:
+        yield _group(site.site.name), site.scheme.name, site.scheme.bits, site.nbytes
+    for read in plan.parameters:
+        dtype = read.tensor.dtype
+        yield _PARAMETERS, dtype.lower(), 32 if dtype == "F32" else 16, read.tensor.nbytes
 
 
 def _group(name: str) -> str:
@@ -229,6 +281,17 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
     yield f"  {'group':<22}{'scheme':<24}{'bits':>4}{'count':>8}{'bytes':>12}"
     for row in rows:
         yield f"  {row.group:<22}{row.scheme:<24}{row.bits:>4}{row.count:>8}{_size(row.bytes):>12}"
+
+
+def _cache_table(rows: Sequence[Kept]) -> Iterator[str]:
+    yield f"  {'keys and values':<22}{'heads x size':<24}{'':>4}{'bf16':>8}{'f32':>12}"
+    for row in rows:
+        name = f"{row.layers} {row.kind} layers"
+        shape = f"{row.kv_heads} x {row.head_dim}"
+        token = row.as_dict()["bytes_per_token"]
+        sizes = f"{_size(token['bf16']):>12}{_size(token['f32']):>12}"
+        kept = "of all tokens" if row.window is None else f"of the last {row.window} tokens"
+        yield f"  {name:<22}{shape:<24}{sizes} a token, {kept}"
 
 
 def _size(count: int) -> str:

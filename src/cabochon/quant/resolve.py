@@ -13,6 +13,7 @@ from typing import Literal
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.quant.claims import Claim
+from cabochon.quant.nvfp4 import Nvfp4
 from cabochon.quant.scheme import FLOATS, Dense, PackedInt, Scheme, Site, differences
 
 # Leaves that give another format away, so that a refusal can name it.
@@ -22,8 +23,9 @@ _FOREIGN = (
     ("SCB", "bitsandbytes LLM.int8"),
     ("qweight", "GPTQ or AWQ"),
     ("weight_scale_inv", "block-wise fp8"),
-    ("weight_global_scale", "NVFP4 (compressed-tensors)"),
-    ("weight_scale_2", "NVFP4 (ModelOpt)"),
+    ("input_global_scale", "NVFP4 with quantized activations (compressed-tensors)"),
+    ("input_scale", "a fixed scale of activations, which are then quantized too,"),
+    ("pre_quant_scale", "AWQ smoothing of activations (ModelOpt)"),
     ("scales", "MLX"),
 )
 
@@ -70,7 +72,11 @@ def _candidates(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> l
     found: dict[Scheme, None] = {}
     if claim.scheme is not None:
         found[claim.scheme] = None
-    if "weight_packed" in stored or "weight_scale" in stored:
+    if "weight_global_scale" in stored:
+        found[Nvfp4("compressed-tensors")] = None
+    elif "weight_scale_2" in stored:
+        found[Nvfp4("modelopt")] = None
+    elif "weight_packed" in stored or "weight_scale" in stored:
         symmetric = "weight_zero_point" not in stored
         for bits in (4, 8):
             for group in _groups(site, stored.get("weight_scale")):
@@ -99,11 +105,18 @@ def _dense_note(claim: Claim) -> str | None:
 def _against_claim(scheme: Scheme, claim: Claim) -> Verdict | Refusal:
     """`scheme` alone fits, but it is not what the configuration claims."""
     said = "nothing" if claim.scheme is None else claim.scheme.name
-    if claim.scheme is not None and not claim.scheme.symmetric:
-        assert isinstance(scheme, PackedInt)
-        if scheme.symmetric:
-            return Refusal("SCHEME", f"{claim.rule} says {said}, but weight_zero_point is missing")
+    if _lacks_zero_points(scheme, claim.scheme):
+        return Refusal("SCHEME", f"{claim.rule} says {said}, but weight_zero_point is missing")
     return Verdict(scheme, f"{claim.rule} says {said}, the tensors are {scheme.name}: loaded so")
+
+
+def _lacks_zero_points(scheme: Scheme, claimed: Scheme | None) -> bool:
+    return (
+        isinstance(scheme, PackedInt)
+        and isinstance(claimed, PackedInt)
+        and scheme.symmetric
+        and not claimed.symmetric
+    )
 
 
 def _nearest(site: Site, stored: Mapping[str, TensorMeta], candidates: Sequence[Scheme]) -> Refusal:

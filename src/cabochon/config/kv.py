@@ -1,0 +1,33 @@
+"""What a sequence keeps of its tokens: keys and values, by kind of layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cabochon.config.types import PictureSight, TextConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayers:
+    """Layers that keep keys and values of the same shape for equally long."""
+
+    window: int | None  # tokens of which a sequence keeps them; None: all
+    kv_heads: int
+    head_dim: int
+    pictures: PictureSight
+    layers: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers kept of one token, in all of these layers together."""
+        return 2 * len(self.layers) * self.kv_heads * self.head_dim
+
+
+def kept_layers(text: TextConfig) -> tuple[KeptLayers, ...]:
+    """All layers with keys and values of their own; those that share another's keep nothing."""
+    made: dict[tuple[int | None, int, int, PictureSight], list[int]] = {}
+    for layer in text.layers:
+        if not layer.shares_kv:
+            key = (layer.window, layer.kv_heads, layer.head_dim, layer.pictures)
+            made.setdefault(key, []).append(layer.index)
+    return tuple(KeptLayers(*key, layers=tuple(layers)) for key, layers in made.items())
