@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +102,13 @@ def refused(response: httpx.Response, status: int, param: str | None, *words: st
     for word in words:
         assert word in body["error"]["message"]
     assert response.headers["x-request-id"]
+
+
+def until(condition: Any, seconds: float = 2.0) -> bool:
+    """Whether `condition` comes true within this time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return bool(condition())

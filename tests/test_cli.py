@@ -20,36 +20,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import picture_bytes
+from command import ENVIRONMENT, TALKATIVE, cabochon, fails
+from serving import picture_bytes, until
+
+from cabochon.errors import CabochonError
+from cabochon.serve.server import bind
 
 WHAT = "What colour is this rectangle?"
-TALKATIVE = Path(__file__).parent / "fixtures" / "e2b-bf16"  # random weights never end a turn
 DEMO = Path(__file__).parents[1] / "src" / "cabochon" / "demo"
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("CABOCHON_")}
-
-
-def cabochon(
-    *arguments: str | Path, stdin: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cabochon", *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**ENVIRONMENT, **environment},
-    )
-
-
-def fails(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    """One error on stderr, nothing on stdout, no traceback."""
-    assert result.returncode == status, result.stderr
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    for word in words:
-        assert word in result.stderr
 
 
 @pytest.fixture
@@ -263,6 +241,44 @@ def test_serve_ends_with_ctrl_c_and_hides_its_key() -> None:
         fails(taken, 2, "in use")
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
+
+
+def test_a_port_is_taken_before_a_model_is_loaded() -> None:
+    """As between two servers of which neither serves yet: the other one has bound the port."""
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        fails(cabochon("serve", "/nowhere/at/all", "--port", str(port)), 2, "in use", str(port))
+        with pytest.raises(CabochonError, match="in use"):
+            bind("127.0.0.1", port)
+    with bind("127.0.0.1", port):
+        pass
+
+
+def test_of_two_servers_started_together_one_ends() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "cabochon", "serve", "--port", str(port)]
+    both = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        for _ in range(2)
+    ]
+    try:
+        assert until(lambda: any(process.poll() is not None for process in both), 60)
+        lost = next(process for process in both if process.poll() is not None)
+        assert lost.stderr is not None
+        errors = lost.stderr.read()
+        assert lost.returncode == 2
+        assert errors.startswith(f"error: cannot listen on 127.0.0.1 port {port}: Address already")
+        assert errors.count("\n") == 1
+        assert until(lambda: health(port), 60)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def health(port: int) -> bool:
+    return httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
 
 
 def reads(descriptor: int, pattern: str, seconds: float = 60) -> bool:

@@ -17,7 +17,17 @@ import jsonschema
 import openai
 import pytest
 from openai import OpenAI
-from serving import DEMO, SCHEMAS, data_url, picture_bytes, say, serving, show, strict_client
+from serving import (
+    DEMO,
+    SCHEMAS,
+    data_url,
+    picture_bytes,
+    say,
+    serving,
+    show,
+    strict_client,
+    until,
+)
 
 from cabochon.llm import LLM
 
@@ -53,15 +63,6 @@ def ask(client: OpenAI, messages: Any, **fields: Any) -> str:
     answer = client.chat.completions.create(model=DEMO, messages=messages, **fields)
     assert answer.choices[0].message.content is not None
     return answer.choices[0].message.content
-
-
-def until(condition: Any, seconds: float = 2.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return bool(condition())
 
 
 def test_models(client: OpenAI, url: str) -> None:
