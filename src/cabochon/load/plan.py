@@ -19,6 +19,7 @@ from cabochon.load.names import absences, canonical, drops, locate
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.configs import read_rules
+from cabochon.quant.nvfp4 import ACTIVATION_SCALES, Nvfp4
 from cabochon.quant.resolve import Refusal, resolve
 from cabochon.quant.scheme import FLOATS, PackedInt, Scheme, Site
 
@@ -187,6 +188,8 @@ def _resolve_all(
         for part, stored in parts.items():
             site = whole if part is None else whole.part
             claim = claims[site.name] = rules.claim(site, _spellings(site, stored))
+            if isinstance(claim.scheme, Nvfp4):
+                stored = _weights_only(stored, placed)
             verdict = resolve(site, stored, claim)
             if isinstance(verdict, Refusal):
                 where = site.name if part is None else next(iter(stored.values())).name
@@ -196,6 +199,15 @@ def _resolve_all(
                 notes.append(Note(site.name, verdict.note))
             reads.append(SiteRead(site, verdict.scheme, stored, part))
     return reads, notes, problems + list(_partial_zero_points(reads, claims))
+
+
+def _weights_only(stored: Mapping[str, TensorMeta], placed: _Placed) -> Mapping[str, TensorMeta]:
+    """`stored` without scales of activations, which the configuration says are not quantized."""
+    for leaf in stored.keys() & set(ACTIVATION_SCALES):
+        meta = stored[leaf]
+        reason = "a scale of activations, which config.json does not quantize"
+        placed.dropped.append(Dropped(meta, meta.name, reason))
+    return {leaf: meta for leaf, meta in stored.items() if leaf not in ACTIVATION_SCALES}
 
 
 def _incomplete(site: Site, parts: Collection[int | None]) -> Iterator[Problem]:
