@@ -147,7 +147,8 @@ class Prompts:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         for kind, items in zip(self._kinds, made, strict=True):
             tokens = _expand(tokens, kind, items)
-        return Prompt(tuple(tokens), tuple(self._placed(tokens, made)))
+        media = tuple(self._placed(tokens, made)) if any(made) else ()
+        return Prompt(tuple(tokens), media)
 
     def chat(self, messages: Sequence[Message], **template: Any) -> Prompt:
         """The prompt that the checkpoint's chat template makes of `messages`.
@@ -227,13 +228,15 @@ def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
     return "".join(chain.from_iterable(zip(pieces, chain(films, [""]), strict=True)))
 
 
-def _expand(tokens: Sequence[int], kind: _Kind, items: Sequence[Picture | Sound]) -> list[int]:
+def _expand(tokens: list[int], kind: _Kind, items: Sequence[Picture | Sound]) -> list[int]:
     """Each token of `kind` as many times as its medium has soft tokens, between start and end."""
     found = tokens.count(kind.token)
-    whole = bool(items) and found == sum(item.soft_tokens for item in items)
+    if not found and not items:
+        return tokens
+    whole = found == sum(item.soft_tokens for item in items)
     # One token may stand for a short sound, or be the whole of it: then its start is before it.
     if whole and tokens[tokens.index(kind.token) - 1] == kind.start:
-        return list(tokens)
+        return tokens
     if found != len(items):
         raise _count_error(kind.name, found, len(items))
     following = iter(items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from cabochon.errors import RequestError
@@ -26,8 +27,9 @@ def chat_messages(messages: Sequence[ChatMessage], prompts: Prompts) -> list[dic
         RequestError: a medium that is not in the request itself, cannot be decoded or is not for
             this model, or too many of them.
     """
+    contents = [m.content for m in messages if not isinstance(m.content, str)]
     for kind, (most, name) in MOST.items():
-        found = sum(isinstance(part, kind) for m in messages for part in m.content)
+        found = sum(isinstance(part, kind) for part in chain.from_iterable(contents))
         if found > most:
             raise RequestError(
                 f"{found} {name} in one request, expected at most {most}", "messages"
