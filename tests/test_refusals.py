@@ -223,9 +223,15 @@ def fill(name: str, value: float) -> Callable[[Tensors], object]:
     return lambda tensors: tensors[name].fill_(value)
 
 
+def entry(value: float) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors[f"{GATE}.weight"][5, 7].fill_(value)
+
+
 VALUES = {
     "a scale that is no number": (W4A16, rescale(float("nan")), f"{GATE}.weight_scale"),
     "an infinite scale": (W4A16, rescale(float("inf")), f"{GATE}.weight_scale"),
+    "an entry that is no number": (DENSE, entry(float("nan")), f"{GATE}.weight"),
+    "an infinite entry": (DENSE, entry(float("-inf")), f"{GATE}.weight"),
     "a norm that is no number": (DENSE, fill(NORM, float("nan")), NORM),
     "a bound that is no number": (
         DENSE,

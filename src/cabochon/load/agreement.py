@@ -45,9 +45,11 @@ class _Question(NamedTuple):
 
 def contradictions(config: Gemma4Config, stored: Stored) -> Iterator[Contradiction]:
     """Everything that `stored` answers differently from `config`."""
+    told: set[str] = set()
     for question in _questions(config):
         found = _answer(question, stored)
-        if found is not None and found[0] != question.said:
+        if found is not None and found[0] != question.said and question.key not in told:
+            told.add(question.key)
             yield Contradiction(question.key, question.said, *found)
     towers: list[tuple[str, str, int]] = [("text", f"{TEXT}.layers.", len(config.text.layers))]
     if isinstance(config.vision, VisionConfig):

@@ -51,8 +51,8 @@ _RENAMES = (
     # leaves of experts with an underscore: `experts.7.down_proj_packed`, `experts.down_proj_scale`
     (
         re.compile(
-            r"(.+\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj)"
-            r"_(packed|scale|shape|zero_point|global_scale|g_idx)"
+            r"(\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj)"
+            r"_(packed|scale|shape|zero_point|global_scale|g_idx)$"
         ),
         r"\1.weight_\2",
     ),

@@ -1,8 +1,8 @@
 """What a configuration needs: every matrix and every other parameter, by name and shape.
 
 The same statement as the modules of `gemma4`, made without torch so that `inspect` starts at once;
-a test holds the two equal, name by name and in order. Canonical names are those of upstream's
-multimodal model, for text-only checkpoints too.
+a test holds the two equal, name by name. Canonical names are those of upstream's multimodal model,
+for text-only checkpoints too.
 """
 
 from __future__ import annotations
