@@ -209,6 +209,19 @@ def with_activations(tensors: Tensors) -> None:
         tensors[name.replace("weight_global", "input_global")] = torch.ones(1)
 
 
+def claiming_nothing(config: Config) -> None:
+    del config["quantization_config"]
+
+
+def test_scales_of_activations_that_are_not_quantized_are_dropped(tmp_path: Path) -> None:
+    """Calibration leaves them behind; the configuration says that they are of no use."""
+    report = inspect_checkpoint(altered(tmp_path, E2B, with_activations))
+    assert report.loads
+    (dropped,) = report.dropped
+    assert dropped.detail == "a scale of activations, which config.json does not quantize"
+    assert all("input_global_scale" in where for where in dropped.where)
+
+
 def claiming_activations(config: Config) -> None:
     group = config["quantization_config"]["config_groups"]["group_0"]
     scheme = preset_name_to_scheme("NVFP4", ["Linear"])
@@ -224,8 +237,8 @@ def algorithm(name: str) -> Callable[[Config], object]:
 
 
 def test_quantized_activations_are_refused_by_name(tmp_path: Path) -> None:
-    stored = refused(altered(tmp_path / "stored", E2B, with_activations))
-    assert "NVFP4 with quantized activations" in stored
+    silent = refused(altered(tmp_path / "silent", E2B, with_activations, claiming_nothing))
+    assert "NVFP4 with quantized activations" in silent
     claimed = refused(altered(tmp_path / "claimed", E2B, with_activations, claiming_activations))
     assert "input_activations are not supported" in claimed
     for name in ("NVFP4", "NVFP4_AWQ", "MIXED_PRECISION"):

@@ -185,11 +185,10 @@ def _resolve_all(
     for whole in tree.sites:
         parts = placed.sites.get(whole.name, {})
         problems += _incomplete(whole, parts)
-        for part, stored in parts.items():
+        for part, found in parts.items():
             site = whole if part is None else whole.part
-            claim = claims[site.name] = rules.claim(site, _spellings(site, stored))
-            if isinstance(claim.scheme, Nvfp4):
-                stored = _weights_only(stored, placed)
+            claim = claims[site.name] = rules.claim(site, _spellings(site, found))
+            stored = _weights_only(found, placed) if isinstance(claim.scheme, Nvfp4) else found
             verdict = resolve(site, stored, claim)
             if isinstance(verdict, Refusal):
                 where = site.name if part is None else next(iter(stored.values())).name
@@ -201,7 +200,7 @@ def _resolve_all(
     return reads, notes, problems + list(_partial_zero_points(reads, claims))
 
 
-def _weights_only(stored: Mapping[str, TensorMeta], placed: _Placed) -> Mapping[str, TensorMeta]:
+def _weights_only(stored: dict[str, TensorMeta], placed: _Placed) -> dict[str, TensorMeta]:
     """`stored` without scales of activations, which the configuration says are not quantized."""
     for leaf in stored.keys() & set(ACTIVATION_SCALES):
         meta = stored[leaf]
