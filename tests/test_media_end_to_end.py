@@ -108,7 +108,7 @@ class Expected(NamedTuple):
 def prompt_text(name: str, content: list[dict[str, str]], media: dict[str, list[str]]) -> str:
     """Upstream's prompt for a user's `content`, with what each medium of it is replaced by."""
     text: str = AutoTokenizer.from_pretrained(FIXTURES / name).apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        user(*content), tokenize=False, add_generation_prompt=True
     )
     for kind, replacements in media.items():
         pieces = text.split(f"<|{kind}|>")
@@ -145,6 +145,10 @@ def sounds_upstream(name: str, waves: list[Any]) -> tuple[list[str], dict[str, A
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / name)
     replace = PROCESSORS[member].replace_audio_token
     return [replace(tokenizer, features, i) for i in range(len(waves))], dict(features)
+
+
+def user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
 
 
 def ask(server: Served, messages: list[dict[str, Any]]) -> tuple[str | None, int]:
@@ -213,11 +217,9 @@ def test_a_sound_is_heard_as_upstream_hears_it(
     text = prompt_text(name, content, {"audio": replacements})
     expected = upstream(oracle(name), name, text, **features)
     part = sound(data, kind if kind in ("wav", "flac", "mp3", "ogg") else "wav")
-    answer = ask(server, [{"role": "user", "content": [part, {"type": "text", "text": HEAR}]}])
+    answer = ask(server, user(part, content[1]))
     assert answer == (expected.text, len(expected.tokens))
-    local = server.llm.prompts.chat(
-        [{"role": "user", "content": [{"type": "audio", "audio": wave}, content[1]]}]
-    )
+    local = server.llm.prompts.chat(user({"type": "audio", "audio": wave}, content[1]))
     assert list(local.tokens) == expected.tokens
     assert server.llm.generate(local, GREEDY)[0].text == expected.text
     logits = server.llm.logits(expected.tokens, sounds=[wave])
@@ -250,8 +252,10 @@ def test_media_and_texts_alternate_as_upstream_takes_them(
         "audio": iter([sound(data, "wav") for data in files]),
         "text": repeat({"type": "text", "text": "and"}),
     }
-    messages = [{"role": "user", "content": [next(parts[kind]) for kind in kinds]}]
-    assert ask(served(name), messages) == (expected.text, len(expected.tokens))
+    assert ask(served(name), user(*(next(parts[kind]) for kind in kinds))) == (
+        expected.text,
+        len(expected.tokens),
+    )
 
 
 def test_the_unified_model_takes_all_three(
@@ -260,20 +264,15 @@ def test_the_unified_model_takes_all_three(
     server, wave = served("12b-bf16"), heard(SOUNDS["flac"])
     picture = picture_bytes("red", (90, 40))
     prompt = server.llm.prompts.chat(
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image", "image": Image.open(BytesIO(picture))},
-                    {"type": "audio", "audio": wave},
-                    {"type": "text", "text": HEAR},
-                ],
-            }
-        ]
+        user(
+            {"type": "image", "image": Image.open(BytesIO(picture))},
+            {"type": "audio", "audio": wave},
+            {"type": "text", "text": HEAR},
+        )
     )
     parts = [picture_part(picture), sound(SOUNDS["flac"], "flac"), {"type": "text", "text": HEAR}]
     text = server.llm.prompts.tokenizer.decode(reference.greedy(oracle("12b-bf16"), prompt, COUNT))
-    assert ask(server, [{"role": "user", "content": parts}]) == (text, len(prompt.tokens))
+    assert ask(server, user(*parts)) == (text, len(prompt.tokens))
 
 
 @pytest.mark.parametrize(
@@ -308,11 +307,9 @@ def test_a_video_is_seen_as_upstream_sees_it(
         video_position_ids=torch.stack([torch.from_numpy(f.positions) for f in shown]),
         num_frames_per_video=torch.tensor([len(shown)]),
     )
-    parts = [video_part(data), content[1]]
-    messages = [{"role": "user", "content": parts}]
-    assert ask(server, messages) == (expected.text, len(expected.tokens))
+    assert ask(server, user(video_part(data), content[1])) == (expected.text, len(expected.tokens))
     local = server.llm.prompts.raw(
-        server.llm.prompts.template.render([{"role": "user", "content": content}]), videos=[data]
+        server.llm.prompts.template.render(user(*content)), videos=[data]
     )
     assert list(local.tokens) == expected.tokens
 
@@ -323,7 +320,7 @@ def test_a_model_that_sees_and_does_not_hear(
 ) -> None:
     server, red = served(name), picture_bytes("red")
     with pytest.raises(openai.BadRequestError, match="this model does not hear") as refused:
-        ask(server, [{"role": "user", "content": [sound(SOUNDS["wav"], "wav")]}])
+        ask(server, user(sound(SOUNDS["wav"], "wav")))
     assert refused.value.param == "messages[0].content[0].input_audio"
     images = Gemma4ImageProcessorPil(max_soft_tokens=70)(
         [Image.open(BytesIO(red))], return_tensors="pt"
@@ -397,4 +394,4 @@ def test_a_text_only_export(tmp_path: Path, export: Export) -> None:
             (sound(SOUNDS["wav"], "wav"), "this model does not hear"),
         ):
             with pytest.raises(openai.BadRequestError, match=sense):
-                ask(server, [{"role": "user", "content": [part]}])
+                ask(server, user(part))

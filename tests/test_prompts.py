@@ -49,7 +49,7 @@ def test_a_sound_too_short_for_a_tower(prompts: Callable[[str], Prompts], sample
 
 
 def test_silence_of_no_length_without_a_tower(prompts: Callable[[str], Prompts]) -> None:
-    with pytest.raises(RequestError, match="a sound of 0 samples .* too short"):
+    with pytest.raises(RequestError, match=r"a sound of 0 samples .* too short"):
         prompts("12b-bf16").sound(hiss(0))
     assert prompts("12b-bf16").sound(hiss(1)).soft_tokens == 1
 
