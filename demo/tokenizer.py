@@ -117,6 +117,10 @@ def train_tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
 def save_side_files(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Everything a checkpoint holds besides its weights and config.json."""
     tokenizer.save_pretrained(folder)
+    # Whether this tokenizer was itself loaded from a folder is nobody's business.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("is_local", "local_files_only")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     image = Gemma4ImageProcessorPil(max_soft_tokens=MAX_SOFT_TOKENS).to_dict()
     video = {**image, "video_processor_type": "Gemma4VideoProcessor"}
     del video["image_processor_type"]
