@@ -129,3 +129,17 @@ def test_media_that_are_made_already_are_taken_as_they_are(
     assert prepared.tokens == plain.tokens
     assert [place for place, _ in prepared.media] == [place for place, _ in plain.media]
     assert len(prepared.media) == 5
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+        {"type": "text"},
+        {"text": "no type"},
+        {"type": "image", "url": "x"},
+    ],
+)
+def test_parts_that_are_not_understood_are_refused(tiny: LLM, part: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="expected one of text, image, audio, video"):
+        tiny.prompts.chat([{"role": "user", "content": [part]}])

@@ -36,6 +36,9 @@ class _Kind:
     name: str
 
 
+_PARTS = ("text", "image", "audio", "video")
+
+
 class Prompts:
     """Makes prompts for one checkpoint, with its own tokenizer, template and preprocessing."""
 
@@ -167,6 +170,8 @@ class Prompts:
         messages = [_plain_system(message, i) for i, message in enumerate(messages)]
         contents = (message.get("content") for message in messages)
         parts = list(chain.from_iterable(c for c in contents if isinstance(c, list)))
+        for part in parts:
+            _check_part(part)
         text = self.template.render(messages, add_generation_prompt=True, **template)
         images, sounds, videos = (
             [part[kind] for part in parts if part.get("type") == kind]
@@ -200,6 +205,17 @@ class Prompts:
                 item = next(following)
                 yield position, item
                 position += item.soft_tokens
+
+
+def _check_part(part: Mapping[str, Any]) -> None:
+    """Templates write nothing for what they do not know; what is not understood is refused."""
+    kind = part.get("type")
+    if kind not in _PARTS or kind not in part:
+        raise RequestError(
+            f"a part of a message is of type {kind!r} with the keys {sorted(part)}; expected one"
+            f" of {', '.join(_PARTS)} under a key of that name",
+            "messages",
+        )
 
 
 def _plain_system(message: Message, index: int) -> Message:
