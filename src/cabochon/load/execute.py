@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,10 @@ from cabochon.nn.nvfp4 import E4M3
 from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+_BITS = {2: torch.uint16, 4: torch.uint32}  # by bytes
+_PIECE = 1 << 22  # entries that one thread looks through
+_TILE = 1 << 18  # entries that stay in its cache
 
 NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry
 
@@ -140,8 +147,7 @@ def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> N
 def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
     if tensor.dtype is torch.float8_e4m3fn:
         tensor = E4M3[tensor.view(torch.uint8).int()]
-    # Extremes carry what is not finite, and take one pass without a copy.
-    if torch.stack(tensor.aminmax()).to(dtype).isfinite().all():
+    if _largest(tensor).to(dtype).isfinite():
         return
     bad = int((~tensor.to(dtype).isfinite()).sum())
     kind = str(dtype).removeprefix("torch.")
@@ -149,6 +155,32 @@ def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
         f"{meta.file}: tensor {meta.name!r} has {bad} of {tensor.numel()} values that are not"
         f" finite in {kind}; the checkpoint is damaged or was made by a quantizer that failed"
     )
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """The largest magnitude of the floats in `tensor`; what is no number is above infinity.
+
+    Without their signs, floats are ordered as their bits are. For a checkpoint of 6.9 GB this takes
+    less than a tenth of the time to load it; torch's `aminmax` took up to a quarter.
+    """
+    bits = tensor.view(_BITS[tensor.element_size()]).numpy().reshape(-1)
+    pieces = [bits[start : start + _PIECE] for start in range(0, len(bits), _PIECE)]
+    if len(pieces) == 1:
+        largest = _largest_bits(bits)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            largest = max(pool.map(_largest_bits, pieces))
+    return torch.from_numpy(np.array(largest, bits.dtype)).view(tensor.dtype)
+
+
+def _largest_bits(bits: np.ndarray[Any, np.dtype[Any]]) -> int:
+    """The largest of `bits` without their highest."""
+    room = np.empty(min(len(bits), _TILE), bits.dtype)
+    largest = 0
+    for start in range(0, len(bits), _TILE):
+        tile = bits[start : start + _TILE]
+        largest = max(largest, int(np.add(tile, tile, out=room[: len(tile)]).max()))
+    return largest >> 1
 
 
 def _check_global(value: float, meta: TensorMeta, *, divides: bool) -> None:
