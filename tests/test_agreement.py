@@ -161,7 +161,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path, name: str) -> N
     assert described["architecture"] == name
     assert described["groups"] == []
     (problem,) = described["problems"]
-    assert problem["kind"] == "ARCHITECTURE"
+    assert problem["kind"] == "FOREIGN"
     assert f"{name!r} is {FOREIGN[name]}" in report.text()
     with pytest.raises(LoadError) as error:
         load_model(folder, dtype=torch.float32)

@@ -23,7 +23,7 @@ from cabochon.quant.nvfp4 import ACTIVATION_SCALES, Nvfp4
 from cabochon.quant.resolve import Refusal, resolve
 from cabochon.quant.scheme import FLOATS, PackedInt, Scheme, Site
 
-Kind = Literal["ARCHITECTURE", "CONFIG", "UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
+Kind = Literal["FOREIGN", "CONFIG", "UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
 
 
 @dataclass(frozen=True, slots=True)

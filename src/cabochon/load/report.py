@@ -42,7 +42,7 @@ _PARAMETERS = "norms and scalars"
 MOST = 4  # findings of a kind, and names of a finding, that a terminal gets to see
 
 _ADVICE: Mapping[Kind, str] = {
-    "ARCHITECTURE": "Only models of the Gemma 4 family that write text are run.",
+    "FOREIGN": "Only models of the Gemma 4 family that write text are run.",
     "CONFIG": "config.json and the weights are not of the same model.",
     "UNUSED": "Every stored tensor must have a place, since ignoring one can change what the model"
     " says. Check that config.json belongs to these weights.",
@@ -202,7 +202,7 @@ def inspect_checkpoint(path: Path) -> Report:
     try:
         config, raw = read_config(path)
     except ForeignArchitecture as error:
-        problem = Problem("ARCHITECTURE", "config.json", str(error))
+        problem = Problem("FOREIGN", "config.json", str(error))
         return Report(path, error.architecture, None, (problem,))
     return Report(path, config.architecture, build_plan(checkpoint, config, raw))
 
