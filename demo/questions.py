@@ -271,7 +271,7 @@ def ask(rng: Random, scene: Scene) -> Question:
 def held_out(seed: int, count: int) -> Iterator[tuple[Image.Image, str, str, str]]:
     """`count` times a fresh picture, a question, its accepted answer and the question's kind.
 
-    Training draws from integer seeds; the text put before this one keeps the two apart.
+    No seed of the training begins with the words put before this one.
     """
     rng = Random(f"held out {seed}")
     for _ in range(count):
