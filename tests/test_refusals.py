@@ -11,7 +11,6 @@ import torch
 from checkpoints import (
     ASYMMETRIC,
     DENSE,
-    FIXTURES,
     W4A16,
     Config,
     Tensors,
@@ -21,9 +20,9 @@ from checkpoints import (
     write,
 )
 
-from cabochon.errors import CabochonError, ConfigError, LoadError, UnreadableError
+from cabochon.errors import ConfigError, LoadError, UnreadableError
 from cabochon.load.execute import load_model
-from cabochon.load.report import inspect_checkpoint
+from cabochon.load.report import inspect_checkpoint, plan_checkpoint
 
 LAYER = "model.language_model.layers.1"
 GATE = f"{LAYER}.mlp.gate_proj"
@@ -34,10 +33,11 @@ def refusal(folder: Path) -> str:
     """The text with which `folder` is refused, by the plan and by loading alike."""
     report = inspect_checkpoint(folder)
     assert not report.loads
-    with pytest.raises(LoadError) as error:
-        load_model(folder, dtype=torch.float32)
-    assert str(error.value) == report.text()
-    assert error.value.exit_code == 1
+    for use in (plan_checkpoint, partial(load_model, dtype=torch.float32)):
+        with pytest.raises(LoadError) as error:
+            use(folder)
+        assert str(error.value) == report.text()
+        assert error.value.exit_code == 1
     return report.text()
 
 
@@ -327,9 +327,3 @@ def test_other_quantizers_own_layouts_are_named(tmp_path: Path) -> None:
         text = refusal(altered(tmp_path / preset, DENSE, change, claiming))
         assert GATE in text
         assert f"format {name!r}" in text
-
-
-def test_all_refusals_are_for_users() -> None:
-    for error in (UnreadableError, ConfigError, LoadError):
-        assert issubclass(error, CabochonError)
-    assert FIXTURES.is_dir()

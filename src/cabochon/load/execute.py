@@ -17,7 +17,7 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
-from cabochon.load.report import Report, inspect_checkpoint
+from cabochon.load.report import Report, plan_checkpoint
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.nvfp4 import E4M3
 from cabochon.nn.weight import Stack, Weight
@@ -34,28 +34,32 @@ NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry
 def load_model(
     path: Path, *, dtype: torch.dtype, progress: Progress | None = None
 ) -> tuple[Gemma4, Report]:
-    """The model in the folder `path`, and the report of how it was loaded.
-
-    Matrices stay in their stored bits; norms, scalars and clip bounds are held in float32.
-
-    Args:
-        path: the checkpoint folder.
-        dtype: what activations will be computed in. Everything stored as floats must be finite in
-            it.
-        progress: called with bytes done and bytes in all.
+    """The model in the folder `path`, and the report of how it was loaded: plan, then bytes.
 
     Raises:
         UnreadableError: there is no checkpoint that could be judged, or a file ended early.
         LoadError: it would not load exactly right; the text is the report, or names the tensor.
     """
-    report = inspect_checkpoint(path)
-    if report.plan is None or not report.loads:
-        raise LoadError(report.text())
+    report = plan_checkpoint(path)
+    assert report.plan is not None
     return execute(report.plan, dtype=dtype, progress=progress), report
 
 
 def execute(plan: LoadPlan, *, dtype: torch.dtype, progress: Progress | None = None) -> Gemma4:
-    """The model that `plan`, which has no problems, describes."""
+    """The model that `plan`, which has no problems, describes.
+
+    Matrices stay in their stored bits; norms, scalars and clip bounds are held in float32.
+
+    Args:
+        plan: which bytes become what.
+        dtype: what activations will be computed in. Everything stored as floats must be finite in
+            it.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        UnreadableError: a file ended early.
+        LoadError: a value cannot be right; the text names the tensor.
+    """
     assert not plan.problems
     with torch.device("meta"):
         model = Gemma4(plan.config, has_head=plan.has_head)

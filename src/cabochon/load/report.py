@@ -10,6 +10,7 @@ from typing import Any
 
 from cabochon.checkpoint.folder import Checkpoint
 from cabochon.config import ForeignArchitecture, KeptLayers, kept_layers, read_config
+from cabochon.errors import LoadError
 from cabochon.load.plan import Kind, LoadPlan, Problem, build_plan
 from cabochon.load.tree import (
     AUDIO,
@@ -205,6 +206,19 @@ def inspect_checkpoint(path: Path) -> Report:
         problem = Problem("FOREIGN", "config.json", str(error))
         return Report(path, error.architecture, None, (problem,))
     return Report(path, config.architecture, build_plan(checkpoint, config, raw))
+
+
+def plan_checkpoint(path: Path) -> Report:
+    """The report on a checkpoint that loads, with its plan; what else it needs can be read next.
+
+    Raises:
+        UnreadableError: there is no checkpoint that could be judged.
+        LoadError: it would not load exactly right; the text is the report.
+    """
+    report = inspect_checkpoint(path)
+    if not report.loads:
+        raise LoadError(report.text())
+    return report
 
 
 def _stored(plan: LoadPlan) -> Iterator[tuple[str, str, int, int]]:
