@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, noise
+from conftest import FIXTURES, TINY, noise
 from reference import greedy
 
 from cabochon import LLM, SamplingParams
 from cabochon.engine.cache import PAGE, CachePlan, cache_groups
 from cabochon.engine.request import Completion, Delta, Prompt
+from cabochon.engine.sampler import Sampling, sample
 from cabochon.errors import CabochonError, RequestError
 from cabochon.gemma4.pictures import Picture
 
@@ -184,13 +188,77 @@ def test_the_engine_survives_its_own_faults(
     assert tiny.engine.alive
 
 
-def test_a_sink_that_raises_harms_nobody(tiny: LLM, alone: list[Completion]) -> None:
-    def broken(_delta: Delta) -> None:
+def test_a_sink_that_raises_is_called_no_more(tiny: LLM, alone: list[Completion]) -> None:
+    calls = []
+
+    def broken(delta: Delta) -> None:
+        calls.append(delta)
         raise ValueError("a client's own mistake")
 
     many = prompts(tiny, 2)
     tiny.engine.submit(many[0], GREEDY, broken)
     assert tiny.generate(many[1], GREEDY)[0] == alone[1]
+    assert len(calls) == 1
+    assert idle(tiny)
+
+
+def test_a_token_that_cannot_be_drawn_ends_one_request(
+    tiny: LLM, alone: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choosy(logits: torch.Tensor, rows: list[Sampling]) -> list[int]:
+        if rows[0].params.seed == 13:
+            raise ArithmeticError("injected")
+        return sample(logits, rows)
+
+    many = prompts(tiny, 2)
+    monkeypatch.setattr("cabochon.engine.engine.sample", choosy)
+    unlucky = tiny.stream(many[0], replace(GREEDY, seed=13))
+    assert tiny.generate(many[1], GREEDY)[0] == alone[1]
+    with pytest.raises(CabochonError, match="ArithmeticError: injected"):
+        list(unlucky)
+
+
+def test_a_picture_longer_than_a_step_is_refused(family: Callable[[str], LLM]) -> None:
+    llm = family("31b")
+    length = llm.engine.cache.plan.longest_step + 1
+    picture = Picture(np.zeros((1, 768), np.float32), np.zeros((1, 2), np.int64), length)
+    tokens = (2, *[llm.config.tokens.image] * length)
+    with pytest.raises(RequestError, match=f"picture of {length} soft tokens"):
+        llm.generate(Prompt(tokens, ((1, picture),)))
+    assert idle(llm)
+
+
+@pytest.mark.parametrize("ending", ["break", "raise ArithmeticError"])
+def test_leaving_a_stream_open_does_not_crash_the_interpreter(ending: str) -> None:
+    """A thread that computes in torch while the interpreter goes away would abort it."""
+    program = f"""
+from cabochon import LLM, SamplingParams
+llm = LLM({str(TINY)!r})
+prompt = llm.prompts.raw([2, 300])
+for delta in llm.stream(prompt, SamplingParams(ignore_eos=True)):
+    {ending}
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == (0 if ending == "break" else 1), run.stderr
+
+
+@pytest.mark.parametrize("member", ["12b", "26b", "31b"])
+@pytest.mark.parametrize("chunk", [16, 80, 512])
+def test_members_together_equal_alone(
+    family: Callable[[str], LLM], member: str, chunk: int
+) -> None:
+    """Pictures that stay whole, too few pages for all, cancelled neighbours: the same answers."""
+    llm = family(member)
+    many = prompts(llm, 8)
+    expected = [llm.generate(prompt, GREEDY)[0] for prompt in many]
+    options: dict[str, Any] = {"prefill_chunk": chunk, "kv_cache_bytes": 600_000, "max_batch": 5}
+    with LLM(FIXTURES / f"{member}-bf16", dtype="float32", **options) as cramped:
+        left = [cramped.stream(prompt, GREEDY) for prompt in many[:3]]
+        next(left[0])
+        for stream in left:
+            stream.close()
+        assert cramped.generate(many, GREEDY) == expected
+        assert idle(cramped)
 
 
 def test_closing_ends_what_runs() -> None:
@@ -202,6 +270,56 @@ def test_closing_ends_what_runs() -> None:
         list(stream)
     with pytest.raises(CabochonError, match="closed"):
         llm.generate([2, 300])
+    stream.close()  # too late to matter, and no error of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", 2.5),
+        ("max_tokens", 0),
+        ("max_tokens", 2.0),
+        ("seed", 10**400),
+        ("temperature", "1"),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("min_p", True),
+        ("stop", ("",)),
+        ("stop", (3,)),
+        ("stop_token_ids", ("5",)),
+    ],
+)
+def test_sampling_of_no_use_is_named(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+def test_one_stop_string_needs_no_tuple(tiny: LLM) -> None:
+    free = tiny.generate([2, 300, 301], GREEDY)[0].text
+    stop = free[len(free) // 2 :][:3]
+    ended = tiny.generate([2, 300, 301], replace(GREEDY, stop=stop))[0]
+    assert ended.text == free[: free.index(stop)]
+
+
+def test_prompts_in_all_their_forms(tiny: LLM) -> None:
+    expected = tiny.generate([2, 300, 301], GREEDY)[0]
+    ids = np.array([2, 300, 301])
+    assert tiny.generate(ids, GREEDY) == [expected]  # type: ignore[arg-type]
+    assert tiny.generate(torch.tensor([2, 300, 301]), GREEDY) == [expected]  # type: ignore[arg-type]
+    assert tiny.generate([[2, 300, 301], ids], GREEDY) == [expected, expected]  # type: ignore[list-item]
+    assert tiny.generate([], GREEDY) == []
+    with pytest.raises(RequestError, match="row of token ids"):
+        tiny.generate([2.5], GREEDY)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [("", "empty"), ([384], "0 to 383"), ([-1], "0 to 383"), ([300] * 4097, "knows 4,096")],
+)
+def test_logits_of_no_prompt(tiny: LLM, tokens: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        tiny.logits(tokens)
 
 
 def test_a_budget_too_small_says_what_it_needs(tiny: LLM) -> None:

@@ -60,7 +60,7 @@ def test_a_lost_file_does_not_lose_the_end_of_turns(tmp_path: Path) -> None:
 def test_values_of_no_use_are_named(
     tmp_path: Path, generation: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match="generation_config.json") as caught:
+    with pytest.raises(ConfigError, match=r"generation_config\.json") as caught:
         read(checkpoint(tmp_path, **generation))
     assert message in str(caught.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,13 +23,16 @@ from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
-from cabochon.errors import CabochonError
+from cabochon.errors import CabochonError, RequestError
 from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import load_model
 from cabochon.prompts import Message, Prompts
 from cabochon.settings import DEMO
 
+AnyPrompt = str | Sequence[int] | Prompt
 Dtype = Literal["auto", "float32", "bfloat16"]
+
+logger = logging.getLogger(__name__)
 
 DEMO_NAME = "cabochon-demo"
 
@@ -90,11 +95,22 @@ class LLM:
         self.runner = Runner(gemma, compute, torch.device("cpu"))
         budget = kv_cache_bytes or _memory() // 8
         # A picture that must stay whole may make a step longer than the chunk.
-        self._longest_step = max(prefill_chunk, self.prompts.pictures.max_soft_tokens)
+        self._longest_step = max(
+            prefill_chunk,
+            self.prompts.pictures.max_soft_tokens,
+            self.prompts.videos.frames.max_soft_tokens,
+        )
         plan = CachePlan.fit(
             self.config.text, compute, budget, max_batch, self._longest_step, max_context
         )
         self.max_context = plan.max_context
+        logger.info(
+            "keys and values: %.2f GB, %d of %d requests at once, contexts of %d tokens",
+            plan.bytes(compute) / 1e9,
+            plan.max_batch,
+            max_batch,
+            plan.max_context,
+        )
         self.engine = Engine(
             self.runner,
             plan,
@@ -114,7 +130,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Prompt | Sequence[str | Prompt],
+        prompts: AnyPrompt | Sequence[AnyPrompt],
         params: SamplingParams | None = None,
     ) -> list[Completion]:
         """Answers to one or several prompts, computed together, in order.
@@ -147,16 +163,24 @@ class LLM:
         chunks in which serving would compute it.
         """
         full = self.prompts.raw(prompt, images, sounds, videos)
-        plan = CachePlan.single(self.config.text, len(full.tokens), self._longest_step)
+        text, length = self.config.text, len(full.tokens)
+        if length > text.max_positions:
+            raise RequestError(
+                f"the prompt has {length:,} tokens, the model knows {text.max_positions:,}",
+                "prompt",
+            )
+        plan = CachePlan.single(text, length, self._longest_step)
         cache = PagedCache(plan, self.runner.dtype, self.runner.device)
         sequence = new_sequence(self.runner.model, full, cache)
-        self.runner.encode(sequence)
-        parts = []
-        while sequence.computed < len(full.tokens):
+        logits = torch.empty(length, text.vocab_size)
+        while sequence.computed < length:
             chunk = sequence.chunk(self.prefill_chunk)
-            assert cache.reserve(chunk)
-            parts.append(self.runner.run(cache, [Scheduled(sequence, chunk)], every=True))
-        return torch.cat(parts)
+            reserved = cache.reserve(chunk)
+            assert reserved
+            step = [Scheduled(sequence, chunk)]
+            self.runner.encode(step[0])
+            logits[chunk.start : chunk.stop] = self.runner.run(cache, step, every=True)
+        return logits
 
     def close(self) -> None:
         self.engine.close()
@@ -172,7 +196,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _generation_prompt(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
+    def _generation_prompt(self, prompt: AnyPrompt) -> Prompt:
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str) and not prompt.startswith("<bos>"):
@@ -188,14 +212,13 @@ def _check_options(dtype: str, sizes: Mapping[str, int | None]) -> None:
             raise CabochonError(f"{name} is {size}, expected at least 1")
 
 
-def _as_list(
-    prompts: str | Sequence[int] | Prompt | Sequence[str | Prompt],
-) -> list[str | Sequence[int] | Prompt]:
+def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[AnyPrompt]:
+    """Several prompts, also where one was given: text, a `Prompt`, or a row of token ids."""
     if isinstance(prompts, str | Prompt):
         return [prompts]
-    if all(isinstance(p, int) for p in prompts):
-        return [[p for p in prompts if isinstance(p, int)]]
-    return [p for p in prompts if not isinstance(p, int)]
+    many: list[Any] = list(prompts)
+    row = bool(many) and not isinstance(many[0], str | Prompt) and np.ndim(many[0]) == 0
+    return [many] if row else many
 
 
 def _memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -64,6 +65,10 @@ class Prompts:
                 shape that the model has no positions for.
         """
         self.check_sense("image")
+        if not isinstance(image, Image.Image | bytes):
+            raise RequestError(
+                f"a picture is a PIL image or the bytes of a file, not a {type(image).__name__}"
+            )
         if isinstance(image, bytes):
             image = decode_picture(image)
         return self._within_table(self.pictures(image))
@@ -147,11 +152,19 @@ class Prompts:
         )
         if films and isinstance(prompt, str):
             prompt = _with_timestamps(prompt, films)
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self._tokens(prompt)
         for kind, items in zip(self._kinds, made, strict=True):
             tokens = _expand(tokens, kind, items)
         media = tuple(self._placed(tokens, made)) if any(made) else ()
         return Prompt(tuple(tokens), media)
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise RequestError("a prompt is a string or a row of token ids", "prompt") from None
 
     def chat(self, messages: Sequence[Message], **template: Any) -> Prompt:
         """The prompt that the checkpoint's chat template makes of `messages`.
@@ -167,11 +180,11 @@ class Prompts:
         """
         if not messages:
             raise RequestError("messages is empty; give at least one", "messages")
+        own = {"messages", "add_generation_prompt"} & set(template)
+        if own:
+            raise RequestError(f"{', '.join(sorted(own))} cannot be set from outside")
+        parts = [part for message in messages for part in _parts(message)]
         messages = [_plain_system(message, i) for i, message in enumerate(messages)]
-        contents = (message.get("content") for message in messages)
-        parts = list(chain.from_iterable(c for c in contents if isinstance(c, list)))
-        for part in parts:
-            _check_part(part)
         text = self.template.render(messages, add_generation_prompt=True, **template)
         images, sounds, videos = (
             [part[kind] for part in parts if part.get("type") == kind]
@@ -192,7 +205,7 @@ class Prompts:
         return picture
 
     def _placed(
-        self, tokens: Sequence[int], made: Sequence[Sequence[Picture | Sound]]
+        self, tokens: list[int], made: Sequence[Sequence[Picture | Sound]]
     ) -> Iterator[tuple[int, Picture | Sound]]:
         """Each medium with the position of its first soft token, in the order of the prompt."""
         kinds = {kind.token: iter(items) for kind, items in zip(self._kinds, made, strict=True)}
@@ -202,20 +215,43 @@ class Prompts:
             if following is None:
                 position += 1
             else:
-                item = next(following)
+                item = next(following, None)
+                length = 0 if item is None else item.soft_tokens
+                run = tokens[position : position + length]
+                if item is None or run != [tokens[position]] * length:
+                    raise RequestError(
+                        f"the soft tokens from place {position} on are not those of the media in"
+                        " their order",
+                        "messages",
+                    )
                 yield position, item
-                position += item.soft_tokens
+                position += length
 
 
-def _check_part(part: Mapping[str, Any]) -> None:
-    """Templates write nothing for what they do not know; what is not understood is refused."""
-    kind = part.get("type")
-    if kind not in _PARTS or kind not in part:
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    """The parts of a message; none where its content is a string.
+
+    Raises:
+        RequestError: not a message, or a part that is not understood. Templates write nothing for
+            what they do not know.
+    """
+    if not isinstance(message, Mapping):
         raise RequestError(
-            f"a part of a message is of type {kind!r} with the keys {sorted(part)}; expected one"
-            f" of {', '.join(_PARTS)} under a key of that name",
+            f"a message is a mapping with role and content, not a {type(message).__name__}",
             "messages",
         )
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in _PARTS or kind not in part:
+            keys = sorted(map(str, part)) if isinstance(part, Mapping) else type(part).__name__
+            raise RequestError(
+                f"a part of a message is of type {kind!r} with the keys {keys}; expected one of"
+                f" {', '.join(_PARTS)} under a key of that name",
+                "messages",
+            )
+    return parts
 
 
 def _plain_system(message: Message, index: int) -> Message:

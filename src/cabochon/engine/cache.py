@@ -29,11 +29,16 @@ class Group(KeptLayers):
     def page_bytes(self, dtype: torch.dtype) -> int:
         return PAGE * self.elements * dtype.itemsize
 
-    def pages_held(self, length: int, chunk: int) -> int:
-        """The most pages that `length` tokens hold, prefilled `chunk` tokens at a time."""
-        if self.window is not None:
-            length = min(length, self.window + chunk + PAGE)
-        return -(-length // PAGE)
+    def pages_for(self, length: int, batch: int, step: int) -> int:
+        """The most pages that `batch` sequences of `length` tokens hold, `step` tokens at a time.
+
+        Behind a window a sequence keeps two cut pages beside whole ones, and the step's own tokens
+        come on top, whoever they belong to.
+        """
+        everything = batch * -(-length // PAGE)
+        if self.window is None:
+            return everything
+        return min(everything, batch * (-(-self.window // PAGE) + 2) + -(-step // PAGE))
 
 
 def cache_groups(config: TextConfig) -> tuple[Group, ...]:
@@ -51,6 +56,7 @@ class CachePlan:
     pages: tuple[int, ...]
     max_batch: int  # sequences whose windows fit at once
     max_context: int  # tokens of the longest sequence
+    longest_step: int  # tokens of one sequence computed at once
 
     @classmethod
     def fit(
@@ -59,42 +65,47 @@ class CachePlan:
         dtype: torch.dtype,
         budget: int,
         max_batch: int,
-        chunk: int,
+        step: int,
         max_context: int | None = None,
     ) -> CachePlan:
-        """Divide `budget` bytes: room for `max_batch` windows first, the rest for full attention.
+        """Divide `budget` bytes: up to half for `max_batch` windows, the rest for full attention.
 
         Raises:
-            CabochonError: the budget holds not even one sequence of two chunks.
+            CabochonError: the budget holds not even one sequence of two steps.
         """
         groups = cache_groups(config)
         wanted = min(max_context or config.max_positions, config.max_positions)
-        sliding = sum(
-            g.page_bytes(dtype) * g.pages_held(wanted, chunk)
-            for g in groups
-            if g.window is not None
-        )
+
+        def windows(batch: int) -> int:
+            sizes = [g.page_bytes(dtype) * g.pages_for(wanted, batch, step) for g in groups]
+            return sum(n for n, g in zip(sizes, groups, strict=True) if g.window is not None)
+
         full = sum(g.page_bytes(dtype) for g in groups if g.window is None)
-        if sliding:
-            max_batch = max(1, min(max_batch, budget // 2 // sliding))
-        pages = (budget - max_batch * sliding) // full
-        if pages * PAGE < min(wanted, 2 * chunk):
-            least = sliding + full * -(-2 * chunk // PAGE)
+        batch = max_batch
+        while batch > 1 and windows(batch) > budget // 2:
+            batch -= 1
+        pages = (budget - windows(batch)) // full
+        least = -(-min(wanted, 2 * step) // PAGE)
+        if pages < least:
             raise CabochonError(
-                f"the key/value cache has {budget:,} bytes, but one sequence of {2 * chunk} tokens"
-                f" needs {least:,}: raise kv_cache_bytes or lower prefill_chunk"
+                f"the key/value cache has {budget:,} bytes, but one sequence of {least * PAGE}"
+                f" tokens needs {windows(1) + least * full:,}: raise kv_cache_bytes or lower"
+                " prefill_chunk"
             )
-        pages = min(pages, max_batch * -(-wanted // PAGE))
+        pages = min(pages, batch * -(-wanted // PAGE))
         each = tuple(
-            pages if g.window is None else max_batch * g.pages_held(wanted, chunk) for g in groups
+            pages if g.window is None else g.pages_for(wanted, batch, step) for g in groups
         )
-        return cls(groups, each, max_batch, min(wanted, pages * PAGE))
+        return cls(groups, each, batch, min(wanted, pages * PAGE), step)
 
     @classmethod
-    def single(cls, config: TextConfig, length: int, chunk: int) -> CachePlan:
+    def single(cls, config: TextConfig, length: int, step: int) -> CachePlan:
         """Just enough for one sequence of `length` tokens."""
         groups = cache_groups(config)
-        return cls(groups, tuple(g.pages_held(length, chunk) for g in groups), 1, length)
+        return cls(groups, tuple(g.pages_for(length, 1, step) for g in groups), 1, length, step)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return sum(g.page_bytes(dtype) * n for g, n in zip(self.groups, self.pages, strict=True))
 
 
 class PageTable:
@@ -135,11 +146,7 @@ class PagedCache:
         return PageTable(len(self.plan.groups))
 
     def reserve(self, chunk: Chunk) -> bool:
-        """Get the pages that `chunk` writes, after giving back those no query of it can see.
-
-        Returns False, and takes nothing, if a group has too few free pages.
-        """
-        self._trim(chunk)
+        """Get the pages that `chunk` writes. False, and nothing taken, if too few are free."""
         missing = [-(-chunk.stop // PAGE) - len(pages) for pages in chunk.table.pages]
         if any(n > len(free) for n, free in zip(missing, self._free, strict=True)):
             return False
@@ -155,11 +162,12 @@ class PagedCache:
     def free_pages(self) -> tuple[int, ...]:
         return tuple(len(free) for free in self._free)
 
-    def _trim(self, chunk: Chunk) -> None:
+    def settle(self, chunk: Chunk) -> None:
+        """After `chunk` is computed, give back the pages that no later query can see."""
         for group, pages, free in zip(self.plan.groups, chunk.table.pages, self._free, strict=True):
             if group.window is None:
                 continue
-            unseen = max(0, chunk.start - group.window + 1) // PAGE
+            unseen = max(0, chunk.stop - group.window + 1) // PAGE
             for i in range(min(unseen, len(pages)) - 1, -1, -1):
                 if pages[i] == _FREED:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
@@ -83,6 +85,8 @@ class Engine:
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="cabochon-engine", daemon=True)
         self._thread.start()
+        # A thread that is inside torch when the interpreter goes away takes the process with it.
+        atexit.register(self.close)
 
     def submit(self, prompt: Prompt, params: SamplingParams, on_delta: Sink) -> int:
         """Enqueue a request and return its number. Its last delta says how it ended.
@@ -98,14 +102,17 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Forget a request. No delta follows, but for one that may be under way."""
-        self._put(number, None)
+        with self._wake:
+            self._inbox.append((number, None))
+            self._wake.notify()
 
     def close(self) -> None:
-        """End the thread; requests that still run get an error."""
+        """End the thread, from another one; requests that still run get an error."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join()
+        atexit.unregister(self.close)
 
     @property
     def alive(self) -> bool:
@@ -120,9 +127,8 @@ class Engine:
             return arriving + len(self._requests)
 
     def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> _Request:
+        sequence = new_sequence(self.runner.model, prompt, self.cache)
         length = len(prompt.tokens)
-        if not length:
-            raise RequestError("the prompt is empty", "messages")
         if length >= self.max_context:
             raise RequestError(
                 f"the prompt has {length:,} tokens, but the context holds {self.max_context:,}"
@@ -130,9 +136,6 @@ class Engine:
                 "messages",
             )
         vocab = self.runner.model.config.text.vocab_size
-        if not all(0 <= token < vocab for token in prompt.tokens):
-            raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
-        sequence = new_sequence(self.runner.model, prompt, self.cache)
         most = self.max_context - length
         return _Request(
             sequence=sequence,
@@ -140,13 +143,13 @@ class Engine:
             sink=sink,
             sampling=Sampling(params, prompt.tokens, vocab),
             text=Detokenizer(self.tokenizer),
-            stops=StopStrings(params.stop),
+            stops=StopStrings(params.stops),
             limit=length + min(params.max_tokens or most, most),
         )
 
-    def _put(self, number: int, request: _Request | None) -> None:
+    def _put(self, number: int, request: _Request) -> None:
         with self._wake:
-            if self._closed:
+            if self._closed or not self._thread.is_alive():
                 raise CabochonError("the engine is closed")
             self._inbox.append((number, request))
             self._wake.notify()
@@ -197,35 +200,35 @@ class Engine:
         self._sample([s for s in step if s.complete], logits)
 
     def _encode(self, step: Sequence[Scheduled]) -> list[Scheduled]:
-        """Encode the media of sequences that start; one that cannot be encoded fails alone."""
+        """Encode the media that chunks reach; a sequence with one that cannot be fails alone."""
         ready = []
         for scheduled in step:
-            sequence = scheduled.sequence
             try:
-                if sequence.prompt.media and not sequence.soft:
-                    self.runner.encode(sequence)
+                self.runner.encode(scheduled)
                 ready.append(scheduled)
             except Exception as error:
                 logger.exception("a picture or sound could not be encoded")
-                self._fail(self._by_sequence[sequence], _internal(error))
+                self._fail(self._by_sequence[scheduled.sequence], _internal(error))
         return ready
 
     def _sample(self, complete: Sequence[Scheduled], logits: Tensor) -> None:
+        """Draw the next token of each sequence; what goes wrong in a row ends its request alone."""
+        finite = logits.sum(dim=-1).isfinite().tolist()  # one that is no number makes the sum so
+        with torch.inference_mode():
+            logits[:, self.suppressed] = -math.inf
         numbers = [self._by_sequence[s.sequence] for s in complete]
-        finite = logits.isfinite().all(dim=-1).tolist()
-        for number, fine in zip(numbers, finite, strict=True):
-            if not fine:
-                self._fail(
-                    number, CabochonError("the model's logits are not finite for this prompt")
-                )
-        keep = [i for i, fine in enumerate(finite) if fine]
-        if keep:
-            drawing = [self._requests[numbers[i]] for i in keep]
-            allowed = logits[keep]
-            allowed[:, self.suppressed] = -math.inf
-            tokens = sample(allowed, [request.sampling for request in drawing])
-            for i, token in zip(keep, tokens, strict=True):
-                self._advance(numbers[i], token)
+        for number, row, fine in zip(numbers, logits, finite, strict=True):
+            try:
+                if not fine:
+                    raise CabochonError("the model's logits are not finite for this prompt")
+                token = sample(row[None], [self._requests[number].sampling])[0]
+            except CabochonError as error:
+                self._fail(number, error)
+            except Exception as error:
+                logger.exception("a token could not be drawn")
+                self._fail(number, _internal(error))
+            else:
+                self._advance(number, token)
 
     def _advance(self, number: int, token: int) -> None:
         """Give `token` to a request: text to its sink, and its end if this was the last."""
@@ -256,8 +259,10 @@ class Engine:
         try:
             request.sink(delta)
         except Exception:  # a client's sink must not take the engine with it
-            logger.exception("the sink of a request raised")
+            logger.exception("the sink of a request raised; the request is given up")
+            if request.sequence in self._by_sequence:
+                self._forget(self._by_sequence[request.sequence])
 
 
 def _internal(error: Exception) -> CabochonError:
-    return CabochonError(f"the engine failed on this request: {type(error).__name__}: {error}")
+    return CabochonError(f"the engine failed at this request: {type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +24,7 @@ class SamplingParams:
     cut the distribution, in this order. `temperature` 0 takes the likeliest token.
 
     Raises:
-        RequestError: a value out of its range, named in `param`.
+        RequestError: a value of another kind or out of its range, named in `param`.
     """
 
     max_tokens: int | None = None  # None: as many as the context holds
@@ -36,32 +36,49 @@ class SamplingParams:
     presence_penalty: float = 0.0  # of tokens generated so far
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0  # of tokens of the prompt and generated so far
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()  # beside the model's own
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()  # beside the model's own
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        self._within("max_tokens", 1, 1 << 31)
-        self._within("temperature", 0.0, 100.0)
-        self._within("top_k", 0, 1 << 31)
-        self._within("top_p", 0.0, 1.0)
-        self._within("min_p", 0.0, 1.0)
-        self._within("seed", -(1 << 63), (1 << 63) - 1)
-        self._within("presence_penalty", -2.0, 2.0)
-        self._within("frequency_penalty", -2.0, 2.0)
-        self._within("repetition_penalty", 0.01, 100.0)
+        self._integer("max_tokens", 1, 1 << 31)
+        self._integer("top_k", 0, 1 << 31)
+        self._integer("seed", -(1 << 63), (1 << 63) - 1)
+        self._number("temperature", 0.0, 100.0)
+        self._number("top_p", 0.0, 1.0)
+        self._number("min_p", 0.0, 1.0)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        self._number("repetition_penalty", 0.01, 100.0)
         if self.top_p == 0.0:
             raise RequestError("top_p is 0, expected more than 0 and at most 1", "top_p")
-        if len(self.stop) > MAX_STOPS or any(not 0 < len(s) <= MAX_STOP_LENGTH for s in self.stop):
+        lengths = [len(stop) if isinstance(stop, str) else 0 for stop in self.stops]
+        if len(lengths) > MAX_STOPS or not all(0 < n <= MAX_STOP_LENGTH for n in lengths):
             raise RequestError(
                 f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters",
                 "stop",
             )
+        if not all(type(token) is int for token in self.stop_token_ids):
+            raise RequestError("stop_token_ids must be integers", "stop_token_ids")
 
-    def _within(self, name: str, least: float, most: float) -> None:
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def _integer(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
-        if value is not None and not (math.isfinite(value) and least <= value <= most):
-            raise RequestError(f"{name} is {value}, expected {least} to {most}", name)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise _out_of_range(name, value, f"an integer from {least} to {most}")
+
+    def _number(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (real and least <= value <= most):  # false for what is no number, too
+            raise _out_of_range(name, value, f"{least:g} to {most:g}")
+
+
+def _out_of_range(name: str, value: object, expected: str) -> RequestError:
+    return RequestError(f"{name} is {str(value)[:64]}, expected {expected}", name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,15 @@ class Runner:
         self.device = device
 
     @torch.inference_mode()
-    def encode(self, sequence: TokenSequence) -> None:
-        """Turn the pictures and sounds of a sequence into soft tokens, once."""
-        for position, item in sequence.prompt.media:
+    def encode(self, scheduled: Scheduled) -> None:
+        """Turn the pictures and sounds that a chunk reaches into soft tokens, and let them go."""
+        sequence = scheduled.sequence
+        for position in [p for p in sequence.media if p < scheduled.chunk.stop]:
+            item = sequence.media[position]
             soft = self._see(item) if isinstance(item, Picture) else self._hear(item)
             assert len(soft) == item.soft_tokens
-            sequence.soft.append((position, soft))
+            sequence.soft[position] = soft
+            del sequence.media[position]
 
     def _see(self, picture: Picture) -> Tensor:
         pixels = torch.from_numpy(picture.patches).to(self.device, self.dtype)
@@ -50,6 +53,7 @@ class Runner:
         )
         for scheduled in step:
             scheduled.sequence.computed = scheduled.chunk.stop
+            cache.settle(scheduled.chunk)
         return logits
 
     def _batch(self, step: Sequence[Scheduled], every: bool) -> Batch:
@@ -87,7 +91,7 @@ class Runner:
 def _soft_parts(scheduled: Scheduled) -> list[tuple[int, Tensor]]:
     """The soft tokens that fall into a chunk: first position and rows of each part."""
     parts = []
-    for place, rows in scheduled.sequence.soft:
+    for place, rows in scheduled.sequence.soft.items():
         first = max(place, scheduled.chunk.start)
         last = min(place + len(rows), scheduled.chunk.stop)
         if first < last:
@@ -99,9 +103,15 @@ def new_sequence(model: Gemma4, prompt: Prompt, cache: PagedCache) -> TokenSeque
     """A sequence that has computed nothing yet.
 
     Raises:
-        RequestError: the prompt has pictures or sounds, and the model has no eyes or ears.
+        RequestError: no tokens, or some that are not in the vocabulary; media that the model has no
+            sense for, or that do not fit into a step.
     """
     config = model.config
+    vocab = config.text.vocab_size
+    if not prompt.tokens:
+        raise RequestError("the prompt is empty", "messages")
+    if not all(0 <= token < vocab for token in prompt.tokens):
+        raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
     spans = []
     for position, item in prompt.media:
         if isinstance(item, Sound):
@@ -109,10 +119,15 @@ def new_sequence(model: Gemma4, prompt: Prompt, cache: PagedCache) -> TokenSeque
         else:
             _check(config.vision is not None, "see pictures", "vision")
             spans.append((position, position + item.soft_tokens))
-    sighted = any(layer.pictures != "causal" for layer in config.text.layers)
-    return TokenSequence(
-        prompt, cache.new_table(), list(prompt.tokens), whole=tuple(spans) if sighted else ()
-    )
+    whole = tuple(spans) if any(n.pictures != "causal" for n in config.text.layers) else ()
+    longest = max((last - first for first, last in whole), default=0)
+    if longest > cache.plan.longest_step:
+        raise RequestError(
+            f"a picture of {longest} soft tokens cannot be computed in one step, which has"
+            f" {cache.plan.longest_step}: raise prefill_chunk",
+            "messages",
+        )
+    return TokenSequence(cache.new_table(), list(prompt.tokens), dict(prompt.media), whole)
 
 
 def _check(able: bool, what: str, part: str) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from cabochon.engine.cache import Chunk, PagedCache, PageTable
-from cabochon.engine.request import Prompt
+from cabochon.engine.cache import PAGE, Chunk, PagedCache, PageTable
+from cabochon.gemma4.pictures import Picture
+from cabochon.gemma4.sounds import Sound
 from cabochon.nn.attention import Spans
 
 
@@ -21,12 +22,12 @@ from cabochon.nn.attention import Spans
 class TokenSequence:
     """A request's tokens and how far they are computed."""
 
-    prompt: Prompt
     table: PageTable
     tokens: list[int]  # the prompt's and those generated
-    computed: int = 0  # tokens whose keys and values are in the cache
-    soft: list[tuple[int, Tensor]] = field(default_factory=list)  # first position, soft tokens
+    media: dict[int, Picture | Sound]  # by first position, until they are encoded
     whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
+    computed: int = 0  # tokens whose keys and values are in the cache
+    soft: dict[int, Tensor] = field(default_factory=dict)  # soft tokens by first position
 
     @property
     def decoding(self) -> bool:
@@ -89,13 +90,17 @@ class Scheduler:
         while room > 0 and self._may_admit():
             sequence = self.waiting.popleft()
             self.running.append(sequence)
-            room -= self._schedule(sequence, room, step)
+            taken = self._schedule(sequence, room, step)
+            if not taken:
+                break
+            room -= taken
+        assert step or not self.waiting, "a sequence that is alone must fit"
         return step
 
     def _schedule(self, sequence: TokenSequence, room: int, step: list[Scheduled]) -> int:
         """Add up to `room` positions of `sequence`, and return how many.
 
-        None if it had to make place for those before it. The last of the running gives way first.
+        0 if it had to make place for those before it. The last of the running gives way first.
         """
         chunk = sequence.chunk(room)
         while not self.cache.reserve(chunk):
@@ -116,10 +121,9 @@ class Scheduler:
         """Whether the first in line fits beside the running, with a page for each to grow."""
         if not self.waiting or len(self.running) >= self.cache.plan.max_batch:
             return False
-        length = len(self.waiting[0].tokens)
-        return all(
-            not self.running
-            or free >= group.pages_held(length, self.prefill_chunk) + len(self.running)
+        pages = -(-len(self.waiting[0].tokens) // PAGE) + len(self.running)
+        return not self.running or all(
+            free >= pages
             for group, free in zip(self.cache.plan.groups, self.cache.free_pages(), strict=True)
             if group.window is None
         )

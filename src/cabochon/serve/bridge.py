@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 
 from cabochon.engine.engine import Engine
 from cabochon.engine.request import Delta, Prompt, SamplingParams
-from cabochon.errors import CabochonError
 
 
 class Deltas:
@@ -40,5 +39,4 @@ class Deltas:
         if not self._finished:
             self._finished = True
             self._queue.put_nowait(None)
-            with contextlib.suppress(CabochonError):  # the engine was closed first
-                self._engine.cancel(self._number)
+            self._engine.cancel(self._number)
