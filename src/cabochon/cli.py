@@ -158,7 +158,7 @@ def serve(model: Model = None, debug: Debug = False, *, settings: Settings) -> N
     with server.bind(settings.host, settings.port) as listener, _load(model, settings) as llm:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{listener.getsockname()[1]}"
-        print(llm.report.text(), file=sys.stderr)
+        print(f"{llm.report.text()}\n\n{llm.capacity}", file=sys.stderr)
 
         def ready() -> None:
             print(

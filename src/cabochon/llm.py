@@ -25,7 +25,8 @@ from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError
 from cabochon.gemma4.sounds import Wave
-from cabochon.load.execute import load_model
+from cabochon.load.execute import execute
+from cabochon.load.report import plan_checkpoint
 from cabochon.prompts import Message, Prompts
 from cabochon.settings import DEMO
 
@@ -86,34 +87,33 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(threads)
         compute = _DTYPES[dtype]
-        gemma, self.report = load_model(folder, dtype=compute, progress=progress)
-        self.config: Gemma4Config = gemma.config
+        self.report = plan_checkpoint(folder)
+        plan = self.report.plan
+        assert plan is not None
+        self.config: Gemma4Config = plan.config
+        # What is quick to read comes first: a broken template should not cost a minute to find out.
         self.prompts = Prompts(folder, self.config)
         generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
         self.defaults = generation.sampling
         self.prefill_chunk = prefill_chunk
-        self.runner = Runner(gemma, compute, torch.device("cpu"))
-        budget = kv_cache_bytes or _memory() // 8
         # A picture that must stay whole may make a step longer than the chunk.
         self._longest_step = max(
             prefill_chunk,
             self.prompts.pictures.max_soft_tokens,
             self.prompts.videos.frames.max_soft_tokens,
         )
-        plan = CachePlan.fit(
+        budget = kv_cache_bytes or _memory() // 8
+        cache = CachePlan.fit(
             self.config.text, compute, budget, max_batch, self._longest_step, max_context
         )
-        self.max_context = plan.max_context
-        logger.info(
-            "keys and values: %.2f GB, %d of %d requests at once, contexts of %d tokens",
-            plan.bytes(compute) / 1e9,
-            plan.max_batch,
-            max_batch,
-            plan.max_context,
-        )
+        self.max_context = cache.max_context
+        self.capacity = cache.describe(compute, asked=max_batch)
+        logger.info("%s", self.capacity)
+        gemma = execute(plan, dtype=compute, progress=progress)
+        self.runner = Runner(gemma, compute, torch.device("cpu"))
         self.engine = Engine(
             self.runner,
-            plan,
+            cache,
             self.prompts.tokenizer,
             ends=generation.ends,
             suppressed=generation.suppressed,

@@ -71,10 +71,15 @@ class CachePlan:
         """Divide `budget` bytes: up to half for `max_batch` windows, the rest for full attention.
 
         Raises:
-            CabochonError: the budget holds not even one sequence of two steps.
+            CabochonError: the model knows no context so long, or the budget holds not even one
+                sequence of two steps.
         """
         groups = cache_groups(config)
-        wanted = min(max_context or config.max_positions, config.max_positions)
+        wanted = max_context or config.max_positions
+        if wanted > config.max_positions:
+            raise CabochonError(
+                f"max_context is {wanted:,}, but the model knows {config.max_positions:,} positions"
+            )
 
         def windows(batch: int) -> int:
             sizes = [g.page_bytes(dtype) * g.pages_for(wanted, batch, step) for g in groups]
@@ -104,8 +109,13 @@ class CachePlan:
         groups = cache_groups(config)
         return cls(groups, tuple(g.pages_for(length, 1, step) for g in groups), 1, length, step)
 
-    def bytes(self, dtype: torch.dtype) -> int:
-        return sum(g.page_bytes(dtype) * n for g, n in zip(self.groups, self.pages, strict=True))
+    def describe(self, dtype: torch.dtype, *, asked: int) -> str:
+        """What fits, for people; `asked` is the batch that was wished for."""
+        sizes = [g.page_bytes(dtype) * n for g, n in zip(self.groups, self.pages, strict=True)]
+        return (
+            f"keys and values take up to {sum(sizes) / 1e9:.2f} GB: {self.max_batch} of {asked}"
+            f" requests at once, contexts of {self.max_context:,} tokens"
+        )
 
 
 class PageTable:
