@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
+from cabochon.quant.regex import Regex, UnsupportedRegex
 from cabochon.quant.scheme import Scheme, Site
 
 # Quantizers unfold experts into linear layers.
@@ -31,12 +31,41 @@ class Claim:
         return self.scheme is None and self.unsupported is None
 
 
+Matches = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """A list of rules, in the order of the file."""
+
+    exact: Mapping[str, None]
+    patterns: tuple[tuple[str, Matches], ...]
+
+    @classmethod
+    def of(cls, rules: Iterable[str]) -> Targets:
+        """`UnsupportedRegex`, naming the rule, if one is malformed or not matched here."""
+        compiled = [(rule, _matches(rule)) for rule in dict.fromkeys(rules)]
+        patterns = tuple((rule, matches) for rule, matches in compiled if matches is not None)
+        return cls({rule: None for rule, matches in compiled if matches is None}, patterns)
+
+    def first(self, site: Site, spellings: Sequence[str]) -> tuple[int, str] | None:
+        """The most specific rule for `site`: 0 and a name, 1 and a pattern, or 2 and a class."""
+        for name in spellings:
+            if name in self.exact:
+                return 0, name
+        for rule, matches in self.patterns:
+            if any(matches(name) for name in spellings):
+                return 1, rule
+        kind = _CLASSES[site.kind]
+        return (2, kind) if kind in self.exact else None
+
+
 @dataclass(frozen=True, slots=True)
 class Rules:
     """A parsed quantization configuration."""
 
-    groups: Mapping[str, tuple[tuple[str, ...], Claim]] = field(default_factory=dict)
-    ignore: tuple[str, ...] = ()
+    groups: Mapping[str, tuple[Targets, Claim]] = field(default_factory=dict)
+    ignore: Targets = field(default_factory=lambda: Targets.of(()))
     everything: Claim | None = None  # one claim for all sites, when there are no groups to read
     notes: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()  # what is computed would differ, whatever the tensors look like
@@ -45,14 +74,13 @@ class Rules:
         """The claim of `site`, whose module the file may spell in other ways too."""
         if self.everything is not None:
             return self.everything
-        for rule in self.ignore:
-            if _specificity(rule, site, spellings) is not None:
-                return Claim(f"ignore entry {rule!r}")
+        ignored = self.ignore.first(site, spellings)
+        if ignored is not None:
+            return Claim(f"ignore entry {ignored[1]!r}")
         ranked = [
-            (rank, claim)
+            (found[0], claim)
             for targets, claim in self.groups.values()
-            for target in targets
-            if (rank := _specificity(target, site, spellings)) is not None
+            if (found := targets.first(site, spellings)) is not None
         ]
         if not ranked:
             return Claim("no rule")
@@ -60,31 +88,23 @@ class Rules:
 
     def unmatched(self, modules: Iterable[str]) -> tuple[str, ...]:
         """Targets and ignore entries that match none of `modules`; class names always match."""
-        names = list(modules)
-        known = set(names) | set(_CLASSES.values())
-        rules = [*self.ignore, *(t for targets, _ in self.groups.values() for t in targets)]
-        return tuple(
-            rule
-            for rule in rules
-            if rule not in known
-            and not ((compiled := pattern(rule)) and any(compiled.match(n) for n in names))
-        )
+        names = set(modules)
+        known = names | set(_CLASSES.values())
+        lists = [self.ignore, *(targets for targets, _ in self.groups.values())]
+        waiting = {rule: matches for targets in lists for rule, matches in targets.patterns}
+        for name in names:
+            for rule in [rule for rule, matches in waiting.items() if matches(name)]:
+                del waiting[rule]
+        exact = (rule for targets in lists for rule in targets.exact if rule not in known)
+        return (*exact, *waiting)
 
 
-@lru_cache(maxsize=4096)
-def pattern(rule: str) -> re.Pattern[str] | None:
-    """What `rule` matches, if it is not a plain name. `re.error` if it is malformed."""
-    kind, colon, text = rule.partition(":")
-    if not colon or kind not in ("re", "glob"):
-        return None
-    return re.compile(text if kind == "re" else fnmatch.translate(text))
-
-
-def _specificity(rule: str, site: Site, spellings: Sequence[str]) -> int | None:
-    """0 for an exact match, 1 for a pattern, 2 for a class; None if `rule` does not match."""
-    compiled = pattern(rule)
-    if compiled is not None:
-        return 1 if any(compiled.match(name) for name in spellings) else None
-    if rule in spellings:
-        return 0
-    return 2 if rule == _CLASSES[site.kind] else None
+def _matches(rule: str) -> Matches | None:
+    """What tells whether a name matches `rule`; None if it is a plain name."""
+    kind, _, text = rule.partition(":")
+    if kind == "glob":
+        return re.compile(fnmatch.translate(text)).match
+    try:
+        return Regex(text).match if kind == "re" else None
+    except UnsupportedRegex as error:
+        raise UnsupportedRegex(f"{rule!r} cannot be used: {error}") from None

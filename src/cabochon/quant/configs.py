@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from cabochon.errors import ConfigError
-from cabochon.quant.claims import Claim, Rules, pattern
+from cabochon.quant.claims import Claim, Rules, Targets
 from cabochon.quant.nvfp4 import Nvfp4
+from cabochon.quant.regex import UnsupportedRegex
 from cabochon.quant.scheme import PackedInt, Scheme
+
+MAX_PATTERNS = 1000  # of a list; each is tried on each matrix
 
 _KV_NOTE = "kv_cache_scheme is not used: keys and values are kept in the compute dtype"
 
@@ -55,15 +57,13 @@ def _compressed_tensors(key: str, config: Mapping[str, Any]) -> Rules:
     refusals = []
     if config.get("transform_config"):
         refusals.append(f"{key}.transform_config is not supported by this version")
-    ignore = _strings(config.get("ignore") or [], f"{key}.ignore")
+    ignore = _targets(config.get("ignore") or [], f"{key}.ignore")
     return Rules(groups=groups, ignore=ignore, notes=tuple(notes), refusals=tuple(refusals))
 
 
-def _group(
-    name: str, group: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[tuple[str, ...], Claim]:
+def _group(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Targets, Claim]:
     where = f"config_groups.{name}"
-    targets = _strings(group.get("targets") or [], f"{where}.targets")
+    targets = _targets(group.get("targets") or [], f"{where}.targets")
     weights = group.get("weights")
     rule = f"config group {name!r}"
     if weights is None:
@@ -128,7 +128,9 @@ def _unsupported_nvfp4(weights: Mapping[str, Any]) -> str | None:
 def _modelopt(key: str, config: Mapping[str, Any]) -> Rules:
     """ModelOpt's schema: one algorithm for all linear layers but those that shell patterns name."""
     ignored = config.get("ignore") or config.get("exclude_modules") or []
-    ignore = tuple(f"glob:{name}" for name in _strings(ignored, f"{key}.ignore"))
+    names = _strings(ignored, f"{key}.ignore")
+    rules = [f"glob:{name}" if set(name) & set("*?[") else name for name in names]
+    ignore = _targets(rules, f"{key}.ignore")
     algorithm = config.get("quant_algo")
     rule = f"quant_algo {algorithm!r}"
     if algorithm == "W4A16_NVFP4":
@@ -139,7 +141,7 @@ def _modelopt(key: str, config: Mapping[str, Any]) -> Rules:
             reason += ": it quantizes activations too or changes them"
         claim = Claim(rule, unsupported=reason)
     notes = [] if config.get("kv_cache_scheme") is None else [_KV_NOTE]
-    return Rules(groups={rule: (("Linear",), claim)}, ignore=ignore, notes=tuple(notes))
+    return Rules(groups={rule: (Targets.of(["Linear"]), claim)}, ignore=ignore, notes=tuple(notes))
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -151,9 +153,15 @@ def _mapping(value: Any, name: str) -> Mapping[str, Any]:
 def _strings(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
         raise ConfigError(f"config.json: {name} is {value!r}, expected a list of names")
-    for entry in value:
-        try:
-            pattern(entry)
-        except re.error as error:
-            raise ConfigError(f"config.json: {name}: {entry!r} is no regex: {error}") from None
     return tuple(value)
+
+
+def _targets(value: Any, name: str) -> Targets:
+    try:
+        targets = Targets.of(_strings(value, name))
+    except UnsupportedRegex as error:
+        raise ConfigError(f"config.json: {name}: {error}") from None
+    if len(targets.patterns) > MAX_PATTERNS:
+        count = len(targets.patterns)
+        raise ConfigError(f"config.json: {name} has {count} patterns, more than {MAX_PATTERNS}")
+    return targets
