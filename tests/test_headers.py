@@ -138,6 +138,12 @@ def test_a_name_given_twice_is_found(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
+def test_a_name_of_any_length_is_not_carried_around(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw(header(**{"w" * 1001: entry()}), b"1234"))
+    with pytest.raises(UnreadableError, match="name has 1001 characters"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_header_of_more_than_100_megabytes_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:

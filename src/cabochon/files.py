@@ -1,12 +1,14 @@
-"""Reading the small JSON files that lie beside a checkpoint's weights."""
+"""The checkpoint that comes with the package, and the small JSON files of any checkpoint."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cabochon.errors import ConfigError
+
+DEMO = Path(__file__).parent / "demo"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -18,9 +20,37 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
+
+
+def parse_json(text: bytes) -> Any:
+    """`text` as JSON, strictly: Python's parser alone would take more than the format allows.
+
+    Raises:
+        ValueError: it is malformed, nested too deep, names a member twice (most parsers would
+            silently keep the last) or has NaN or Infinity for a number.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r} appears twice")
+            seen.add(name)
+    return members
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cabochon.checkpoint.headers import BITS, TensorMeta, parse_json, read_header
+from cabochon.checkpoint.headers import BITS, TensorMeta, read_header
 from cabochon.errors import UnreadableError
+from cabochon.files import read_json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,11 +92,7 @@ def _nothing_to_read(folder: Path) -> str:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     """Tensor name to shard name, from the index; shard names are checked before any is opened."""
-    try:
-        content = parse_json(index.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UnreadableError(f"{index} cannot be read as JSON: {error}") from None
-    shards: Any = content.get("weight_map") if isinstance(content, dict) else None
+    shards: Any = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise UnreadableError(f"{index} has no weight_map from tensor names to files")
     for name, shard in shards.items():

@@ -6,7 +6,6 @@ bytes of little-endian length, that much JSON, then the tensors, without gap or 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cabochon.errors import UnreadableError
+from cabochon.files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+MAX_NAME = 1000  # characters; every rule of a configuration may be tried on each name
 
 BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -42,29 +43,6 @@ class TensorMeta:
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
-
-
-class DuplicateName(ValueError):
-    """A JSON object names a member twice; most parsers would silently keep the last."""
-
-
-def parse_json(text: bytes) -> Any:
-    """`text` as JSON; ValueError if it is malformed, nested too deep, or names a member twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise DuplicateName(f"{name!r} appears twice")
-            seen.add(name)
-    return members
 
 
 def read_header(path: Path) -> tuple[TensorMeta, ...]:
@@ -112,6 +90,8 @@ def _meta(path: Path, name: str, entry: Any, start: int) -> TensorMeta:
     def fail(detail: str) -> UnreadableError:
         return UnreadableError(f"{path}: tensor {name!r}: {detail}")
 
+    if len(name) > MAX_NAME:
+        raise UnreadableError(f"{path}: a tensor's name has {len(name)} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail(f"expected dtype, shape and data_offsets, found {entry!r}"[:400])
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

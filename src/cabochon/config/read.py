@@ -9,7 +9,6 @@ resolved here once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from cabochon.config.types import (
     VisionConfig,
 )
 from cabochon.errors import ConfigError
+from cabochon.files import read_json_object
 
 _KINDS: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
 
@@ -43,16 +43,9 @@ def read_config(folder: Path) -> tuple[Gemma4Config, Mapping[str, Any]]:
         ForeignArchitecture: it describes a model that this engine does not run.
     """
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder} has no config.json, so it is not a checkpoint folder"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, expected an object")
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no config.json, so it is not a checkpoint folder")
+    raw = read_json_object(path)
     return parse_config(raw), raw
 
 
@@ -100,20 +93,31 @@ def _text(section: Section, unified: bool) -> TextConfig:
     section.only("attention_bias", False)
     section.only("use_bidirectional_attention", "vision")
     softcap = section.number("final_logit_softcapping", 0.0)
+    vocab_size, pad = section.size("vocab_size", 262_144), section.integer("pad_token_id", 0)
+    if pad >= vocab_size:
+        raise section.wrong("pad_token_id", pad, f"but vocab_size is {vocab_size}")
+    num_heads = section.size("num_attention_heads", 8)
     return TextConfig(
-        vocab_size=section.size("vocab_size", 262_144),
+        vocab_size=vocab_size,
         hidden_size=section.size("hidden_size", 2304),
-        num_heads=section.size("num_attention_heads", 8),
-        layers=_layers(section, unified),
+        num_heads=num_heads,
+        layers=_layers(section, unified, num_heads),
         experts=_experts(section),
         rope=_rope(section),
         eps=section.number("rms_norm_eps", 1e-6),
         softcap=softcap or None,
-        ple_dim=0 if unified else section.integer("hidden_size_per_layer_input", 256),
+        ple_dim=0 if unified else _ple_dim(section),
         ple_vocab_size=section.integer("vocab_size_per_layer_input", 262_144),
         max_positions=section.size("max_position_embeddings", 262_144 if unified else 131_072),
-        pad_token_id=section.integer("pad_token_id", 0),
+        pad_token_id=pad,
     )
+
+
+def _ple_dim(section: Section) -> int:
+    """Absent, it is upstream's default; `null` is how exports write that there is none."""
+    key = "hidden_size_per_layer_input"
+    none = key in section.values and section.values[key] is None
+    return 0 if none else section.integer(key, 256)
 
 
 def _experts(section: Section) -> ExpertsConfig | None:
@@ -125,17 +129,18 @@ def _experts(section: Section) -> ExpertsConfig | None:
         intermediate_size=section.size("moe_intermediate_size", 0),
     )
     if experts.chosen > experts.count:
-        raise ConfigError(
-            f"config.json: {section.path('top_k_experts')} is {experts.chosen},"
-            f" but num_experts is {experts.count}"
-        )
+        raise section.wrong("top_k_experts", experts.chosen, f"but num_experts is {experts.count}")
     return experts
 
 
-def _layers(section: Section, unified: bool) -> tuple[LayerConfig, ...]:
+def _layers(section: Section, unified: bool, num_heads: int) -> tuple[LayerConfig, ...]:
     kinds = _layer_kinds(section)
     k_eq_v = section.flag("attention_k_eq_v", False)
     head_dims, kv_heads = _head_sizes(section, kinds, k_eq_v)
+    for count in kv_heads:
+        if num_heads % count:
+            detail = f"no multiple of the {count} key and value heads of a layer"
+            raise section.wrong("num_attention_heads", num_heads, detail)
     sources = _kv_sources(kinds, section.integer("num_kv_shared_layers", 0))
     window = section.size("sliding_window", 1024 if unified else 512)
     width = section.size("intermediate_size", 9216)
@@ -188,12 +193,12 @@ def _head_sizes(
     section: Section, kinds: list[LayerKind], k_eq_v: bool
 ) -> tuple[list[int], list[int]]:
     """Head size and number of key/value heads of each layer."""
-    dims = [section.size("head_dim", 256)] * len(kinds)
+    dims = [section.size("head_dim", 256, multiple=2)] * len(kinds)
     heads = [section.size("num_key_value_heads", 4)] * len(kinds)
     overrides = section.values.get("per_layer_config")
     if overrides is None:
         # `num_global_key_value_heads` has a say only where keys are values.
-        full = section.size("global_head_dim", 512)
+        full = section.size("global_head_dim", 512, multiple=2)
         full_heads = section.size("num_global_key_value_heads", heads[0]) if k_eq_v else heads[0]
         dims = [full if kind == "full" else dim for kind, dim in zip(kinds, dims, strict=True)]
         heads = [full_heads if kind == "full" else n for kind, n in zip(kinds, heads, strict=True)]
@@ -208,7 +213,7 @@ def _head_sizes(
             raise ConfigError(
                 f"config.json: {override.name} sets {unknown}, which is not supported"
             )
-        dims[layer] = override.size("head_dim", dims[layer])
+        dims[layer] = override.size("head_dim", dims[layer], multiple=2)
         heads[layer] = override.size("num_key_value_heads", heads[layer])
     return dims, heads
 
@@ -253,11 +258,11 @@ def _rope(section: Section) -> dict[LayerKind, RopeConfig]:
 def _rope_kind(section: Section) -> RopeConfig:
     section.only("rope_type", "default", "proportional")
     section.only("factor", 1.0)
-    partial = section.values.get("rope_type") == "proportional"
-    return RopeConfig(
-        theta=section.number("rope_theta", 10_000.0),
-        fraction=section.number("partial_rotary_factor", 1.0) if partial else 1.0,
-    )
+    fraction = section.positive("partial_rotary_factor", 1.0, most=1.0)
+    if fraction != 1.0 and section.values.get("rope_type") != "proportional":
+        detail = "which counts with rope_type 'proportional' only"
+        raise section.wrong("partial_rotary_factor", fraction, detail)
+    return RopeConfig(theta=section.positive("rope_theta", 10_000.0), fraction=fraction)
 
 
 def _vision(section: Section) -> VisionConfig:
@@ -272,9 +277,9 @@ def _vision(section: Section) -> VisionConfig:
         intermediate_size=section.size("intermediate_size", 3072),
         num_layers=section.size("num_hidden_layers", 16),
         num_heads=heads,
-        head_dim=section.size("head_dim", 64),
+        head_dim=section.size("head_dim", 64, multiple=4),  # two axes, pairs in each
         eps=section.number("rms_norm_eps", 1e-6),
-        rope_theta=rope.number("rope_theta", 100.0),
+        rope_theta=rope.positive("rope_theta", 100.0),
         patch_size=section.size("patch_size", 16),
         pooling=section.size("pooling_kernel_size", 3),
         position_table_size=section.size("position_embedding_size", 10 * 1024),
@@ -296,22 +301,26 @@ def _patches(section: Section) -> PatchConfig:
 def _audio(section: Section) -> AudioConfig:
     section.only("hidden_act", "silu")
     channels = section.values.get("subsampling_conv_channels", [128, 32])
-    if not (isinstance(channels, list) and [type(n) for n in channels] == [int, int]):
-        where = section.path("subsampling_conv_channels")
-        raise ConfigError(f"config.json: {where} is {channels!r}, expected two integers")
+    sizes = isinstance(channels, list) and [type(n) for n in channels] == [int, int]
+    if not sizes or min(channels) < 1:
+        raise section.wrong("subsampling_conv_channels", channels, "expected two sizes")
+    hidden_size = section.size("hidden_size", 1024)
+    num_heads = section.size("num_attention_heads", 8)
+    if hidden_size % num_heads:
+        raise section.wrong("num_attention_heads", num_heads, f"but hidden_size is {hidden_size}")
     return AudioConfig(
-        hidden_size=section.size("hidden_size", 1024),
+        hidden_size=hidden_size,
         num_layers=section.size("num_hidden_layers", 12),
-        num_heads=section.size("num_attention_heads", 8),
+        num_heads=num_heads,
         conv_channels=(channels[0], channels[1]),
         conv_kernel=section.size("conv_kernel_size", 5),
         residual_weight=section.number("residual_weight", 0.5),
         chunk=section.size("attention_chunk_size", 12),
         left=section.size("attention_context_left", 13),
         right=section.integer("attention_context_right", 0),
-        logit_cap=section.number("attention_logit_cap", 50.0),
+        logit_cap=section.positive("attention_logit_cap", 50.0),
         eps=section.number("rms_norm_eps", 1e-6),
-        gradient_clipping=section.number("gradient_clipping", 1e10),
+        gradient_clipping=section.positive("gradient_clipping", 1e10),
         output_size=section.size("output_proj_dims", 1536),
         clipped=section.flag("use_clipped_linears", True),
     )

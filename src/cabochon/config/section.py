@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 from cabochon.errors import ConfigError
@@ -24,27 +26,44 @@ class Section:
         """The object under `key`; an empty one if it is absent."""
         return Section(self.values.get(key) or {}, self.path(key))
 
+    def wrong(self, key: str, found: Any, detail: str) -> ConfigError:
+        """The error that the value of `key` cannot be used."""
+        return ConfigError(f"config.json: {self.path(key)} is {found!r}, {detail}")
+
     def _read(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
         value = self.values.get(key, default)
         if value is None:
             value = default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConfigError(f"config.json: {self.path(key)} is {value!r}, expected {expected}")
+            raise self.wrong(key, value, f"expected {expected}")
         return value
 
     def integer(self, key: str, default: int, least: int = 0) -> int:
         value: int = self._read(key, default, (int,), "an integer")
         if value < least:
-            raise ConfigError(
-                f"config.json: {self.path(key)} is {value}, expected at least {least}"
-            )
+            raise self.wrong(key, value, f"expected at least {least}")
         return value
 
-    def size(self, key: str, default: int) -> int:
-        return self.integer(key, default, least=1)
+    def size(self, key: str, default: int, multiple: int = 1) -> int:
+        value = self.integer(key, default, least=1)
+        if value % multiple:
+            kind = "an even number" if multiple == 2 else f"a multiple of {multiple}"
+            raise self.wrong(key, value, f"expected {kind}")
+        return value
 
     def number(self, key: str, default: float) -> float:
-        return float(self._read(key, default, (int, float), "a number"))
+        """A finite number that is not negative."""
+        value = self._read(key, default, (int, float), "a number")
+        if not 0 <= value <= sys.float_info.max:
+            raise self.wrong(key, value, "expected a finite number, 0 or more")
+        return float(value)
+
+    def positive(self, key: str, default: float, most: float = math.inf) -> float:
+        value = self.number(key, default)
+        if not 0 < value <= most:
+            limit = "" if most == math.inf else f" and at most {most:g}"
+            raise self.wrong(key, value, f"expected more than 0{limit}")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self._read(key, default, (bool,), "true or false"))
