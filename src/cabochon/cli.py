@@ -23,8 +23,9 @@ import typer
 
 from cabochon import __version__
 from cabochon.errors import CabochonError
+from cabochon.files import DEMO
 from cabochon.flags import SETTINGS_HELP, with_settings
-from cabochon.settings import DEMO, EngineSettings, Settings, variable
+from cabochon.settings import EngineSettings, Settings, variable
 
 if TYPE_CHECKING:
     from cabochon.llm import LLM

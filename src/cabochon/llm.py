@@ -24,11 +24,11 @@ from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError
+from cabochon.files import DEMO
 from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import execute
 from cabochon.load.report import plan_checkpoint
 from cabochon.prompts import Message, Prompts
-from cabochon.settings import DEMO
 
 AnyPrompt = str | Sequence[int] | Prompt
 Dtype = Literal["auto", "float32", "bfloat16"]

@@ -21,7 +21,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from cabochon.errors import CabochonError, UnreadableError
 
 PREFIX = "CABOCHON_"
-DEMO = Path(__file__).parent / "demo"
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
