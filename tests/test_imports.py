@@ -7,7 +7,7 @@ import importlib
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,21 +17,41 @@ import cabochon
 
 ROOT = Path(cabochon.__file__).parent
 
-# What a package may not import, directly or through others.
-FORBIDDEN = {
-    "checkpoint": {"quant", "load", "nn", "gemma4", "engine", "serve", "cli", "llm", "text"},
-    "quant": {"load", "gemma4", "engine", "serve", "cli", "llm", "text"},
-    "nn": {"checkpoint", "quant", "load", "gemma4", "engine", "serve", "cli", "llm", "text"},
-    "gemma4": {"checkpoint", "quant", "load", "engine", "serve", "cli", "llm", "text"},
-    "load": {"engine", "serve", "cli", "llm", "text"},
-    "text": {"checkpoint", "quant", "load", "nn", "gemma4", "engine", "serve", "cli", "llm"},
-    "engine": {"checkpoint", "quant", "load", "serve", "cli", "llm"},
+# What each part may need, directly or through others. Between these there is no way back.
+_FILES = {"errors", "files"}
+_MODEL = {*_FILES, "config", "nn", "gemma4"}
+_LOAD = {*_MODEL, "checkpoint", "quant"}
+_ENGINE = {*_MODEL, "text"}
+_LLM = {*_ENGINE, *_LOAD, "load", "engine", "prompts"}
+
+MAY_NEED = {
+    "errors": set(),
+    "files": {"errors"},
+    "config": _FILES,
+    "checkpoint": _FILES,
+    "text": _FILES,
+    "nn": {*_FILES, "config"},
+    "quant": {*_FILES, "config", "nn", "checkpoint"},
+    "gemma4": _MODEL - {"gemma4"},
+    "load": _LOAD,
+    "engine": _ENGINE,
+    "prompts": {*_ENGINE, "engine"},
+    "llm": _LLM,
+    "settings": {"errors"},
+    "flags": {"errors", "settings"},
+    "conversation": {*_LLM, "llm"},
+    "cabochon": {*_LLM, "llm"},  # the package's own names, imported when they are asked for
+    "serve": {*_LLM, "llm", "settings", "cabochon"},
+    "cli": {*_LLM, "llm", "settings", "flags", "conversation", "serve", "cabochon"},
+    "__main__": {*_LLM, "llm", "settings", "flags", "conversation", "serve", "cabochon", "cli"},
 }
 
 TORCHLESS = (
     "cabochon",
     "cabochon.config",
     "cabochon.errors",
+    "cabochon.files",
+    "cabochon.settings",
     "cabochon.checkpoint.headers",
     "cabochon.checkpoint.folder",
     "cabochon.quant.scheme",
@@ -48,24 +68,63 @@ def modules_of(package: str) -> Iterator[Path]:
     yield from sorted((ROOT / package).rglob("*.py"))
 
 
-def imports_of(file: Path) -> Iterator[str]:
-    """The parts of cabochon that `file` names in an import, wherever in the file it stands."""
+def dotted(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def part_of(module: str) -> str:
+    return module.removeprefix("cabochon.").partition(".")[0]
+
+
+def imports_of(file: Path, modules: Collection[str]) -> set[str]:
+    """Those of `modules` that `file` imports, wherever in it: in functions too, and for types."""
+    named: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            named |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively"
             module = node.module or ""
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        yield from (name.split(".")[1] for name in names if name.startswith("cabochon."))
+            named |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    found = named & set(modules)
+    return found | {name.rpartition(".")[0] for name in found} - {"", "cabochon"}
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_imports_point_one_way(package: str) -> None:
-    for file in modules_of(package):
-        wrong = set(imports_of(file)) & FORBIDDEN[package]
-        assert not wrong, f"{file} imports {sorted(wrong)}"
+def needs() -> dict[str, dict[str, str]]:
+    """For each module all that it needs, each with the module that imports it."""
+    files = {dotted(file): file for file in modules_of(".")}
+    direct = {module: imports_of(file, files) for module, file in files.items()}
+    found: dict[str, dict[str, str]] = {}
+    for module in files:
+        seen: dict[str, str] = {}
+        queue = [module]
+        for importer in queue:
+            new = direct[importer] - set(seen)
+            seen |= dict.fromkeys(new, importer)
+            queue += new
+        found[module] = seen
+    return found
+
+
+def test_every_part_is_in_the_table() -> None:
+    assert {part_of(dotted(file)) for file in modules_of(".")} == set(MAY_NEED)
+
+
+def test_needs_point_one_way() -> None:
+    for part, others in MAY_NEED.items():
+        assert part not in others
+        for other in others:
+            assert MAY_NEED[other] <= others, f"{part} may need {other}, but not what that needs"
+
+
+def test_no_part_needs_what_it_may_not() -> None:
+    needed = needs()
+    assert "cabochon.errors" in needed["cabochon.cli"]  # through others
+    for module, seen in needed.items():
+        part = part_of(module)
+        for other, importer in seen.items():
+            allowed = part_of(other) in MAY_NEED[part] | {part}
+            assert allowed, f"{module} needs {other}, which {importer} imports"
 
 
 @pytest.mark.parametrize("module", TORCHLESS)
@@ -81,8 +140,7 @@ def test_model_files_take_no_names_ranks_or_quantization() -> None:
     seen = 0
     for package in ("gemma4", "nn"):
         for file in modules_of(package):
-            dotted = ".".join(file.relative_to(ROOT.parent).with_suffix("").parts)
-            module = importlib.import_module(dotted.removesuffix(".__init__"))
+            module = importlib.import_module(dotted(file))
             for _, kind in inspect.getmembers(module, inspect.isclass):
                 if kind.__module__ != module.__name__ or not issubclass(kind, nn.Module):
                     continue
