@@ -158,7 +158,7 @@ class Report:
         return self.plan.nbytes if self.plan else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON: verdict, architecture, groups, problems, notes, dropped, bytes."""
+        """The report as JSON."""
         return {
             "verdict": "loads" if self.loads else "refused",
             "architecture": self.architecture,
