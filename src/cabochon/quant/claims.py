@@ -7,12 +7,16 @@ start, `glob:` and a shell pattern, or a class name. Exact beats pattern beats c
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from cabochon.quant.regex import Regex, UnsupportedRegex
+import regex
+
+from cabochon.errors import ConfigError
 from cabochon.quant.scheme import Scheme, Site
+
+RULE_SECONDS = 1.0  # for one name; rules that are meant as such take microseconds
 
 # Quantizers unfold experts into linear layers.
 _CLASSES = {"linear": "Linear", "embedding": "Embedding", "experts": "Linear"}
@@ -43,7 +47,7 @@ class Targets:
 
     @classmethod
     def of(cls, rules: Iterable[str]) -> Targets:
-        """`UnsupportedRegex`, naming the rule, if one is malformed or not matched here."""
+        """`ConfigError`, naming the rule, if one is malformed."""
         compiled = [(rule, _matches(rule)) for rule in dict.fromkeys(rules)]
         patterns = tuple((rule, matches) for rule, matches in compiled if matches is not None)
         return cls({rule: None for rule, matches in compiled if matches is None}, patterns)
@@ -103,8 +107,22 @@ def _matches(rule: str) -> Matches | None:
     """What tells whether a name matches `rule`; None if it is a plain name."""
     kind, _, text = rule.partition(":")
     if kind == "glob":
-        return re.compile(fnmatch.translate(text)).match
+        text = fnmatch.translate(text)
+    elif kind != "re":
+        return None
     try:
-        return Regex(text).match if kind == "re" else None
-    except UnsupportedRegex as error:
-        raise UnsupportedRegex(f"{rule!r} cannot be used: {error}") from None
+        return partial(_match, regex.compile(text), rule)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"config.json: {rule[:200]!r} is no regular expression: {error}"
+        ) from None
+
+
+def _match(pattern: regex.Pattern[str], rule: str, name: str) -> bool:
+    """Rules come from strangers, and one that backtracks without end must not hang a server."""
+    try:
+        return pattern.match(name, timeout=RULE_SECONDS) is not None
+    except TimeoutError:
+        raise ConfigError(
+            f"config.json: {rule[:200]!r} takes longer than {RULE_SECONDS:g} s to match {name!r}"
+        ) from None

@@ -8,7 +8,6 @@ from typing import Any
 from cabochon.errors import ConfigError
 from cabochon.quant.claims import Claim, Rules, Targets
 from cabochon.quant.nvfp4 import Nvfp4
-from cabochon.quant.regex import UnsupportedRegex
 from cabochon.quant.scheme import PackedInt, Scheme
 
 MAX_PATTERNS = 1000  # of a list; each is tried on each matrix
@@ -157,10 +156,7 @@ def _strings(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _targets(value: Any, name: str) -> Targets:
-    try:
-        targets = Targets.of(_strings(value, name))
-    except UnsupportedRegex as error:
-        raise ConfigError(f"config.json: {name}: {error}") from None
+    targets = Targets.of(_strings(value, name))
     if len(targets.patterns) > MAX_PATTERNS:
         count = len(targets.patterns)
         raise ConfigError(f"config.json: {name} has {count} patterns, more than {MAX_PATTERNS}")
