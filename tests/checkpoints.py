@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cabochon.checkpoint.folder import Checkpoint
 from cabochon.config import parse_config
+from cabochon.gemma4.model import Gemma4
+from cabochon.load.execute import Progress, execute
 from cabochon.load.plan import LoadPlan, build_plan
+from cabochon.load.report import Report, plan_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DENSE = FIXTURES / "e2b-bf16"
@@ -75,3 +79,12 @@ def altered(
 def plan_of(folder: Path) -> LoadPlan:
     raw = config_of(folder)
     return build_plan(Checkpoint.open(folder), parse_config(raw), raw)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype, progress: Progress | None = None
+) -> tuple[Gemma4, Report]:
+    """The model in `folder`, and the report on how it is stored."""
+    report = plan_checkpoint(folder)
+    assert report.plan is not None
+    return execute(report.plan, dtype=dtype, progress=progress), report

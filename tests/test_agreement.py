@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DENSE, FIXTURES, Config, altered
+from checkpoints import DENSE, FIXTURES, Config, altered, load_model
 
 from cabochon.config import parse_config
 from cabochon.errors import ConfigError, LoadError
-from cabochon.load.execute import load_model
 from cabochon.load.report import inspect_checkpoint
 
 MOE, UNIFIED = FIXTURES / "26b-bf16", FIXTURES / "12b-bf16"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import load_model
 from conftest import FIXTURES
 from torch import Tensor, nn
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextExperts
 
-from cabochon.load.execute import load_model
 from cabochon.nn.experts import Experts
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Stack, Weight

@@ -18,6 +18,7 @@ from checkpoints import (
     Tensors,
     altered,
     config_of,
+    load_model,
     plan_of,
     tensors_of,
 )
@@ -28,7 +29,6 @@ from hypothesis import strategies as st
 from test_schemes import check
 
 from cabochon.errors import LoadError
-from cabochon.load.execute import load_model
 from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.nvfp4 import E4M3
 from cabochon.quant.nvfp4 import Nvfp4

@@ -17,6 +17,7 @@ from checkpoints import (
     W4A16,
     altered,
     config_of,
+    load_model,
     plan_of,
     tensors_of,
     write,
@@ -27,7 +28,6 @@ from cabochon.checkpoint.folder import Checkpoint
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import parse_config, read_config
 from cabochon.gemma4.model import Gemma4
-from cabochon.load.execute import load_model
 from cabochon.load.execute import tensors_of as parts_of
 from cabochon.load.plan import LoadPlan, build_plan
 from cabochon.load.tree import needed

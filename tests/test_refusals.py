@@ -16,12 +16,12 @@ from checkpoints import (
     Config,
     Tensors,
     altered,
+    load_model,
 )
 
 from cabochon.checkpoint.folder import Checkpoint
 from cabochon.config import read_config
 from cabochon.errors import ConfigError, LoadError, UnreadableError
-from cabochon.load.execute import load_model
 from cabochon.load.plan import build_plan
 from cabochon.load.report import inspect_checkpoint, plan_checkpoint
 

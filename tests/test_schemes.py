@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE, FIXTURES, QUANTIZED, config_of, plan_of, tensors_of
+from checkpoints import DENSE, FIXTURES, QUANTIZED, config_of, load_model, plan_of, tensors_of
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cabochon.load.execute import load_model
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
 from cabochon.quant.configs import read_rules

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FIXTURES, NVFP4, Config, Tensors, altered, tensors_of
+from checkpoints import FIXTURES, NVFP4, Config, Tensors, altered, load_model, tensors_of
 
-from cabochon.load.execute import load_model
 from cabochon.load.report import inspect_checkpoint
 
 PACKED = FIXTURES / "26b-w4a16"

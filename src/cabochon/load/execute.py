@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
-from cabochon.load.report import Report, plan_checkpoint
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.nvfp4 import E4M3
 from cabochon.nn.weight import Stack, Weight
@@ -29,20 +27,6 @@ _PIECE = 1 << 22  # entries that one thread looks through
 _TILE = 1 << 18  # entries that stay in its cache
 
 NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry
-
-
-def load_model(
-    path: Path, *, dtype: torch.dtype, progress: Progress | None = None
-) -> tuple[Gemma4, Report]:
-    """The model in the folder `path`, and the report of how it was loaded: plan, then bytes.
-
-    Raises:
-        UnreadableError: there is no checkpoint that could be judged, or a file ended early.
-        LoadError: it would not load exactly right; the text is the report, or names the tensor.
-    """
-    report = plan_checkpoint(path)
-    assert report.plan is not None
-    return execute(report.plan, dtype=dtype, progress=progress), report
 
 
 def execute(plan: LoadPlan, *, dtype: torch.dtype, progress: Progress | None = None) -> Gemma4:
