@@ -19,7 +19,7 @@ from cabochon import LLM, SamplingParams
 from cabochon.engine.cache import PAGE, CachePlan, cache_groups
 from cabochon.engine.request import Completion, Delta, Prompt
 from cabochon.engine.sampler import Sampling, sample
-from cabochon.errors import CabochonError, RequestError
+from cabochon.errors import CabochonError, RequestError, ResourceError
 from cabochon.gemma4.pictures import Picture
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -341,6 +341,23 @@ def test_options_of_no_use_are_named(options: dict[str, Any]) -> None:
     name, value = next(iter(options.items()))
     with pytest.raises(CabochonError, match=rf"{name} is {value!r:.1}"):
         LLM(TINY, **options)
+
+
+def test_a_machine_too_small_is_told_before_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cabochon.llm._memory", lambda: 500_000)
+    with pytest.raises(ResourceError, match=r"take 0\.00 GB of memory"):
+        LLM(TINY)
+
+
+def test_memory_that_runs_out_on_the_way_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words are torch's own: an allocation that cannot be met."""
+
+    def fail(*_: object, **__: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("cabochon.llm.execute", fail)
+    with pytest.raises(ResourceError, match="memory ran out"):
+        LLM(TINY)
 
 
 def test_shared_layers_have_no_pages(tiny: LLM) -> None:

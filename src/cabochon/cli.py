@@ -1,8 +1,8 @@
 """The `cabochon` command. Data goes to stdout, everything said to a person to stderr.
 
 Exit status: 0 done; 1 the checkpoint is refused; 2 wrong usage, or something that cannot be read
-or served; 70 a fault of ours; 130 interrupted. torch and FastAPI are imported by the commands that
-need them, so that `--help`, `--version` and `inspect` start at once.
+or served; 3 too little memory; 70 a fault of ours; 130 interrupted. torch and FastAPI are imported
+by the commands that need them, so that `--help`, `--version` and `inspect` start at once.
 """
 
 from __future__ import annotations

@@ -28,6 +28,12 @@ class LoadError(CabochonError):
     exit_code = 1
 
 
+class ResourceError(CabochonError):
+    """A checkpoint that would load, but not on this machine."""
+
+    exit_code = 3
+
+
 class RequestError(CabochonError):
     """A request that cannot be served as asked. `param` names the offending field, if any."""
 

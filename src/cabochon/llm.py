@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,12 @@ from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
-from cabochon.errors import CabochonError, RequestError
+from cabochon.errors import CabochonError, RequestError, ResourceError
 from cabochon.files import DEMO
+from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.sounds import Wave
-from cabochon.load.execute import execute
+from cabochon.load.execute import Progress, execute
+from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
 from cabochon.prompts import Message, Prompts
 
@@ -60,6 +62,7 @@ class LLM:
         CabochonError: an option out of its range.
         UnreadableError, ConfigError: the folder is no readable Gemma 4 checkpoint.
         LoadError: the checkpoint would not load exactly right; the text is the plan's report.
+        ResourceError: it would, but this machine has not the memory.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class LLM:
         max_batch: int = 16,
         prefill_chunk: int = 512,
         max_context: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         sizes = {
             "threads": threads,
@@ -102,14 +105,20 @@ class LLM:
             self.prompts.pictures.max_soft_tokens,
             self.prompts.videos.frames.max_soft_tokens,
         )
-        budget = kv_cache_bytes or _memory() // 8
+        memory = _memory()
+        if plan.nbytes > memory:
+            raise ResourceError(
+                f"the weights of {folder} take {plan.nbytes / 1e9:.2f} GB of memory, and there are"
+                f" {memory / 1e9:.2f} GB in all"
+            )
+        budget = kv_cache_bytes or memory // 8
         cache = CachePlan.fit(
             self.config.text, compute, budget, max_batch, self._longest_step, max_context
         )
         self.max_context = cache.max_context
         self.capacity = cache.describe(compute, asked=max_batch)
         logger.info("%s", self.capacity)
-        gemma = execute(plan, dtype=compute, progress=progress)
+        gemma = _load(plan, compute, progress)
         self.runner = Runner(gemma, compute, torch.device("cpu"))
         self.engine = Engine(
             self.runner,
@@ -202,6 +211,18 @@ class LLM:
         if isinstance(prompt, str) and not prompt.startswith("<bos>"):
             prompt = "<bos>" + prompt
         return self.prompts.raw(prompt)
+
+
+def _load(plan: LoadPlan, dtype: torch.dtype, progress: Progress | None) -> Gemma4:
+    try:
+        return execute(plan, dtype=dtype, progress=progress)
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise ResourceError(
+                f"memory ran out while {plan.nbytes / 1e9:.2f} GB of weights were read;"
+                " other processes, or a limit on this one, leave too little"
+            ) from None
+        raise
 
 
 def _check_options(dtype: str, sizes: Mapping[str, int | None]) -> None:
