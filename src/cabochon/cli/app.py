@@ -1,0 +1,72 @@
+"""The commands put together, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from cabochon import __version__
+from cabochon.cli.inspect import inspect
+from cabochon.cli.options import State
+from cabochon.cli.run import run
+from cabochon.cli.serve import serve
+from cabochon.errors import CabochonError
+from cabochon.flags import SETTINGS_HELP
+
+FAULT = 70
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="cabochon",
+    help="Runs quantized Gemma 4 right: a checkpoint loads exactly, or is refused by name.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version")] = False,
+) -> None:
+    if version:
+        print(f"cabochon {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+# In the order of `--help`.
+app.command(epilog=SETTINGS_HELP)(run)
+app.command(epilog=SETTINGS_HELP)(serve)
+app.command()(inspect)
+
+
+def main() -> None:
+    """The entry point: runs a command and ends the process with its status."""
+    state = State()
+    try:
+        sys.exit(app(obj=state, standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        _fail(f"{error.format_message()}\nFor more information, try 'cabochon --help'.")
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(INTERRUPTED)
+    except CabochonError as error:
+        if state.debug:
+            traceback.print_exc()
+        _fail(str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if state.debug:
+            traceback.print_exc()
+        _fail(f"{type(error).__name__}: {error}\nThis is a fault of cabochon; --debug shows where.")
+        sys.exit(FAULT)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)

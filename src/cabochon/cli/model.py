@@ -1,0 +1,60 @@
+"""From the MODEL of a command line to a folder or a loaded `LLM`, with a word on how far it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cabochon.files import DEMO
+from cabochon.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from cabochon.llm import LLM
+
+
+def folder(model: Path | None) -> Path:
+    """The checkpoint folder that `model` means."""
+    if model is not None:
+        return model
+    print("no MODEL given: using the demo that comes with cabochon", file=sys.stderr)
+    return DEMO
+
+
+def load(model: Path | None, settings: EngineSettings) -> LLM:
+    """The model, ready; on the way a bar on stderr."""
+    from cabochon.llm import LLM
+
+    folder(model)
+    with _progress() as progress:
+        return LLM(model, **settings.engine_options(), progress=progress)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar at a terminal; elsewhere a line every few seconds of a load that takes long."""
+    if not sys.stderr.isatty():
+        yield _LoadLines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _LoadLines:
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._said >= self.SECONDS:
+            self._said = time.monotonic()
+            print(f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB", file=sys.stderr)
