@@ -57,6 +57,7 @@ TORCHLESS = (
     "cabochon.quant.scheme",
     "cabochon.quant.claims",
     "cabochon.quant.resolve",
+    "cabochon.quant.families",
     "cabochon.load.tree",
     "cabochon.load.names",
     "cabochon.load.plan",

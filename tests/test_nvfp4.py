@@ -218,7 +218,7 @@ def test_scales_of_activations_that_are_not_quantized_are_dropped(tmp_path: Path
     report = inspect_checkpoint(altered(tmp_path, E2B, with_activations))
     assert report.loads
     (dropped,) = report.dropped
-    assert dropped.detail == "a scale of activations, which config.json does not quantize"
+    assert dropped.detail == "a scale of activations, which are not quantized here"
     assert all("input_global_scale" in where for where in dropped.where)
 
 

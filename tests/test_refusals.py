@@ -92,7 +92,7 @@ STORED = {
         W4A16,
         put(f"{GATE}.weight", torch.ones(96, 64)),
         GATE,
-        "weight_packed is not part of f32",
+        "nearest is int4 g32: weight is not part of int4 g32",
     ),
     "a stray scale": (
         DENSE,

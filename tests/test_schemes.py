@@ -20,7 +20,8 @@ from torch import Tensor
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
 from cabochon.quant.configs import read_rules
-from cabochon.quant.scheme import PackedInt, Site
+from cabochon.quant.packed_int import PackedInt
+from cabochon.quant.scheme import Site
 
 EXPECTED = {
     "e2b-bf16": {"bf16"},

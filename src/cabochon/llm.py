@@ -56,6 +56,7 @@ class LLM:
         max_batch: Requests computed together.
         prefill_chunk: Prompt tokens computed in one step, among all requests.
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
+        weights_only: Leave activations as they are where a recipe quantizes them.
         progress: Called while loading with bytes done and bytes in all.
 
     Raises:
@@ -75,6 +76,7 @@ class LLM:
         max_batch: int = 16,
         prefill_chunk: int = 512,
         max_context: int | None = None,
+        weights_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
         sizes = {
@@ -90,7 +92,7 @@ class LLM:
         if threads is not None:
             torch.set_num_threads(threads)
         compute = _DTYPES[dtype]
-        self.report = plan_checkpoint(folder)
+        self.report = plan_checkpoint(folder, weights_only=weights_only)
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config

@@ -73,6 +73,9 @@ class EngineSettings(BaseModel):
         le=2**24,
         description="Tokens of prompt and answer; what the model allows without it",
     )
+    weights_only: bool = Field(
+        False, description="Leave activations as they are where a recipe quantizes them"
+    )
 
 
 class Settings(EngineSettings):

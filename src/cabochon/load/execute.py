@@ -17,12 +17,13 @@ from cabochon.errors import LoadError
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.nn.linear import Embedding, Linear
-from cabochon.nn.nvfp4 import E4M3
 from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _BITS = {2: torch.uint16, 4: torch.uint32}  # by bytes
+# The least of the bytes, without their signs, that are not finite.
+_FLOAT8_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 _PIECE = 1 << 22  # entries that one thread looks through
 _TILE = 1 << 18  # entries that stay in its cache
 
@@ -107,7 +108,8 @@ def _fill_site(model: Gemma4, name: str, weight: Weight) -> None:
 
 def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
     tensors = {leaf: read_tensor(meta) for leaf, meta in read.stored.items()}
-    for slot in read.scheme.slots:
+    slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
+    for slot in slots:
         tensor, meta = tensors[slot.leaf], read.stored[slot.leaf]
         if slot.holds in ("matrix", "scales"):
             _check_finite(tensor, meta, dtype)
@@ -115,7 +117,8 @@ def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
             _check_shape(tensor, meta, read)
         elif slot.holds in ("divisor", "factor"):
             _check_global(float(tensor), meta, divides=slot.holds == "divisor")
-    return read.scheme.build(tensors, read.site)
+    weight = read.scheme.build(tensors, read.site)
+    return weight if read.activations is None else read.activations.around(weight, tensors)
 
 
 def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> None:
@@ -133,11 +136,14 @@ def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> N
 
 
 def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
-    if tensor.dtype is torch.float8_e4m3fn:
-        tensor = E4M3[tensor.view(torch.uint8).int()]
-    if _largest(tensor).to(dtype).isfinite():
+    if tensor.dtype in _FLOAT8_NAN:
+        bad = int((tensor.view(torch.uint8) & 127 >= _FLOAT8_NAN[tensor.dtype]).sum())
+    elif _largest(tensor).to(dtype).isfinite():
+        bad = 0
+    else:
+        bad = int((~tensor.to(dtype).isfinite()).sum())
+    if not bad:
         return
-    bad = int((~tensor.to(dtype).isfinite()).sum())
     kind = str(dtype).removeprefix("torch.")
     raise LoadError(
         f"{meta.file}: tensor {meta.name!r} has {bad} of {tensor.numel()} values that are not"

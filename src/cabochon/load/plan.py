@@ -17,11 +17,12 @@ from cabochon.config import Gemma4Config
 from cabochon.load.agreement import contradictions
 from cabochon.load.names import absences, canonical, drops, locate
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
+from cabochon.quant.activations import ACTIVATION_LEAVES
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.configs import read_rules
-from cabochon.quant.nvfp4 import ACTIVATION_SCALES, Nvfp4
+from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.resolve import Refusal, resolve
-from cabochon.quant.scheme import FLOATS, PackedInt, Scheme, Site
+from cabochon.quant.scheme import FLOATS, Activations, Scheme, Site
 
 Kind = Literal["FOREIGN", "CONFIG", "UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
 
@@ -61,6 +62,13 @@ class SiteRead:
     scheme: Scheme
     stored: Mapping[str, TensorMeta]
     part: int | None = None
+    activations: Activations | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """How the matrix is stored and what is done to activations, as reports print it."""
+        name = self.scheme.name
+        return name if self.activations is None else f"{name}, inputs {self.activations.name}"
 
     @property
     def nbytes(self) -> int:
@@ -103,16 +111,25 @@ class _Placed:
     problems: list[Problem] = field(default_factory=list)
 
 
-def build_plan(checkpoint: Checkpoint, config: Gemma4Config, raw: Mapping[str, Any]) -> LoadPlan:
+def build_plan(
+    checkpoint: Checkpoint,
+    config: Gemma4Config,
+    raw: Mapping[str, Any],
+    *,
+    weights_only: bool = False,
+) -> LoadPlan:
     """The plan for `checkpoint`, or what stands against one, from its headers and `config.json`.
 
     A stored `lm_head` is used as the head, whatever the configuration says of tying; without one,
     the token table is. `raw` is the parsed file that `config` came from.
+    With `weights_only`, what a recipe does to activations is left out.
 
     Raises:
         ConfigError: the quantization configuration is malformed.
     """
     rules = read_rules(raw)
+    if weights_only:
+        rules = rules.without_activations()
     has_head = any(canonical(name).startswith(HEAD + ".") for name in checkpoint.tensors)
     tree = needed(config, has_head=has_head)
     placed = _place(checkpoint, config, tree)
@@ -188,7 +205,7 @@ def _resolve_all(
         for part, found in parts.items():
             site = whole if part is None else whole.part
             claim = claims[site.name] = rules.claim(site, _spellings(site, found))
-            stored = _weights_only(found, placed) if isinstance(claim.scheme, Nvfp4) else found
+            stored = _without_idle(found, claim, placed)
             verdict = resolve(site, stored, claim)
             if isinstance(verdict, Refusal):
                 where = site.name if part is None else next(iter(stored.values())).name
@@ -196,17 +213,23 @@ def _resolve_all(
                 continue
             if verdict.note is not None:
                 notes.append(Note(site.name, verdict.note))
-            reads.append(SiteRead(site, verdict.scheme, stored, part))
+            reads.append(SiteRead(site, verdict.scheme, stored, part, verdict.activations))
     return reads, notes, problems + list(_partial_zero_points(reads, claims))
 
 
-def _weights_only(stored: dict[str, TensorMeta], placed: _Placed) -> dict[str, TensorMeta]:
-    """`stored` without scales of activations, which the configuration says are not quantized."""
-    for leaf in stored.keys() & set(ACTIVATION_SCALES):
+def _without_idle(
+    stored: dict[str, TensorMeta], claim: Claim, placed: _Placed
+) -> dict[str, TensorMeta]:
+    """`stored` without scales of activations that, by a claim of the weights, are not rounded."""
+    if claim.scheme is None:
+        return stored
+    used = {slot.leaf for slot in claim.activations.slots} if claim.activations else set()
+    idle = stored.keys() & ACTIVATION_LEAVES - used
+    for leaf in sorted(idle):
         meta = stored[leaf]
-        reason = "a scale of activations, which config.json does not quantize"
+        reason = "a scale of activations, which are not quantized here"
         placed.dropped.append(Dropped(meta, meta.name, reason))
-    return {leaf: meta for leaf, meta in stored.items() if leaf not in ACTIVATION_SCALES}
+    return {leaf: meta for leaf, meta in stored.items() if leaf not in idle}
 
 
 def _incomplete(site: Site, parts: Collection[int | None]) -> Iterator[Problem]:

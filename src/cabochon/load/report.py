@@ -192,8 +192,10 @@ class Report:
         return "\n".join(lines)
 
 
-def inspect_checkpoint(path: Path) -> Report:
+def inspect_checkpoint(path: Path, *, weights_only: bool = False) -> Report:
     """The plan for the checkpoint folder `path`, from headers and configuration; reads no weights.
+
+    With `weights_only`, what a recipe does to activations is left out.
 
     Raises:
         UnreadableError: there is no checkpoint that could be judged.
@@ -205,17 +207,18 @@ def inspect_checkpoint(path: Path) -> Report:
     except ForeignArchitecture as error:
         problem = Problem("FOREIGN", "config.json", str(error))
         return Report(path, error.architecture, None, (problem,))
-    return Report(path, config.architecture, build_plan(checkpoint, config, raw))
+    plan = build_plan(checkpoint, config, raw, weights_only=weights_only)
+    return Report(path, config.architecture, plan)
 
 
-def plan_checkpoint(path: Path) -> Report:
+def plan_checkpoint(path: Path, *, weights_only: bool = False) -> Report:
     """The report on a checkpoint that loads, with its plan; what else it needs can be read next.
 
     Raises:
         UnreadableError: there is no checkpoint that could be judged.
         LoadError: it would not load exactly right; the text is the report.
     """
-    report = inspect_checkpoint(path)
+    report = inspect_checkpoint(path, weights_only=weights_only)
     if not report.loads:
         raise LoadError(report.text())
     return report
@@ -223,7 +226,7 @@ def plan_checkpoint(path: Path) -> Report:
 
 def _stored(plan: LoadPlan) -> Iterator[tuple[str, str, int, int]]:
     for site in plan.sites:
-        yield _group(site.site.name), site.scheme.name, site.scheme.bits, site.nbytes
+        yield _group(site.site.name), site.stored_as, site.scheme.bits, site.nbytes
     for read in plan.parameters:
         dtype = read.tensor.dtype
         yield _PARAMETERS, dtype.lower(), 32 if dtype == "F32" else 16, read.tensor.nbytes

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import regex
 
 from cabochon.errors import ConfigError
-from cabochon.quant.scheme import Scheme, Site
+from cabochon.quant.scheme import Activations, Scheme, Site
 
 RULE_SECONDS = 1.0  # for one name; rules that are meant as such take microseconds
 
@@ -28,6 +28,7 @@ class Claim:
 
     rule: str  # text to show: "config group group_0"
     scheme: Scheme | None = None  # None: dense, or `unsupported`
+    activations: Activations | None = None  # None: they are not rounded
     unsupported: str | None = None  # why this version has no scheme for what is claimed
 
     @property
@@ -89,6 +90,15 @@ class Rules:
         if not ranked:
             return Claim("no rule")
         return min(ranked, key=lambda pair: pair[0])[1]
+
+    def without_activations(self) -> Rules:
+        """The same for weights alone."""
+        groups = {
+            name: (targets, replace(claim, activations=None))
+            for name, (targets, claim) in self.groups.items()
+        }
+        everything = self.everything and replace(self.everything, activations=None)
+        return replace(self, groups=groups, everything=everything)
 
     def unmatched(self, modules: Iterable[str]) -> tuple[str, ...]:
         """Targets and ignore entries that match none of `modules`; class names always match."""

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from cabochon.nn.weight import Weight
 
-# Leaves that calibration may leave behind when only weights are quantized in the end.
-ACTIVATION_SCALES = ("input_global_scale", "input_scale")
-
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4:

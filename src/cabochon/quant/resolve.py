@@ -13,8 +13,9 @@ from typing import Literal
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.quant.claims import Claim
-from cabochon.quant.nvfp4 import Nvfp4
-from cabochon.quant.scheme import FLOATS, Dense, PackedInt, Scheme, Site, differences
+from cabochon.quant.families import FAMILIES
+from cabochon.quant.packed_int import PackedInt
+from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site, differences
 
 # Leaves that give another format away, so that a refusal can name it.
 _FOREIGN = (
@@ -43,56 +44,41 @@ class Verdict:
     """The scheme of a site, and what to tell the user about how it was chosen."""
 
     scheme: Scheme
+    activations: Activations | None = None
     note: str | None = None
 
 
 def resolve(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> Verdict | Refusal:
     """The one scheme in which `stored` (leaf to tensor, at least one) is `site`."""
     candidates = _candidates(site, stored, claim)
-    fitting = [scheme for scheme in candidates if not differences(scheme, stored, site)]
-    if any(isinstance(scheme, Dense) for scheme in fitting):
-        return Verdict(fitting[0], _dense_note(claim))
+    dense = any(isinstance(scheme, Dense) for scheme in candidates)
+    # A row of a table is looked up, not multiplied with anything.
+    activations = None if dense or site.kind == "embedding" else claim.activations
+    fitting = [s for s in candidates if not differences(s, stored, site, activations)]
+    if dense and fitting:
+        return Verdict(fitting[0], note=_dense_note(claim))
     if claim.unsupported is not None:
         return Refusal("SCHEME", f"{claim.unsupported} ({claim.rule}); {_stored_as(stored)}")
     if claim.scheme in fitting:
-        return Verdict(claim.scheme)
+        return Verdict(claim.scheme, activations)
     if not fitting:
-        return _nearest(site, stored, candidates)
+        return _nearest(site, stored, candidates, activations)
     if len(fitting) > 1:
         names = " and ".join(scheme.name for scheme in fitting)
         return Refusal("SCHEME", f"its tensors fit {names}, and config.json does not say which")
-    return _against_claim(fitting[0], claim)
+    return _against_claim(fitting[0], activations, claim)
 
 
 def _candidates(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> list[Scheme]:
-    """Schemes worth trying, likeliest first. They are told apart by dtypes, widths and leaves."""
+    """Schemes worth trying, likeliest first."""
+    if set(stored) == {"weight"} and stored["weight"].dtype in FLOATS:
+        return [Dense(stored["weight"].dtype)]
+    found = {} if claim.scheme is None else {claim.scheme: None}
+    for family in FAMILIES:
+        found |= dict.fromkeys(family.candidates(site, stored))
     weight = stored.get("weight")
-    if weight is not None and weight.dtype in FLOATS:
-        return [Dense(weight.dtype)]
-    found: dict[Scheme, None] = {}
-    if claim.scheme is not None:
-        found[claim.scheme] = None
-    if "weight_global_scale" in stored:
-        found[Nvfp4("compressed-tensors")] = None
-    elif "weight_scale_2" in stored:
-        found[Nvfp4("modelopt")] = None
-    elif "weight_packed" in stored or "weight_scale" in stored:
-        symmetric = "weight_zero_point" not in stored
-        for bits in (4, 8):
-            for group in _groups(site, stored.get("weight_scale")):
-                found[PackedInt(bits, group, symmetric)] = None
-    return list(found) or [Dense("BF16")]
-
-
-def _groups(site: Site, scale: TensorMeta | None) -> list[int | None]:
-    """Group sizes that give as many groups as `scale` has: powers of two, and an even split."""
-    count = scale.shape[-1] if scale is not None and scale.shape else 1
-    if count <= 1:
-        return [None]
-    sizes = {2**n for n in range(3, 13) if -(-site.in_features // 2**n) == count}
-    if site.in_features % count == 0:
-        sizes.add(site.in_features // count)
-    return sorted(sizes) or [None]
+    dtype = weight.dtype if weight is not None and weight.dtype in FLOATS else "BF16"
+    return list(found) or [Dense(dtype)]
 
 
 def _dense_note(claim: Claim) -> str | None:
@@ -102,12 +88,15 @@ def _dense_note(claim: Claim) -> str | None:
     return f"{claim.rule}{said}; the file stores it dense: loaded dense"
 
 
-def _against_claim(scheme: Scheme, claim: Claim) -> Verdict | Refusal:
+def _against_claim(
+    scheme: Scheme, activations: Activations | None, claim: Claim
+) -> Verdict | Refusal:
     """`scheme` alone fits, but it is not what the configuration claims."""
     said = "nothing" if claim.scheme is None else claim.scheme.name
     if _lacks_zero_points(scheme, claim.scheme):
         return Refusal("SCHEME", f"{claim.rule} says {said}, but weight_zero_point is missing")
-    return Verdict(scheme, f"{claim.rule} says {said}, the tensors are {scheme.name}: loaded so")
+    note = f"{claim.rule} says {said}, the tensors are {scheme.name}: loaded so"
+    return Verdict(scheme, activations, note)
 
 
 def _lacks_zero_points(scheme: Scheme, claimed: Scheme | None) -> bool:
@@ -119,13 +108,18 @@ def _lacks_zero_points(scheme: Scheme, claimed: Scheme | None) -> bool:
     )
 
 
-def _nearest(site: Site, stored: Mapping[str, TensorMeta], candidates: Sequence[Scheme]) -> Refusal:
+def _nearest(
+    site: Site,
+    stored: Mapping[str, TensorMeta],
+    candidates: Sequence[Scheme],
+    activations: Activations | None,
+) -> Refusal:
     foreign = next((name for leaf, name in _FOREIGN if leaf in stored), None)
     if foreign is not None:
         detail = f"{foreign} is not supported by this version; {_stored_as(stored)}"
         return Refusal("SCHEME", detail)
-    nearest = min(candidates, key=lambda scheme: len(differences(scheme, stored, site)))
-    found = differences(nearest, stored, site)
+    differing = [(s, differences(s, stored, site, activations)) for s in candidates]
+    nearest, found = min(differing, key=lambda pair: len(pair[1]))
     kinds = {difference.kind for difference in found}
     text = "; ".join(difference.text for difference in found)
     if kinds == {"SHAPE"}:

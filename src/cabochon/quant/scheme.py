@@ -5,6 +5,7 @@ Shape checks, byte counts and error texts all follow from the slots that a schem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
-# A divisor or a factor is one number for the whole matrix.
-Holds = Literal["matrix", "codes", "scales", "shape", "divisor", "factor"]
+# A divisor or a factor is one number for the whole matrix; a table is looked up by codes.
+Holds = Literal["matrix", "codes", "scales", "shape", "divisor", "factor", "table", "header"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +39,23 @@ class Site:
         return replace(self, out_features=self.out_features // self.parts, parts=1)
 
     def extent(self, axis: str) -> int:
-        """The size of an axis: "out", "in", "in/32" (groups, the last may be cut), or a number."""
-        name, _, group = axis.partition("/")
-        if name.isdecimal():
-            return int(name)
-        size = {"out": self.out_features, "in": self.in_features}[name]
-        return -(-size // int(group or 1))
+        """The size of an axis: "out", "in*3/32" (the last may be cut), "out*in/2", or a number."""
+        factors, _, divisor = axis.partition("/")
+        sizes = {"out": self.out_features, "in": self.in_features}
+        size = math.prod(sizes.get(factor) or int(factor) for factor in factors.split("*"))
+        return -(-size // int(divisor or 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of a scheme: its leaf name, the dtypes it may have, its axes, and what it holds."""
+    """A tensor of a scheme: its leaf name, the dtypes it may have, its axes, and what it holds.
+
+    Axes are named after those of the matrix, in the order they are stored; None: any shape.
+    """
 
     leaf: str
     dtypes: frozenset[str]
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] | None
     holds: Holds
 
 
@@ -99,50 +102,23 @@ class Dense:
         return DenseWeight(stored["weight"])
 
 
-@dataclass(frozen=True, slots=True)
-class PackedInt:
-    """compressed-tensors' `pack-quantized` (0.20): integers in int32 words along the input.
+class Activations(Protocol):
+    """How a recipe rounds what goes into a matrix, or comes out, while the model runs.
 
-    Zero points are packed along the output. For 4 and 8 bits all versions of the format agree.
+    It is claimed, never seen in a matrix: a file may store no more than a number, or nothing.
     """
-
-    bits: int
-    group: int | None  # None: one scale a row ("channel")
-    symmetric: bool
 
     @property
     def name(self) -> str:
-        grouping = "channel" if self.group is None else f"g{self.group}"
-        return f"int{self.bits} {grouping}" + ("" if self.symmetric else " asymmetric")
+        """As reports print it: "int8 per token"."""
+        ...
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
-        words = 32 // self.bits  # entries a word; 4 and 8 bits never straddle two
-        groups = "1" if self.group is None else f"in/{self.group}"
-        required = (
-            Slot("weight_packed", frozenset({"I32"}), ("out", f"in/{words}"), "codes"),
-            Slot("weight_scale", FLOATS, ("out", groups), "scales"),
-            Slot("weight_shape", frozenset({"I64"}), ("2",), "shape"),
-        )
-        if self.symmetric:
-            return required
-        zeros = Slot("weight_zero_point", frozenset({"I32"}), (f"out/{words}", groups), "codes")
-        return (*required, zeros)
+    def slots(self) -> tuple[Slot, ...]: ...
 
-    def build(self, stored: Mapping[str, Tensor], site: Site) -> Weight:
-        from cabochon.nn.packed_int import PackedIntWeight, unpack_columns
-
-        zeros = None
-        if not self.symmetric:
-            zeros = unpack_columns(stored["weight_zero_point"], self.bits, site.out_features)
-        return PackedIntWeight(
-            stored["weight_packed"],
-            stored["weight_scale"],
-            zeros,
-            in_features=site.in_features,
-            bits=self.bits,
-            group=self.group or site.in_features,
-        )
+    def around(self, weight: Weight, stored: Mapping[str, Tensor]) -> Weight:
+        """`weight`, whose products follow the recipe."""
+        ...
 
 
 class Difference(NamedTuple):
@@ -153,15 +129,19 @@ class Difference(NamedTuple):
 
 
 def differences(
-    scheme: Scheme, stored: Mapping[str, TensorMeta], site: Site
+    scheme: Scheme,
+    stored: Mapping[str, TensorMeta],
+    site: Site,
+    activations: Activations | None = None,
 ) -> tuple[Difference, ...]:
     """What keeps `stored` (leaf to tensor) from being `site` in `scheme`; empty if nothing does."""
-    known = {slot.leaf for slot in scheme.slots}
+    slots = (*scheme.slots, *(activations.slots if activations else ()))
+    known = {slot.leaf for slot in slots}
     found = [
         Difference("UNUSED", f"{leaf} is not part of {scheme.name}")
         for leaf in sorted(set(stored) - known)
     ]
-    for slot in scheme.slots:
+    for slot in slots:
         difference = _difference(slot, stored.get(slot.leaf), site)
         if difference is not None:
             found.append(difference)
@@ -174,6 +154,8 @@ def _difference(slot: Slot, meta: TensorMeta | None, site: Site) -> Difference |
     if meta.dtype not in slot.dtypes:
         expected = " or ".join(sorted(slot.dtypes))
         return Difference("DTYPE", f"{slot.leaf} is {meta.dtype}, expected {expected}")
+    if slot.axes is None:
+        return None
     shape = [site.extent(axis) for axis in slot.axes]
     if list(meta.shape) != shape and not _equivalent(slot, meta, site):
         axes = ", ".join(slot.axes)

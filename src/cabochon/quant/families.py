@@ -1,0 +1,36 @@
+"""The producers whose files are understood: a row each, a module each.
+
+`rules` reads a producer's configuration, for the values of `quant_method` that are its own.
+`candidates` looks at the tensors of one matrix alone; most families see at once that it is not
+theirs, and what they propose is tried, never believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cabochon.checkpoint.headers import TensorMeta
+from cabochon.quant import compressed_tensors, modelopt
+from cabochon.quant.claims import Rules
+from cabochon.quant.scheme import Scheme, Site
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    name: str
+    methods: frozenset[str]  # values of quant_method
+    rules: Callable[[str, Mapping[str, Any]], Rules]  # of the configuration, which has this key
+    candidates: Callable[[Site, Mapping[str, TensorMeta]], Iterable[Scheme]]
+
+
+FAMILIES = (
+    Family(
+        "compressed-tensors",
+        frozenset({"compressed-tensors"}),
+        compressed_tensors.rules,
+        compressed_tensors.candidates,
+    ),
+    Family("ModelOpt", frozenset({"modelopt"}), modelopt.rules, modelopt.candidates),
+)

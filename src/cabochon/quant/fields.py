@@ -1,0 +1,33 @@
+"""Fields of quantization configurations, checked while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cabochon.errors import ConfigError
+from cabochon.quant.claims import Targets
+
+MAX_PATTERNS = 1000  # of a list; each is tried on each matrix
+
+KV_NOTE = "kv_cache_scheme is not used: keys and values are kept in the compute dtype"
+
+
+def mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {name} is {value!r}, expected an object")
+    return value
+
+
+def strings(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"config.json: {name} is {value!r}, expected a list of names")
+    return tuple(value)
+
+
+def targets(value: Any, name: str) -> Targets:
+    found = Targets.of(strings(value, name))
+    if len(found.patterns) > MAX_PATTERNS:
+        count = len(found.patterns)
+        raise ConfigError(f"config.json: {name} has {count} patterns, more than {MAX_PATTERNS}")
+    return found
