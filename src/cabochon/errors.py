@@ -42,3 +42,19 @@ class RequestError(CabochonError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class BusyError(CabochonError):
+    """More is waiting already than may wait; `seconds` says when to try again."""
+
+    http_status = 429
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class DeadlineError(CabochonError):
+    """A request took longer than one may take."""
+
+    http_status = 504

@@ -6,8 +6,9 @@ import atexit
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
@@ -18,13 +19,24 @@ from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.sampler import Sampling, sample
 from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
-from cabochon.errors import CabochonError, RequestError
+from cabochon.engine.stats import Stats, Timeline
+from cabochon.errors import BusyError, CabochonError, DeadlineError, RequestError
 from cabochon.text.detokenizer import Detokenizer, StopStrings
 from cabochon.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[Delta], None]
+
+LONGEST_WAIT = 60  # seconds after which a client that was turned away may well try again
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests may ask of an engine that serves many; None: as much as they like."""
+
+    waiting_tokens: int | None = None  # of all prompts that wait
+    seconds: float | None = None  # from a request's arrival to its last token
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +49,9 @@ class _Request:
     sampling: Sampling
     text: Detokenizer
     stops: StopStrings
+    prompt_length: int
     limit: int  # length of prompt and answer at which it ends
+    timeline: Timeline = field(default_factory=Timeline)
 
     def finish_reason(self, token: int, ends: frozenset[int]) -> FinishReason | None:
         if token in self.params.stop_token_ids or (token in ends and not self.params.ignore_eos):
@@ -77,6 +91,9 @@ class Engine:
         self.max_context = plan.max_context
         self.cache = PagedCache(plan, runner.dtype, runner.device)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
+        self.limits = Limits()
+        self.stats = Stats()
+        self._waiting_tokens = 0  # of what the scheduler holds
         self._requests: dict[int, _Request] = {}
         self._by_sequence: dict[TokenSequence, int] = {}
         self._ids = count()
@@ -94,6 +111,7 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, does not fit the context, or has pictures that this
                 model cannot see.
+            BusyError: too many tokens wait already.
         """
         request = self._request(prompt, params, on_delta)
         number = next(self._ids)
@@ -126,6 +144,22 @@ class Engine:
             arriving = sum(request is not None for _, request in self._inbox)
             return arriving + len(self._requests)
 
+    @property
+    def running(self) -> int:
+        """Requests that hold pages."""
+        return len(self.scheduler.running)
+
+    def _check_room(self, tokens: int) -> None:
+        """Let a prompt of `tokens` wait beside the others, or refuse it; alone it always may."""
+        arriving = sum(r.prompt_length for _, r in self._inbox if r is not None)
+        waiting, most = self._waiting_tokens + arriving, self.limits.waiting_tokens
+        if most is not None and waiting and waiting + tokens > most:
+            seconds = round(waiting / (self.stats.tokens_per_second or waiting))
+            raise BusyError(
+                f"{waiting:,} tokens of prompts wait already, and {most:,} may; try again later",
+                min(max(1, seconds), LONGEST_WAIT),
+            )
+
     def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> _Request:
         sequence = new_sequence(self.runner.model, prompt, self.cache)
         length = len(prompt.tokens)
@@ -144,6 +178,7 @@ class Engine:
             sampling=Sampling(params, prompt.tokens, vocab),
             text=Detokenizer(self.tokenizer),
             stops=StopStrings(params.stops),
+            prompt_length=length,
             limit=length + min(params.max_tokens or most, most),
         )
 
@@ -151,6 +186,7 @@ class Engine:
         with self._wake:
             if self._closed or not self._thread.is_alive():
                 raise CabochonError("the engine is closed")
+            self._check_room(request.prompt_length)
             self._inbox.append((number, request))
             self._wake.notify()
 
@@ -161,8 +197,10 @@ class Engine:
                 inbox, self._inbox = self._inbox, []
                 for number, request in inbox:
                     self._accept(number, request)
+                self._count_waiting()
                 if self._closed:
                     break
+            self._end_overdue()
             self._step_safely()
         for number in list(self._requests):
             self._fail(
@@ -175,7 +213,20 @@ class Engine:
             self._by_sequence[request.sequence] = number
             self.scheduler.add(request.sequence)
         elif number in self._requests:
-            self._forget(number)
+            self._end(number, "abort")
+
+    def _count_waiting(self) -> None:
+        self._waiting_tokens = sum(len(s.tokens) for s in self.scheduler.waiting)
+
+    def _end_overdue(self) -> None:
+        seconds = self.limits.seconds
+        if seconds is None:
+            return
+        now = time.monotonic()
+        for number in [
+            n for n, r in self._requests.items() if now - r.timeline.submitted > seconds
+        ]:
+            self._fail(number, DeadlineError(f"the answer took longer than {seconds:g} seconds"))
 
     def _step_safely(self) -> None:
         """One step. If the engine itself fails, so do its requests; it goes on with the next."""
@@ -187,17 +238,40 @@ class Engine:
                 self._fail(number, _internal(error))
 
     def _step(self) -> None:
-        step = self._encode(self.scheduler.schedule())
-        if not step:
-            return
+        begun = time.monotonic()
+        step = self.scheduler.schedule()
+        self._count_waiting()
+        step = self._encode(step)
+        for scheduled in step:
+            request = self._requests[self._by_sequence[scheduled.sequence]]
+            self.stats.start(request.timeline, begun)
+        for part, logits in self._compute(step):
+            decoded = sum(s.chunk.start >= self._prompt_length(s) for s in part)
+            computed = sum(s.chunk.stop - s.chunk.start for s in part)
+            self.stats.step(computed - decoded, decoded)
+            self._sample([s for s in part if s.complete], logits)
+        self.stats.busy_seconds += time.monotonic() - begun
+
+    def _prompt_length(self, scheduled: Scheduled) -> int:
+        return self._requests[self._by_sequence[scheduled.sequence]].prompt_length
+
+    def _compute(self, step: list[Scheduled]) -> Iterator[tuple[list[Scheduled], Tensor]]:
+        """Logits of the step; if it fails, of each sequence alone, so that only the culprit ends.
+
+        What a step has written before it failed is written once more: it has moved nobody on.
+        """
         try:
-            logits = self.runner.run(self.cache, step)
-        except Exception as error:  # whatever it is, the engine goes on with the other requests
-            logger.exception("a step failed")
-            for scheduled in step:
-                self._fail(self._by_sequence[scheduled.sequence], _internal(error))
+            if step:
+                yield step, self.runner.run(self.cache, step)
             return
-        self._sample([s for s in step if s.complete], logits)
+        except Exception as error:
+            if len(step) == 1:
+                logger.exception("a step of one request failed")
+                self._fail(self._by_sequence[step[0].sequence], _internal(error))
+                return
+            logger.exception("a step of %d requests failed; each is tried alone", len(step))
+        for scheduled in step:
+            yield from self._compute([scheduled])
 
     def _encode(self, step: Sequence[Scheduled]) -> list[Scheduled]:
         """Encode the media that chunks reach; a sequence with one that cannot be fails alone."""
@@ -235,6 +309,7 @@ class Engine:
         request = self._requests[number]
         request.sequence.tokens.append(token)
         request.sampling.observe(token)
+        self.stats.token(request.timeline, time.monotonic())
         reason = request.finish_reason(token, self.ends)
         text, stopped = ("", False) if reason == "stop" else request.read(token)
         if stopped:
@@ -242,18 +317,20 @@ class Engine:
         elif reason:
             text += request.rest()
         if reason:
-            self._forget(number)
+            self._end(number, reason)
         self._emit(request, Delta((token,), text, reason))
 
     def _fail(self, number: int, error: CabochonError) -> None:
         request = self._requests[number]
-        self._forget(number)
+        self._end(number, "error")
         self._emit(request, Delta(error=error))
 
-    def _forget(self, number: int) -> None:
+    def _end(self, number: int, reason: str) -> None:
+        """Forget a request, and free its pages."""
         request = self._requests.pop(number)
         del self._by_sequence[request.sequence]
         self.scheduler.remove(request.sequence)
+        self.stats.end(request.timeline, reason, request.prompt_length)
 
     def _emit(self, request: _Request, delta: Delta) -> None:
         try:
@@ -261,7 +338,7 @@ class Engine:
         except Exception:  # a client's sink must not take the engine with it
             logger.exception("the sink of a request raised; the request is given up")
             if request.sequence in self._by_sequence:
-                self._forget(self._by_sequence[request.sequence])
+                self._end(self._by_sequence[request.sequence], "abort")
 
 
 def _internal(error: Exception) -> CabochonError:

@@ -64,6 +64,7 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []
+        self.preemptions = 0
 
     def add(self, sequence: TokenSequence) -> None:
         self.waiting.append(sequence)
@@ -112,6 +113,7 @@ class Scheduler:
         return chunk.stop - chunk.start
 
     def _preempt(self, sequence: TokenSequence) -> None:
+        self.preemptions += 1
         self.running.remove(sequence)
         self.cache.release(sequence.table)
         sequence.computed = 0
