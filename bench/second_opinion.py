@@ -3,8 +3,12 @@
     python bench/second_opinion.py CHECKPOINT MODEL.gguf
 
 CHECKPOINT is a folder; MODEL.gguf is what llama.cpp's `convert_hf_to_gguf.py` makes of it, with
-`--outtype bf16` or `f32`. With bf16 weights llama.cpp rounds activations to bfloat16 in each
-product: where two experts are close it then chooses the other one, and differs at such tokens.
+`--outtype bf16` or `f32`.
+
+With bf16 weights llama.cpp rounds what goes into each product to bfloat16, though not in front of
+the router, and it always looks GELU up in a table of float16s. In a mixture of experts that is no
+small change: where two experts are close it runs the other one. `--its-rounding` has ours round in
+the same places, so that what is compared is the model.
 
 Needs `pip install llama-cpp-python`. Text only: random tokens, more than a sliding window of them.
 Prints the least and the mean cosine over the positions, and how often both find the same token
@@ -19,10 +23,13 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llama_cpp import GGML_TYPE_F32, Llama
-from torch.nn.functional import cosine_similarity
+from torch import Tensor, nn
 
 from cabochon import LLM
+from cabochon.nn.linear import Linear
+from cabochon.nn.weight import Weight
 
 TOKENS = 200
 LEAST_COSINE = 0.999
@@ -35,12 +42,47 @@ def ordinary_tokens(llm: LLM, count: int) -> list[int]:
     return [2, *random.Random(0).choices(usable, k=count - 1)]
 
 
+class Bf16Inputs(Weight):
+    """A weight whose products see their other factor in bfloat16."""
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__(weight.out_features, weight.in_features)
+        self.weight = weight
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.weight.rows(ids, dtype)
+
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.weight.linear(x.bfloat16().to(x.dtype), start, stop)
+
+
+exact_gelu = F.gelu
+
+
+def gelu_of_float16(x: Tensor, approximate: str) -> Tensor:
+    """GELU as a table of float16s has it, which is left alone far from zero."""
+    y = exact_gelu(x.half().float(), approximate=approximate).half().float()
+    return torch.where(x.abs() < 10, y, x.relu())
+
+
+def round_alike(model: nn.Module) -> None:
+    """Have `model`, whose matrices are bfloat16, round wherever llama.cpp does."""
+    F.gelu = gelu_of_float16
+    for name, module in model.named_modules():
+        holds = isinstance(module, Linear) or name.endswith("embed_tokens")
+        if holds and not name.endswith("router.proj"):
+            module.weight = Bf16Inputs(module.weight)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("gguf")
+    parser.add_argument("--its-rounding", action="store_true", help="round where llama.cpp does")
     arguments = parser.parse_args()
     with LLM(arguments.checkpoint, dtype="float32") as llm:
+        if arguments.its_rounding:
+            round_alike(llm.runner.model)
         tokens = ordinary_tokens(llm, TOKENS)
         ours = llm.logits(tokens)
     peer = Llama(
@@ -53,7 +95,7 @@ def main() -> None:
     )
     peer.eval(tokens)
     theirs = torch.from_numpy(np.array(peer.scores[: len(tokens)]))
-    cosines = cosine_similarity(ours, theirs, dim=-1)
+    cosines = F.cosine_similarity(ours, theirs, dim=-1)
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
     print(
         f"cosine: least {cosines.min():.6f}, mean {cosines.mean():.6f}; likeliest equal {same:.1%}"
