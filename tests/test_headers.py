@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_headers_of_the_library_are_read(tmp_path_factory: Any, entries: dict[st
     tensors = {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in entries.items()}
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    metas = {meta.name: meta for meta in read_header(path)}
+    metas = {meta.name: meta for meta in read_header(path).tensors}
     assert {name: list(meta.shape) for name, meta in metas.items()} == {
         name: list(tensor.shape) for name, tensor in tensors.items()
     }
@@ -125,7 +126,7 @@ def test_a_changed_byte_is_refused_wherever_the_library_refuses_it(
     except (SafetensorError, OSError):
         accepted = None
     try:
-        found = {meta.name for meta in read_header(path)}
+        found = {meta.name for meta in read_header(path).tensors}
     except UnreadableError:
         return
     assert found == accepted
@@ -294,3 +295,65 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_noticed(tmp_path: Path
     with pytest.raises(UnreadableError, match=f"ends at byte {last.span[0] + 1}") as error:
         checkpoint.read(last.name)
     assert last.name in str(error.value)
+
+
+def header_alone(file: Path) -> bytes:
+    content = file.read_bytes()
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def saved(folder: Path, source: Path) -> Path:
+    """What is left of `source` without its weights."""
+    folder.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":
+            (folder / f"{file.name}.header").write_bytes(header_alone(file))
+        else:
+            shutil.copy(file, folder)
+    return folder
+
+
+def test_a_saved_header_stands_for_its_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "saved", DENSE)
+    whole = Checkpoint.open(DENSE)
+    for path in (folder, folder / "model.safetensors.header"):
+        found = Checkpoint.open(path)
+        assert found.saved_headers
+        assert found.folder == folder
+        assert found.metadata == whole.metadata == {"format": "pt"}
+        assert [(m.name, m.shape, m.span) for m in found.tensors.values()] == [
+            (m.name, m.shape, m.span) for m in whole.tensors.values()
+        ]
+    assert not whole.saved_headers
+
+
+def test_a_saved_header_ends_where_the_tensors_begin(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "saved", DENSE)
+    file = folder / "model.safetensors.header"
+    size = (DENSE / "model.safetensors").stat().st_size
+    assert Checkpoint.open(folder, {"model.safetensors": size}).tensors
+    for wrong, message in ((size - 1, "is cut off"), (size + 1, "1 bytes after its last tensor")):
+        with pytest.raises(UnreadableError, match=message):
+            Checkpoint.open(folder, {"model.safetensors": wrong})
+    whole = file.read_bytes()
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(UnreadableError, match="a saved header ends there"):
+        Checkpoint.open(folder)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(UnreadableError, match="is cut off"):
+        Checkpoint.open(folder)
+
+
+def test_one_file_is_a_checkpoint_with_the_config_beside_it(tmp_path: Path) -> None:
+    folder = altered(tmp_path, DENSE)
+    file = (folder / "model.safetensors").rename(folder / "other.safetensors")
+    found = Checkpoint.open(file)
+    assert found.folder == folder
+    assert found.tensors.keys() == Checkpoint.open(DENSE).tensors.keys()
+
+
+@pytest.mark.parametrize("text", ["1", "[]", '{"a": 1}'])
+def test_metadata_is_a_table_of_texts(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw(b'{"__metadata__": %b}' % text.encode(), b""))
+    with pytest.raises(UnreadableError, match="__metadata__"):
+        Checkpoint.open(tmp_path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cabochon.checkpoint.headers import BITS, TensorMeta, read_header
+from cabochon.checkpoint.headers import BITS, HEADER_ONLY, Header, TensorMeta, read_header
 from cabochon.errors import UnreadableError
 from cabochon.files import read_json_object
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
 
 _TORCH_NAMES: Mapping[str, str] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
@@ -27,30 +28,52 @@ _TORCH_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 
 
+Sizes = Mapping[str, int]  # bytes of a file, by its name
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder of safetensors whose headers have been read and found sound."""
+    """Safetensors whose headers have been read and found sound."""
 
-    folder: Path
+    folder: Path  # where config.json and its like lie
     tensors: Mapping[str, TensorMeta]
+    metadata: Mapping[str, str] = field(default_factory=dict)  # free text of the headers
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read the headers of `folder/model.safetensors`, or of the shards that its index names.
+    def open(cls, path: Path, sizes: Sizes | None = None) -> Checkpoint:
+        """Read the headers of one file, or of those that make up the model in a folder.
 
-        The index is honoured, not the directory: other safetensors files in it are not looked at.
+        In a folder that is `model.safetensors`, or the shards that its index names; the index is
+        honoured, not the directory: other safetensors files in it are not looked at. A saved
+        header stands for a file that is not there. `sizes`, where known, are those of whole files.
 
         Raises:
             UnreadableError: nothing to read, a file that is damaged, an index that does not agree.
         """
-        if not folder.is_dir():
-            raise UnreadableError(_not_a_folder(folder))
-        single, index = folder / SINGLE, folder / INDEX
+        if path.is_file() and path.name.endswith((_SUFFIX, _SUFFIX + HEADER_ONLY)):
+            return cls._of(path.parent, [_header(path, sizes)])
+        if not path.is_dir():
+            raise UnreadableError(_not_a_folder(path))
+        single, index = _stored(path / SINGLE), path / INDEX
         if index.is_file():
-            return cls(folder, _read_shards(folder, _weight_map(index)))
-        if single.is_file():
-            return cls(folder, {meta.name: meta for meta in read_header(single)})
-        raise UnreadableError(_nothing_to_read(folder))
+            return cls._of(path, _read_shards(path, _weight_map(index), sizes))
+        if single is not None:
+            return cls._of(path, [_header(single, sizes)])
+        raise UnreadableError(_nothing_to_read(path))
+
+    @classmethod
+    def _of(cls, folder: Path, headers: Iterable[Header]) -> Checkpoint:
+        tensors: dict[str, TensorMeta] = {}
+        metadata: dict[str, str] = {}
+        for header in headers:
+            tensors |= {meta.name: meta for meta in header.tensors}
+            metadata |= header.metadata
+        return cls(folder, tensors, metadata)
+
+    @property
+    def saved_headers(self) -> bool:
+        """Whether there are headers here whose tensors are elsewhere."""
+        return any(meta.file.suffix == HEADER_ONLY for meta in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in fresh memory. UnreadableError if its file ends early."""
@@ -69,11 +92,24 @@ def read_tensor(meta: TensorMeta) -> Tensor:
     return _read(meta, meta.shape, meta.span[0])
 
 
+def _stored(path: Path) -> Path | None:
+    """The file `path`, or in its place its saved header."""
+    saved = path.with_name(path.name + HEADER_ONLY)
+    return path if path.is_file() else saved if saved.is_file() else None
+
+
+def _header(path: Path, sizes: Sizes | None) -> Header:
+    return read_header(path, (sizes or {}).get(path.name.removesuffix(HEADER_ONLY)))
+
+
 def _not_a_folder(path: Path) -> str:
     if path.suffix == ".gguf":
         return f"{path} is a GGUF file, which this version does not read yet; give safetensors"
     if path.exists():
-        return f"{path} is a file; give the folder that holds config.json and {SINGLE}"
+        return (
+            f"{path} is a file, but no {_SUFFIX}; give one, or the folder that holds config.json"
+            f" and {SINGLE}"
+        )
     return f"there is no folder {path}"
 
 
@@ -101,7 +137,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
                 f"{index} puts tensor {name!r} into {shard!r}, which is not the plain name of a"
                 " .safetensors file in its own folder"
             )
-    if SINGLE not in shards.values() and (index.parent / SINGLE).is_file():
+    if SINGLE not in shards.values() and _stored(index.parent / SINGLE) is not None:
         raise UnreadableError(
             f"{index.parent} has both {SINGLE} and {INDEX}, which does not name it: it is not clear"
             " which of them is the model. Move one of them away."
@@ -113,30 +149,33 @@ def _plain(name: str) -> bool:
     return name.endswith(".safetensors") and not set(name) & {"/", "\\", "\0"} and name[0] != "."
 
 
-def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> Mapping[str, TensorMeta]:
-    tensors: dict[str, TensorMeta] = {}
+def _read_shards(
+    folder: Path, weight_map: Mapping[str, str], sizes: Sizes | None
+) -> Iterator[Header]:
+    found: set[str] = set()
     for shard in sorted(set(weight_map.values())):
-        path = folder / shard
-        if not path.is_file():
+        path = _stored(folder / shard)
+        if path is None:
             first = next(name for name, file in weight_map.items() if file == shard)
             raise UnreadableError(
                 f"{folder / INDEX} names the shard {shard}, which is not there; it should hold"
                 f" {first!r}. Download it."
             )
-        for meta in read_header(path):
+        header = _header(path, sizes)
+        for meta in header.tensors:
             where = weight_map.get(meta.name)
             if where != shard:
                 said = "does not list it" if where is None else f"puts it into {where}"
                 raise UnreadableError(f"{path} holds tensor {meta.name!r}, but {INDEX} {said}")
-            tensors[meta.name] = meta
-    missing = [name for name in weight_map if name not in tensors]
+            found.add(meta.name)
+        yield header
+    missing = [name for name in weight_map if name not in found]
     if missing:
         name = missing[0]
         raise UnreadableError(
             f"{folder / INDEX} puts {len(missing)} tensors where they are not, first {name!r}"
             f" into {weight_map[name]}"
         )
-    return tensors
 
 
 def _read(meta: TensorMeta, shape: tuple[int, ...], start: int) -> Tensor:

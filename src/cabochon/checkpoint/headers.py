@@ -2,6 +2,9 @@
 
 Headers are input from strangers. The format (https://github.com/huggingface/safetensors): eight
 bytes of little-endian length, that much JSON, then the tensors, without gap or overlap, to the end.
+
+A saved header is what precedes the tensors, nothing changed, in a file of the same name with
+`.header` behind it: enough to plan a load, and megabytes instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from cabochon.errors import UnreadableError
 from cabochon.files import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
+HEADER_ONLY = ".header"
 MAX_NAME = 1000  # characters; every rule of a configuration may be tried on each name
 
 BITS: Mapping[str, int] = {
@@ -45,26 +49,53 @@ class TensorMeta:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def read_header(path: Path) -> tuple[TensorMeta, ...]:
-    """The tensors of the safetensors file `path`, in the order of their bytes.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header: its free text, and the tensors in the order of their bytes."""
+
+    metadata: Mapping[str, str]
+    tensors: tuple[TensorMeta, ...]
+
+
+def read_header(path: Path, size: int | None = None) -> Header:
+    """The header of the safetensors file `path`, or the saved header of one.
+
+    Args:
+        path: the file. If it ends with `.header`, the tensors are not in it.
+        size: bytes of the whole file that a saved header is of, where that is known.
 
     Raises:
         UnreadableError: no such file, or anything in it that is not exactly as the format wants it.
     """
+    saved = path.suffix == HEADER_ONLY
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            start, entries = _entries(file, path, size)
+            here = file.seek(0, 2)
+            start, entries = _entries(file, path, here)
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
+    if saved and here != start:
+        raise UnreadableError(
+            f"{path} has {here - start} bytes after its header, at byte {start}: a saved header"
+            " ends there"
+        )
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
     metas = [_meta(path, name, entry, start) for name, entry in entries.items()]
     metas.sort(key=lambda meta: meta.span)
-    _check_spans(path, metas, start, size)
-    return tuple(metas)
+    _check_spans(path, metas, start, size if saved else here)
+    return Header(metadata, tuple(metas))
+
+
+def _metadata(path: Path, found: Any) -> Mapping[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise UnreadableError(f"{path}: __metadata__ in the header is not a table of texts")
+    return found
 
 
 def _entries(file: BinaryIO, path: Path, size: int) -> tuple[int, dict[str, Any]]:
-    """Where the tensors' bytes begin, and the header's entries without its metadata."""
+    """Where the tensors' bytes begin, and everything that the header says."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -82,7 +113,6 @@ def _entries(file: BinaryIO, path: Path, size: int) -> tuple[int, dict[str, Any]
         raise UnreadableError(f"{path}: the header at byte 8 is not valid: {error}") from None
     if not isinstance(entries, dict):
         raise UnreadableError(f"{path}: the header is a {type(entries).__name__}, not an object")
-    entries.pop("__metadata__", None)
     return 8 + length, entries
 
 
@@ -114,7 +144,7 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _check_spans(path: Path, metas: Sequence[TensorMeta], start: int, size: int) -> None:
+def _check_spans(path: Path, metas: Sequence[TensorMeta], start: int, size: int | None) -> None:
     """Refuse spans (sorted) that overlap, leave a gap, or do not end with the file."""
     end, before = start, "the header"
     for meta in metas:
@@ -125,6 +155,8 @@ def _check_spans(path: Path, metas: Sequence[TensorMeta], start: int, size: int)
                 f"{path}: tensor {meta.name!r} at byte {begin} {kind} {before}, which ends at {end}"
             )
         end, before = meta.span[1], f"tensor {meta.name!r}"
+    if size is None:
+        return
     if end > size:
         raise UnreadableError(
             f"{path} is cut off: {before} ends at byte {end}, the file has {size} bytes."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cabochon.files import DEMO
-from cabochon.settings import EngineSettings
+from cabochon.settings import Settings
 
 if TYPE_CHECKING:
     from cabochon.llm import LLM
@@ -24,7 +24,7 @@ def folder(model: Path | None) -> Path:
     return DEMO
 
 
-def load(model: Path | None, settings: EngineSettings) -> LLM:
+def load(model: Path | None, settings: Settings) -> LLM:
     """The model, ready; on the way a bar on stderr."""
     from cabochon.llm import LLM
 
