@@ -117,6 +117,8 @@ def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
             _check_shape(tensor, meta, read)
         elif slot.holds in ("divisor", "factor"):
             _check_global(float(tensor), meta, divides=slot.holds == "divisor")
+        elif slot.holds in ("scale", "scale or none"):
+            _check_scale(float(tensor), meta, may_lack=slot.holds == "scale or none")
     weight = read.scheme.build(tensors, read.site)
     return weight if read.activations is None else read.activations.around(weight, tensors)
 
@@ -184,6 +186,15 @@ def _check_global(value: float, meta: TensorMeta, *, divides: bool) -> None:
         raise LoadError(
             f"{meta.file}: tensor {meta.name!r} is {value:g}, which allows entries up to"
             f" {largest:g}; it is damaged, or the reciprocal of what its name says"
+        )
+
+
+def _check_scale(value: float, meta: TensorMeta, *, may_lack: bool) -> None:
+    """A scale of activations, found by calibration."""
+    if not (0 < value < math.inf or (may_lack and value == 0)):
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} is {value:g}, expected a positive number; nothing"
+            " was calibrated, or the checkpoint is damaged (--weights-only loads it without)"
         )
 
 

@@ -11,31 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cabochon.nn.minifloat import E2M1_PAIRS
 from cabochon.nn.weight import Weight
 
 BLOCK = 16  # entries that share a scale
-
-
-def _e2m1() -> Tensor:
-    """What each of the 16 codes stands for."""
-    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    return torch.cat((magnitudes, -magnitudes))
-
-
-def _e4m3() -> Tensor:
-    """What each of the 256 bytes stands for: no infinities, and two that are no number."""
-    codes = torch.arange(256)
-    exponents, mantissas = codes >> 3 & 15, (codes & 7) / 8
-    normal = (1 + mantissas) * torch.exp2(exponents - 7.0)
-    values = torch.where(exponents == 0, mantissas * 2.0**-6, normal)
-    values[codes & 127 == 127] = torch.nan
-    return torch.where(codes < 128, values, -values)
-
-
-E4M3 = _e4m3()  # [256]; six times faster than torch's own conversion on a CPU
-
-# Both entries of a byte, the even column in its low half: [256, 2]
-_PAIRS = torch.stack((_e2m1().repeat(16), _e2m1().repeat_interleave(16)), dim=1)
 
 
 class Nvfp4Weight(Weight):
@@ -70,7 +49,7 @@ class Nvfp4Weight(Weight):
 
     def _expand(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
         # `embedding` reads tables several times faster than indexing does.
-        pairs = _PAIRS.to(self.codes.device)
+        pairs = E2M1_PAIRS.to(self.codes.device)
         values = F.embedding(self.codes[rows].int(), pairs).flatten(1)[:, : self.in_features]
         scales = F.embedding(self.scales[rows].int(), self.levels[:, None])  # [rows, blocks, 1]
         if self.in_features % BLOCK == 0:

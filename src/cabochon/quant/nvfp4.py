@@ -47,7 +47,8 @@ class Nvfp4:
     def build(self, stored: Mapping[str, Tensor], site: Site) -> Weight:
         import torch
 
-        from cabochon.nn.nvfp4 import E4M3, Nvfp4Weight
+        from cabochon.nn.minifloat import E4M3
+        from cabochon.nn.nvfp4 import Nvfp4Weight
 
         codes, scales, whole = (stored[slot.leaf] for slot in self.slots)
         whole = whole.reshape(())

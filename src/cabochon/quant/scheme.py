@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
-# A divisor or a factor is one number for the whole matrix; a table is looked up by codes.
-Holds = Literal["matrix", "codes", "scales", "shape", "divisor", "factor", "table", "header"]
+# A divisor or a factor is one number for the whole matrix; a table is looked up by codes. A scale
+# of activations is one number too, and may be 0.0 where that says that there is none.
+Holds = Literal[
+    "matrix", "codes", "scales", "shape", "divisor", "factor", "table", "header",
+    "scale", "scale or none",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
