@@ -18,13 +18,11 @@ from torch import Tensor
 
 from cabochon.nn.weight import DenseWeight
 from cabochon.quant.activations import Dynamic, Rounded, Static
-from cabochon.quant.scheme import Slot
 
 FP8 = {"num_bits": 8, "type": "float"}
 FP4 = {"num_bits": 4, "type": "float"}
 MX = {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
 E4M3 = {"scale_dtype": torch.float8_e4m3fn, "zp_dtype": torch.float8_e4m3fn}
-WHOLE = Slot("input_global_scale", frozenset({"F32"}), (), "divisor")
 
 # What is claimed, ours; upstream's words for it.
 DYNAMIC: dict[str, tuple[Dynamic, dict[str, Any]]] = {
@@ -39,7 +37,7 @@ DYNAMIC: dict[str, tuple[Dynamic, dict[str, Any]]] = {
     "MXFP4": (Dynamic("fp4", 32, scales="e8m0"), FP4 | MX),
     "MXFP8": (Dynamic("fp8", 32, scales="e8m0"), FP8 | MX),
     "NVFP4": (
-        Dynamic("fp4", 16, scales="e4m3", whole=WHOLE),
+        Dynamic("fp4", 16, scales="e4m3", whole="input_global_scale"),
         FP4 | E4M3 | {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"},
     ),
 }
@@ -114,10 +112,9 @@ def test_static_rounding(name: str, scale_dtype: torch.dtype) -> None:
     assert not torch.allclose(found.linear(x), x @ weight.T, atol=0.01)
 
 
-def test_a_factor_is_the_reciprocal_of_a_divisor() -> None:
+def test_a_scale_of_scales_may_be_a_reciprocal() -> None:
     x, identity = torch.randn(4, 64), DenseWeight(torch.eye(64))
-    factor = Slot("input_scale", frozenset({"F32"}), (), "factor")
-    multiplies = Dynamic("fp4", 16, scales="e4m3", whole=factor)
+    multiplies = Dynamic("fp4", 16, scales="e4m3", whole="input_scale", reciprocal=True)
     found = Rounded(multiplies).around(identity, {"input_scale": torch.tensor(2.0**-10)}).linear(x)
     divides = Rounded(DYNAMIC["NVFP4"][0])
     expected = divides.around(identity, {"input_global_scale": torch.tensor([2.0**10])}).linear(x)

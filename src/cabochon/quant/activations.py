@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Numbers = Literal["int4", "int8", "fp4", "fp8"]  # fp4: E2M1; fp8: E4M3
 Scales = Literal["float", "e4m3", "e8m0"]
 
+_F32 = frozenset({"F32"})
+
 # What calibration leaves behind. A recipe that rounds no activations has no use for it.
 ACTIVATION_LEAVES = frozenset(
     {
@@ -72,7 +74,8 @@ class Dynamic:
     group: int | None = None  # None: all entries of a token share a scale
     symmetric: bool = True
     scales: Scales = "float"  # what they are rounded to themselves
-    whole: Slot | None = None  # a divisor, or a factor, of all of them
+    whole: str | None = None  # the leaf of what they are multiplied with first, and divided by
+    reciprocal: bool = False  # the other way round
 
     @property
     def name(self) -> str:
@@ -82,15 +85,15 @@ class Dynamic:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return () if self.whole is None else (self.whole,)
+        return () if self.whole is None else (Slot(self.whole, _F32, (), "scale"),)
 
     def rounding(self, stored: Mapping[str, Tensor]) -> nn.Module:
         from cabochon.nn.activations import DynamicRounding
 
         whole = None
         if self.whole is not None:
-            whole = stored[self.whole.leaf].reshape(1).float()
-            whole = whole if self.whole.holds == "divisor" else 1 / whole
+            whole = stored[self.whole].reshape(1)
+            whole = 1 / whole if self.reciprocal else whole
         return DynamicRounding(
             self.numbers, self.group, symmetric=self.symmetric, scales=self.scales, whole=whole
         )
