@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
-from cabochon.settings import EngineSettings, flag, load_settings, variable
+from cabochon.settings import EngineSettings, flag, resolve_settings, variable
 
 SETTINGS_HELP = (
     f"Each setting is an environment variable too (--max-batch: {variable('max_batch')}), and a key"
@@ -21,6 +21,14 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config", metavar="FILE", help="TOML file of settings", rich_help_panel="Settings"
+    ),
+]
+PrintConfig = Annotated[
+    bool,
+    typer.Option(
+        "--print-config",
+        help="Show each setting, as a settings file, with where it comes from; do nothing else",
+        rich_help_panel="Settings",
     ),
 ]
 
@@ -37,17 +45,20 @@ def with_settings(
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.name != "settings"]
 
-        def run(config: Path | None, **given: Any) -> Any:
+        def run(config: Path | None, print_config: bool, **given: Any) -> Any:
             flags = {name: given.pop(name) for name in model.model_fields}
             set_flags = {name: value for name, value in flags.items() if value is not None}
-            return command(settings=load_settings(set_flags, config), **given)
+            resolved = resolve_settings(set_flags, config)
+            if print_config:
+                print(resolved.text(model))
+                return None
+            return command(settings=resolved.settings, **given)
 
         parameters = [
             *own,
             *(_parameter(name, field) for name, field in model.model_fields.items()),
-            inspect.Parameter(
-                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config
-            ),
+            _option("config", None, Config),
+            _option("print_config", False, PrintConfig),
         ]
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__
@@ -67,14 +78,15 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         rich_help_panel="Settings",
         show_default=False,
     )
+    return _option(name, None, Annotated[(bool if switch else str) | None, option])
+
+
+def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[(bool if switch else str) | None, option],
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
 
 
 def _help(field: FieldInfo) -> str:
-    default = "" if field.default in (None, False) else f" (default {field.default})"
+    default = "" if field.default in (None, False, ()) else f" (default {field.default})"
     return f"{field.description}{default}"

@@ -7,16 +7,26 @@ file over the default. A name that does not exist is an error wherever it stands
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 
 from cabochon.errors import CabochonError, UnreadableError
 
@@ -43,7 +53,18 @@ def parse_bytes(value: Any) -> Any:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def _parse_names(value: Any) -> Any:
+    """Names behind each other with commas, as a flag and the environment write a list."""
+    names = value.split(",") if isinstance(value, str) else value
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return value
+    return tuple(name.strip() for name in names if name.strip())
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_parse_names)]
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+", re.IGNORECASE)
 
 
 class EngineSettings(BaseModel):
@@ -77,6 +98,10 @@ class EngineSettings(BaseModel):
         False, description="Leave activations as they are where a recipe quantizes them"
     )
 
+    def engine_options(self) -> dict[str, Any]:
+        """The keyword arguments of `LLM`."""
+        return {name: getattr(self, name) for name in EngineSettings.model_fields}
+
 
 class Settings(EngineSettings):
     """Everything that can be set. What only the server reads stands here."""
@@ -94,16 +119,54 @@ class Settings(EngineSettings):
         description="Key that clients must send; set it in the environment or the file, since"
         " flags show in the process list",
     )
+    api_key_file: Path | None = Field(
+        None, description="File of keys that clients may send, one a line, beside api_key"
+    )
     insecure: bool = Field(False, description="Listen beyond this machine without a key")
+    allow_origins: Names = Field(
+        (),
+        description="Sites whose pages may use the server from a browser, such as"
+        " https://chat.example.com; only its own without it",
+    )
     max_queue: int = Field(
         256, ge=0, le=100_000, description="Requests that may wait; more are answered with 429"
     )
+    max_queue_tokens: int = Field(
+        2**20,
+        ge=1,
+        le=2**40,
+        description="Tokens of prompts that may wait; more are answered with 429",
+    )
+    max_connections: int = Field(1024, ge=1, le=2**16, description="Connections open at once")
     max_body_bytes: Bytes = Field(
         64 * 2**20, ge=2**10, le=2**32, description="Size of a request's body, such as 64MiB"
+    )
+    request_seconds: float = Field(
+        600.0, gt=0, le=86_400, description="After which a request is ended, answered or not"
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, le=3600, description="That running answers get to end after SIGTERM"
+    )
+    media_urls: bool = Field(
+        False, description="Fetch pictures, sounds and videos that requests name by URL"
+    )
+    media_hosts: Names = Field(
+        (), description="Hosts that media may be fetched from; any public one without it"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="text, or json: an object a line"
+    )
+
+    @field_validator("allow_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin, such as https://chat.example.com")
+        return origins
 
     @property
     def loopback(self) -> bool:
@@ -115,21 +178,66 @@ class Settings(EngineSettings):
         except ValueError:
             return False
 
-    def engine_options(self) -> dict[str, Any]:
-        """The keyword arguments of `LLM`."""
-        return {name: getattr(self, name) for name in EngineSettings.model_fields}
-
     def check_exposure(self) -> None:
         """Refuse to listen beyond this machine without a key, unless told to.
 
         Raises:
             SettingsError: `host` is not a loopback address, and there is neither a key nor consent.
+            UnreadableError: `api_key_file` cannot be read, or holds no key.
         """
-        if not (self.loopback or self.api_key or self.insecure):
+        if not (self.api_keys() or self.loopback or self.insecure):
             raise SettingsError(
                 f"host {self.host} can be reached from other machines, and no api_key is set: set"
                 f" {variable('api_key')}, or pass --insecure to serve everybody"
             )
+
+    def api_keys(self) -> tuple[str, ...]:
+        """Every key that a client may send; none if there is no need of one.
+
+        Raises:
+            UnreadableError: `api_key_file` cannot be read, or holds no key.
+        """
+        keys = [self.api_key.get_secret_value()] if self.api_key else []
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, ValueError) as error:
+                raise UnreadableError(f"api_key_file cannot be read: {error}") from None
+            found = [key for key in map(str.strip, lines) if key and not key.startswith("#")]
+            if not found:
+                raise UnreadableError(f"api_key_file {self.api_key_file} holds no key")
+            keys += found
+        return tuple(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings, and where each value comes from that is not its default."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+
+    def text(self, model: type[EngineSettings]) -> str:
+        """The fields of `model` as a settings file that says where each comes from.
+
+        What is not set, and secrets, stand there as comments.
+        """
+        lines = []
+        for name in model.model_fields:
+            value = getattr(self.settings, name)
+            source = self.sources.get(name, "default")
+            if isinstance(value, SecretStr):
+                lines.append(f"# {name} = (not shown)  # {source}")
+            elif value is None:
+                lines.append(f"# {name} =  # {source}")
+            else:
+                lines.append(f"{name} = {_as_toml(value)}  # {source}")
+        return "\n".join(lines)
+
+
+def _as_toml(value: Any) -> str:
+    # JSON's numbers, strings, booleans and lists of strings are TOML's too
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
 
 
 def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
@@ -139,22 +247,28 @@ def load_settings(flags: Mapping[str, Any], file: Path | None = None) -> Setting
         SettingsError: an unknown name, or a value of the wrong kind or out of its range.
         UnreadableError: the file cannot be read as TOML.
     """
-    from_file = _read_file(file) if file else {}
-    from_environment = _read_environment(os.environ)
-    values = {**from_file, **from_environment, **flags}
+    return resolve_settings(flags, file).settings
+
+
+def resolve_settings(flags: Mapping[str, Any], file: Path | None = None) -> Resolved:
+    """`load_settings`, with the source of each value."""
+    layers = (
+        (_read_file(file) if file else {}, lambda name: f"{file}: {name}"),
+        (_read_environment(os.environ), variable),
+        (flags, flag),
+    )
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer, spell in layers:
+        values |= layer
+        sources |= {name: spell(name) for name in layer}
     try:
-        return Settings.model_validate(values)
+        return Resolved(Settings.model_validate(values), sources)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        if name in flags:
-            where = flag(name)
-        elif name in from_environment:
-            where = variable(name)
-        else:
-            where = f"{file}: {name}"
         found = "" if name == "api_key" else f" is {values[name]!r}"
-        raise SettingsError(f"{where}{found}: {first['msg']}") from None
+        raise SettingsError(f"{sources[name]}{found}: {first['msg']}") from None
 
 
 def flag(name: str) -> str:

@@ -70,6 +70,11 @@ class Stats:
     step_length: Histogram = field(default_factory=_lengths)
 
     @property
+    def generated(self) -> int:
+        """Tokens drawn for answers."""
+        return sum(self.first_token.counts) + sum(self.interval.counts)
+
+    @property
     def tokens_per_second(self) -> float:
         """Of prompts and answers together, while there was work; 0 before there was any."""
         done = self.prefill_tokens + self.decode_tokens

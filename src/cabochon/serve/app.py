@@ -3,35 +3,75 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from cabochon.engine.engine import Limits
 from cabochon.errors import CabochonError
 from cabochon.llm import LLM
-from cabochon.serve.completions import Chat, unknown_model
+from cabochon.serve.auth import Gatekeeper
+from cabochon.serve.completions import Chat, fingerprint, unknown_model
 from cabochon.serve.errors import error_body, error_response
-from cabochon.serve.limits import Guard
+from cabochon.serve.guard import Guard, Traffic
+from cabochon.serve.metrics import Metrics
+from cabochon.serve.pages import page_routes
 from cabochon.serve.protocol import ModelCard, ModelList
 from cabochon.settings import Settings
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 
 def create_app(llm: LLM, settings: Settings) -> FastAPI:
-    """The application that serves `llm`; closing `llm` is left to the caller."""
-    # FastAPI's pages for the schema load their scripts from another host.
-    app = FastAPI(title="Cabochon", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, settings=settings)
+    """The application that serves `llm`; closing `llm` is left to the caller.
+
+    `app.state` has its `traffic` and its `metrics`.
+    """
+    # FastAPI's own pages for the schema load their scripts from another host.
+    app = FastAPI(title="Cabochon", docs_url=None, redoc_url=None, routes=page_routes())
+    llm.engine.limits = Limits(settings.max_queue_tokens, settings.request_seconds)
+    app.state.traffic = traffic = Traffic()
+    app.state.metrics = metrics = Metrics(llm, fingerprint(llm))
+    app.add_middleware(Guard, gatekeeper=Gatekeeper(settings), traffic=traffic, metrics=metrics)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(CabochonError, _answer_error)
-    chat = Chat(llm, settings)
-    card = ModelCard(id=llm.name, created=int(time.time()))
+    _add_operation(app, llm)
+    _add_api(app, llm, settings)
+    return app
+
+
+def _add_operation(app: FastAPI, llm: LLM) -> None:
+    """What operators and the page ask."""
+    traffic: Traffic = app.state.traffic
+    metrics: Metrics = app.state.metrics
+    report = llm.report.as_dict()
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        if llm.engine.alive:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "the engine has stopped"}, status_code=503)
+        """Whether requests are answered; the one path that needs no key."""
+        if not llm.engine.alive:
+            return JSONResponse({"status": "the engine has stopped"}, status_code=503)
+        if traffic.draining:
+            return JSONResponse({"status": "draining"}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics", response_model=None)
+    async def metrics_text() -> Response:
+        """Counters of engine, requests and event loop, for Prometheus."""
+        return Response(metrics.text(), media_type=METRICS_TYPE)
+
+    @app.get("/plan")
+    async def plan() -> dict[str, Any]:
+        """How the checkpoint was loaded: what `cabochon inspect --json` prints."""
+        return report
+
+
+def _add_api(app: FastAPI, llm: LLM, settings: Settings) -> None:
+    """What OpenAI's clients ask."""
+    chat = Chat(llm, settings)
+    card = ModelCard(id=llm.name, created=int(time.time()))
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -46,8 +86,6 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> Response:
         return await chat.respond(request)
-
-    return app
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

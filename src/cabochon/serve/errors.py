@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from cabochon.errors import CabochonError, RequestError
+from cabochon.errors import BusyError, CabochonError, RequestError
 
 _KINDS: Mapping[int, tuple[str, str | None]] = {  # status → type and code, in OpenAI's words
     400: ("invalid_request_error", None),
@@ -18,6 +18,8 @@ _KINDS: Mapping[int, tuple[str, str | None]] = {  # status → type and code, in
     408: ("invalid_request_error", "request_timeout"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "queue_full"),
+    503: ("server_error", "unavailable"),
+    504: ("server_error", "deadline_exceeded"),
 }
 
 
@@ -56,4 +58,6 @@ def describe(error: CabochonError) -> dict[str, Any]:
 
 def error_response(error: CabochonError) -> JSONResponse:
     headers = error.headers if isinstance(error, ApiError) else None
+    if isinstance(error, BusyError):
+        headers = {"retry-after": str(error.seconds)}
     return JSONResponse(describe(error), status_code=error.http_status, headers=headers)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
-import sys
+import time
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
 from cabochon.errors import CabochonError
 from cabochon.llm import LLM
+from cabochon.serve import journal
 from cabochon.serve.app import create_app
+from cabochon.serve.connection import Connection
+from cabochon.serve.guard import Traffic
+from cabochon.serve.metrics import Metrics
 from cabochon.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-DRAIN_SECONDS = 30
+LAST_WORDS_SECONDS = 5  # for what is written to arrive, once there is nothing more to write
 MAX_HEADER_BYTES = 64 * 1024
+SEND_BUFFER_BYTES = 128 * 1024  # of a socket; the system would let it grow to megabytes
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,6 +44,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:
@@ -47,42 +55,71 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with our application and limits; says when it listens."""
+    """uvicorn with our application, limits and end; says when it listens.
+
+    The first signal lets running answers end, and refuses everything new: the listening socket
+    stays open, so that `/health` can say why. The second one ends at once.
+    """
 
     def __init__(self, llm: LLM, settings: Settings, ready: Callable[[], None]) -> None:
+        app = create_app(llm, settings)
         config = uvicorn.Config(
-            create_app(llm, settings),
-            http="h11",
+            app,
+            http=Connection.at_most(settings.max_connections),
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             lifespan="off",
             log_config=None,
+            access_log=False,
             proxy_headers=False,
             server_header=False,
             backlog=BACKLOG,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=LAST_WORDS_SECONDS,
         )
         super().__init__(config)
+        self._llm = llm
+        self._traffic: Traffic = app.state.traffic
+        self._metrics: Metrics = app.state.metrics
+        self._drain_seconds = settings.drain_seconds
+        self._drained_by = float("inf")
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._watch = asyncio.create_task(self._metrics.watch_loop())
         if self.started:
             self._ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._traffic.draining:
+            self.force_exit = True
+            return
+        self.should_exit = False
+        self._traffic.draining = True
+        self._drained_by = time.monotonic() + self._drain_seconds
+        logger.info(
+            "stopping; %d requests get %g s to end", self._traffic.inside, self._drain_seconds
+        )
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._traffic.draining and not self.should_exit:
+            late = time.monotonic() >= self._drained_by
+            if late and self._traffic.inside:
+                logger.warning("%d requests are cut off", self._traffic.inside)
+                # Each stream gets an error as its last event.
+                await asyncio.get_running_loop().run_in_executor(None, self._llm.engine.close)
+            self.should_exit = late or not self._traffic.inside
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        logger.info("stopping; running answers get %d s to end", DRAIN_SECONDS)
+        self._watch.cancel()
         await super().shutdown(sockets)
 
 
 def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C; running answers get half a minute to end. Main thread only."""
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # `ready` and `shutdown` say it
+    """Serve until SIGTERM or Ctrl-C, and until running answers have ended. Main thread only."""
+    journal.set_up(settings.log_level, settings.log_format)
     # uvicorn raises the signal that ended it once more, at whoever handled it before.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     Server(llm, settings, ready).run(sockets=[listener])
