@@ -137,6 +137,7 @@ def build_plan(
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
+    notes += _other_halves(raw, placed.stored.values())
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
     problems += [*placed.problems, *parameter_problems, *_unused(tree, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
@@ -349,6 +350,15 @@ def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
     if raw.get("tie_word_embeddings") is False and not has_head:
         detail = "not stored, and config.json says that it is not the token table"
         yield Problem("MISSING", HEAD, f"{detail} (tie_word_embeddings is false)")
+
+
+def _other_halves(raw: Mapping[str, Any], stored: Iterable[TensorMeta]) -> Iterator[Note]:
+    """Two floats of 16 bits can be taken for each other, and only the configuration would know."""
+    said = raw.get("dtype") or raw.get("torch_dtype")
+    other = {"bfloat16": "F16", "float16": "BF16"}.get(str(said))
+    for meta in stored:
+        if meta.dtype == other:
+            yield Note(meta.name, f"stored as {other}, although config.json's dtype is {said}")
 
 
 def _rule_notes(rules: Rules, tree: Tree, modules: set[str]) -> list[Note]:
