@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +27,7 @@ from cabochon.files import DEMO
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import Progress, execute
+from cabochon.load.forecast import machine_memory
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
 from cabochon.prompts import Message, Prompts
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 DEMO_NAME = "cabochon-demo"
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # "max" where there is none
 
 
 class LLM:
@@ -107,7 +105,7 @@ class LLM:
             self.prompts.pictures.max_soft_tokens,
             self.prompts.videos.frames.max_soft_tokens,
         )
-        memory = _memory()
+        memory = machine_memory()
         if plan.nbytes > memory:
             raise ResourceError(
                 f"the weights of {folder} take {plan.nbytes / 1e9:.2f} GB of memory, and there are"
@@ -242,13 +240,3 @@ def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[AnyPrompt]:
     many: list[Any] = list(prompts)
     row = bool(many) and not isinstance(many[0], str | Prompt) and np.ndim(many[0]) == 0
     return [many] if row else many
-
-
-def _memory() -> int:
-    """Bytes of memory that this process may count on: the machine's, or its container's."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = _CONTAINER_LIMIT.read_text().strip()
-    except OSError:
-        return machine
-    return min(machine, int(limit)) if limit.isdecimal() else machine
