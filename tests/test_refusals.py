@@ -199,7 +199,7 @@ def test_claims_that_this_version_cannot_honour(
 ) -> None:
     text = refusal(altered(tmp_path, W4A16, config=change))
     assert message in text
-    assert "llm-compressor" in text  # what to use instead
+    assert "compressed-tensors" in text  # what to use instead
 
 
 @pytest.mark.parametrize(

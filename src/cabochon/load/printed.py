@@ -10,6 +10,7 @@ from cabochon.load.forecast import KV_DTYPES, Forecast, Kept
 from cabochon.load.groups import HighPrecision, Row
 from cabochon.load.identity import Identity
 from cabochon.load.plan import Kind
+from cabochon.quant.families import FAMILIES
 
 if TYPE_CHECKING:
     from cabochon.load.report import Report
@@ -24,7 +25,8 @@ _ADVICE: Mapping[Kind, str] = {
     "TWICE": "Two stored names mean the same tensor. Remove one spelling.",
     "SHAPE": "Check that config.json and the weights are of the same model.",
     "DTYPE": "Stored bits are never reinterpreted. Export the tensor as bf16, f16 or f32.",
-    "SCHEME": "docs/formats.md has the layouts that load.",
+    "SCHEME": "This version loads bf16, f16 and f32, and what is quantized as these do:"
+    f" {', '.join(family.name for family in FAMILIES)} (docs/formats.md).",
 }
 
 
@@ -75,8 +77,8 @@ def _about(report: Report) -> Iterator[str]:
     yield f"  producer     {report.producer.name}"
     for line in report.producer.evidence:
         yield f"               {line}"
-    yield f"  activations  {report.activations}"
-    if report.hash is not None:
+    if report.loads:
+        yield f"  activations  {report.activations}"
         yield f"  plan         {report.hash}"
 
 
