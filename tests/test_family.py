@@ -206,7 +206,7 @@ def test_26b_nvfp4_with_quantized_activations_is_refused_in_few_lines(tmp_path: 
     claimed = family.claim("nvfp4-pack-quantized", FP4, activations={"num_bits": 4})
     report = plan(tmp_path, "26B-A4B", calibrated_26b(), quantization_config=claimed)
     assert not report.loads
-    assert len(report.text().splitlines()) < 15
+    assert len(report.text().splitlines()) <= 24
     assert "input_activations are not supported" in report.text()
 
 
