@@ -205,10 +205,10 @@ def test_a_sink_that_raises_is_called_no_more(tiny: LLM, alone: list[Completion]
 def test_a_token_that_cannot_be_drawn_ends_one_request(
     tiny: LLM, alone: list[Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choosy(logits: torch.Tensor, rows: list[Sampling]) -> list[int]:
+    def choosy(logits: torch.Tensor, rows: list[Sampling], *rest: Any) -> list[int]:
         if rows[0].params.seed == 13:
             raise ArithmeticError("injected")
-        return sample(logits, rows)
+        return sample(logits, rows, *rest)
 
     many = prompts(tiny, 2)
     monkeypatch.setattr("cabochon.engine.engine.sample", choosy)

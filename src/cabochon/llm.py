@@ -18,6 +18,7 @@ from cabochon.config import Gemma4Config
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.defaults import GenerationDefaults
 from cabochon.engine.engine import Engine
+from cabochon.engine.grammar import Grammars
 from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
@@ -98,6 +99,9 @@ class LLM:
         self.prompts = Prompts(folder, self.config)
         generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
         self.defaults = generation.sampling
+        self.grammars = Grammars(
+            self.prompts.tokenizer, self.config.text.vocab_size, generation.ends
+        )
         self.prefill_chunk = prefill_chunk
         # A picture that must stay whole may make a step longer than the chunk.
         self._longest_step = max(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from cabochon.gemma4.pictures import Picture, PictureProcessor, decode_picture
 from cabochon.gemma4.sounds import SAMPLE_RATE, Sound, SoundProcessor, Wave, decode_sound
 from cabochon.gemma4.videos import Video, VideoProcessor
 from cabochon.text.chat import ChatTemplate
+from cabochon.text.guard import Guard
 from cabochon.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -144,15 +145,27 @@ class Prompts:
         Raises:
             RequestError: media and their tokens differ in number, or the model cannot take them.
         """
-        films = [v if isinstance(v, Video) else self.video(v) for v in videos]
+        films = self._films(videos)
+        if isinstance(prompt, str):
+            prompt = _with_timestamps(prompt, films)
+        return self._filled(self._tokens(prompt), images, sounds, films)
+
+    def _films(self, videos: Sequence[bytes | Video]) -> list[Video]:
+        return [v if isinstance(v, Video) else self.video(v) for v in videos]
+
+    def _filled(
+        self,
+        tokens: list[int],
+        images: Sequence[Image.Image | Picture],
+        sounds: Sequence[Wave | Sound],
+        films: Sequence[Video],
+    ) -> Prompt:
+        """A prompt of `tokens` with the soft tokens of its media."""
         made: tuple[Sequence[Picture | Sound], ...] = (
             [i if isinstance(i, Picture) else self.picture(i) for i in images],
             [w if isinstance(w, Sound) else self.sound(w) for w in sounds],
             [frame for film in films for frame in film.frames],
         )
-        if films and isinstance(prompt, str):
-            prompt = _with_timestamps(prompt, films)
-        tokens = self._tokens(prompt)
         for kind, items in zip(self._kinds, made, strict=True):
             tokens = _expand(tokens, kind, items)
         media = tuple(self._placed(tokens, made)) if any(made) else ()
@@ -185,12 +198,17 @@ class Prompts:
             raise RequestError(f"{', '.join(sorted(own))} cannot be set from outside")
         parts = [part for message in messages for part in _parts(message)]
         messages = [_plain_system(message, i) for i, message in enumerate(messages)]
-        text = self.template.render(messages, add_generation_prompt=True, **template)
+        guard = Guard(self.tokenizer, messages, template)
+        text = self.template.render(
+            guard.protect(messages), add_generation_prompt=True, **guard.protect(template)
+        )
         images, sounds, videos = (
             [part[kind] for part in parts if part.get("type") == kind]
             for kind in ("image", "audio", "video")
         )
-        return self.raw(text, images, sounds, videos)
+        films = self._films(videos)
+        tokens = guard.encode(_with_timestamps(text, films))
+        return replace(self._filled(tokens, images, sounds, films), turn=True)
 
     def _within_table(self, picture: Picture) -> Picture:
         """`picture`, if the model has learnt a position for each of its patches."""
@@ -273,6 +291,8 @@ def _plain_system(message: Message, index: int) -> Message:
 
 def _with_timestamps(prompt: str, videos: Sequence[Video]) -> str:
     """`prompt` with a video token for each frame, behind its time of the form 00:07."""
+    if not videos:
+        return prompt
     pieces = prompt.split(_VIDEO)
     if len(pieces) - 1 != len(videos):
         raise _count_error("video", len(pieces) - 1, len(videos))

@@ -14,6 +14,7 @@ from cabochon.text.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _END_OF_TURN = "<turn|>"
+_TOOL_RESPONSE = "<|tool_response>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ class GenerationDefaults:
     def open(cls, folder: Path, tokenizer: Tokenizer) -> GenerationDefaults:
         """Read `generation_config.json`, and `config.json` for what it leaves out.
 
-        A checkpoint that names no end ends with its turn: quantizers lose this file at times.
+        A checkpoint that names no end ends with its turn: quantizers lose this file at times. Every
+        one ends where the result of a tool is to stand, which is not the model's to write.
 
         Raises:
             ConfigError: a value that is not of its kind, or a token outside of the vocabulary.
@@ -42,6 +44,9 @@ class GenerationDefaults:
         if not ends:
             turn = tokenizer.token_id(_END_OF_TURN)
             ends = (1,) if turn is None else (1, turn)
+        response = tokenizer.token_id(_TOOL_RESPONSE)
+        if response in tokenizer.special:
+            ends = (*ends, response)
         suppressed = _tokens(raw, "suppress_tokens", path, tokenizer)
         return cls(_sampling(raw, path), frozenset(ends), suppressed)
 

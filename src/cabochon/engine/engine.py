@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
-from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams
+from cabochon.engine.guide import Guide
+from cabochon.engine.reader import Read, Reader
+from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams, TokenLogprob
 from cabochon.engine.runner import Runner, new_sequence
-from cabochon.engine.sampler import Sampling, sample
+from cabochon.engine.sampler import Sampling, logprob, sample
 from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
 from cabochon.engine.stats import Stats, Timeline
 from cabochon.errors import BusyError, CabochonError, DeadlineError, RequestError
-from cabochon.text.detokenizer import Detokenizer, StopStrings
 from cabochon.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -47,25 +48,48 @@ class _Request:
     params: SamplingParams
     sink: Sink
     sampling: Sampling
-    text: Detokenizer
-    stops: StopStrings
+    reader: Reader
+    guide: Guide | None
     prompt_length: int
     limit: int  # length of prompt and answer at which it ends
+    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt, but its first token
     timeline: Timeline = field(default_factory=Timeline)
 
-    def finish_reason(self, token: int, ends: frozenset[int]) -> FinishReason | None:
-        if token in self.params.stop_token_ids or (token in ends and not self.params.ignore_eos):
-            return "stop"
-        return "length" if len(self.sequence.tokens) >= self.limit else None
+    def take(self, token: int, ends: frozenset[int]) -> tuple[list[Read], FinishReason | None]:
+        """What `token`, the last of the sequence, makes certain, and whether it ends the answer."""
+        params, reads = self.params, []
+        reason: FinishReason | None = None
+        if token in params.stop_token_ids or (token in ends and not params.ignore_eos):
+            reason = "stop"
+        else:
+            reads.append(self.reader.push(token))
+            if reads[0].stop is not None:
+                return reads, "stop"
+            if self.guide and self.guide.ended:
+                reason = "stop"
+            elif len(self.sequence.tokens) >= self.limit:
+                reason = "length"
+        if reason:
+            reads.append(self.reader.finish())
+        return reads, "stop" if reads and reads[-1].stop is not None else reason
 
-    def read(self, token: int) -> tuple[str, bool]:
-        """Text that `token` made certain, and whether a stop string ended it."""
-        return self.stops.push(self.text.push(token))
+    def told(self) -> tuple[TokenLogprob, ...] | None:
+        """The probabilities of the prompt's tokens, once."""
+        if self.params.prompt_logprobs is None or self.sequence.scored:
+            return None
+        scores, self.scores = tuple(self.scores), []
+        return scores or None
 
-    def rest(self) -> str:
-        """What was held back, at the end of an answer."""
-        text, stopped = self.stops.push(self.text.flush())
-        return text if stopped else text + self.stops.flush()
+    def draw(self, row: Tensor) -> tuple[int, tuple[TokenLogprob, ...]]:
+        """The next token of the answer, and its probability if it is text and that is asked for."""
+        state, asked = self.reader.state, self.params.logprobs
+        allowed = self.guide.allowed(state) if self.guide else None
+        token = sample(row[None], [self.sampling], [allowed])[0]
+        if self.guide:
+            self.guide.take(token, state)
+        if asked is None or not self.reader.is_text(token):
+            return token, ()
+        return token, (logprob(row.cpu().numpy(), token, asked),)
 
 
 class Engine:
@@ -162,6 +186,7 @@ class Engine:
 
     def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> _Request:
         sequence = new_sequence(self.runner.model, prompt, self.cache)
+        sequence.scored = params.prompt_logprobs is not None
         length = len(prompt.tokens)
         if length >= self.max_context:
             raise RequestError(
@@ -176,8 +201,8 @@ class Engine:
             params=params,
             sink=sink,
             sampling=Sampling(params, prompt.tokens, vocab),
-            text=Detokenizer(self.tokenizer),
-            stops=StopStrings(params.stops),
+            reader=Reader(self.tokenizer, prompt, params.stops),
+            guide=Guide(params.rules, self.ends, vocab) if params.rules else None,
             prompt_length=length,
             limit=length + min(params.max_tokens or most, most),
         )
@@ -249,7 +274,7 @@ class Engine:
             decoded = sum(s.chunk.start >= self._prompt_length(s) for s in part)
             computed = sum(s.chunk.stop - s.chunk.start for s in part)
             self.stats.step(computed - decoded, decoded)
-            self._sample([s for s in part if s.complete], logits)
+            self._read(part, logits)
         self.stats.busy_seconds += time.monotonic() - begun
 
     def _prompt_length(self, scheduled: Scheduled) -> int:
@@ -285,6 +310,28 @@ class Engine:
                 self._fail(self._by_sequence[scheduled.sequence], _internal(error))
         return ready
 
+    def _read(self, part: Sequence[Scheduled], logits: Tensor) -> None:
+        """Score prompts by their rows, and draw the next token of what is complete."""
+        rows = logits.split([s.rows for s in part])
+        complete = [i for i, s in enumerate(part) if s.complete]
+        for scheduled, own in zip(part, rows, strict=True):
+            if scheduled.sequence.scored:
+                self._score(self._requests[self._by_sequence[scheduled.sequence]], scheduled, own)
+        if complete:
+            last = torch.cat([rows[i][-1:] for i in complete])
+            self._sample([part[i] for i in complete], last)
+
+    def _score(self, request: _Request, scheduled: Scheduled, rows: Tensor) -> None:
+        """Tell the probabilities of the prompt's tokens, each by the row before it."""
+        tokens, asked = request.sequence.tokens, request.params.prompt_logprobs
+        assert asked is not None
+        for position, row in enumerate(rows.cpu().numpy(), scheduled.chunk.start):
+            # A sequence that was put off computes some of its prompt again.
+            if position == len(request.scores) and position + 1 < len(tokens):
+                request.scores.append(logprob(row, tokens[position + 1], asked))
+        if scheduled.complete:
+            request.sequence.scored = False
+
     def _sample(self, complete: Sequence[Scheduled], logits: Tensor) -> None:
         """Draw the next token of each sequence; what goes wrong in a row ends its request alone."""
         finite = logits.sum(dim=-1).isfinite().tolist()  # one that is no number makes the sum so
@@ -295,30 +342,38 @@ class Engine:
             try:
                 if not fine:
                     raise CabochonError("the model's logits are not finite for this prompt")
-                token = sample(row[None], [self._requests[number].sampling])[0]
+                token, logprobs = self._requests[number].draw(row)
             except CabochonError as error:
                 self._fail(number, error)
             except Exception as error:
                 logger.exception("a token could not be drawn")
                 self._fail(number, _internal(error))
             else:
-                self._advance(number, token)
+                self._advance(number, token, logprobs)
 
-    def _advance(self, number: int, token: int) -> None:
+    def _advance(self, number: int, token: int, logprobs: tuple[TokenLogprob, ...]) -> None:
         """Give `token` to a request: text to its sink, and its end if this was the last."""
         request = self._requests[number]
         request.sequence.tokens.append(token)
         request.sampling.observe(token)
         self.stats.token(request.timeline, time.monotonic())
-        reason = request.finish_reason(token, self.ends)
-        text, stopped = ("", False) if reason == "stop" else request.read(token)
-        if stopped:
-            reason = "stop"
-        elif reason:
-            text += request.rest()
+        reads, reason = request.take(token, self.ends)
         if reason:
             self._end(number, reason)
-        self._emit(request, Delta((token,), text, reason))
+        self._emit(
+            request,
+            Delta(
+                tokens=(token,),
+                text="".join(read.text for read in reads),
+                finish_reason=reason,
+                reasoning="".join(read.reasoning for read in reads),
+                calls=tuple(call for read in reads for call in read.calls),
+                broken_call=any(read.broken_call for read in reads),
+                stop=next((read.stop for read in reads if read.stop is not None), None),
+                logprobs=logprobs,
+                prompt_logprobs=request.told(),
+            ),
+        )
 
     def _fail(self, number: int, error: CabochonError) -> None:
         request = self._requests[number]

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cabochon.errors import CabochonError, RequestError
 from cabochon.gemma4.pictures import Picture
 from cabochon.gemma4.sounds import Sound
+from cabochon.text.calls import ToolCall
+
+if TYPE_CHECKING:
+    from cabochon.engine.guide import TurnRules
 
 FinishReason = Literal["stop", "length"]
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose the next token and when to end.
 
-    Penalties act on the logits, then `temperature` divides them, then `top_k`, `top_p` and `min_p`
-    cut the distribution, in this order. `temperature` 0 takes the likeliest token.
+    `rules` leave tokens out, `logit_bias` and penalties act on the logits, then `temperature`
+    divides them, then `top_k`, `top_p` and `min_p` cut the distribution, in this order.
+    `temperature` 0 takes the likeliest token.
 
     Raises:
         RequestError: a value of another kind or out of its range, named in `param`.
@@ -39,6 +47,10 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()  # beside the model's own
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # by token id
+    logprobs: int | None = None  # alternatives told beside each token's own; None: nothing is told
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    rules: TurnRules | None = None  # what the answer must look like
 
     def __post_init__(self) -> None:
         self._integer("max_tokens", 1, 1 << 31)
@@ -60,6 +72,18 @@ class SamplingParams:
             )
         if not all(type(token) is int for token in self.stop_token_ids):
             raise RequestError("stop_token_ids must be integers", "stop_token_ids")
+        self._integer("logprobs", 0, MAX_LOGPROBS)
+        self._integer("prompt_logprobs", 0, MAX_LOGPROBS)
+        self._biases()
+
+    def _biases(self) -> None:
+        if len(self.logit_bias) > MAX_BIASES:
+            raise RequestError(f"logit_bias takes at most {MAX_BIASES} tokens", "logit_bias")
+        for token, bias in self.logit_bias.items():
+            if type(token) is not int or token < 0 or not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise RequestError(
+                    f"logit_bias maps token ids to {-MAX_BIAS:g} to {MAX_BIAS:g}", "logit_bias"
+                )
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -83,10 +107,23 @@ def _out_of_range(name: str, value: object, expected: str) -> RequestError:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, with soft tokens for every picture and sound, and where each of them begins."""
+    """Token ids, with soft tokens for every picture and sound, and where each of them begins.
+
+    With `turn` the answer is a turn of the model, and is parsed as one: reasoning and tool calls
+    are told apart from its text.
+    """
 
     tokens: tuple[int, ...]
     media: tuple[tuple[int, Picture | Sound], ...] = ()
+    turn: bool = False
+
+
+class TokenLogprob(NamedTuple):
+    """A token's logarithmic probability, and the likeliest tokens in its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +138,12 @@ class Delta:
     text: str = ""
     finish_reason: FinishReason | None = None
     error: CabochonError | None = None
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    broken_call: bool = False  # `text` has a call that could not be read
+    stop: str | None = None  # the stop string that ended it
+    logprobs: tuple[TokenLogprob, ...] = ()  # of tokens that are text
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # from the second token on; once
 
     @property
     def last(self) -> bool:
@@ -115,3 +158,5 @@ class Completion:
     tokens: tuple[int, ...] = field(repr=False)
     finish_reason: FinishReason
     prompt_tokens: int
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()

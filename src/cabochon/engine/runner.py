@@ -44,7 +44,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, cache: PagedCache, step: Sequence[Scheduled], *, every: bool = False) -> Tensor:
-        """Logits `[rows, vocab_size]` of the last position of each complete sequence, in order.
+        """Logits `[rows, vocab_size]`, for each sequence as many `rows` as it wants, in order.
 
         With `every`, of every position of the step.
         """
@@ -71,8 +71,7 @@ class Runner:
                 soft.append(rows)
             tokens.extend(scheduled.sequence.tokens[start:stop])
             positions.extend(range(start, stop))
-            if scheduled.complete:
-                wanted.append(len(tokens) - 1)
+            wanted.extend(range(len(tokens) - scheduled.rows, len(tokens)))
         if every:
             wanted = list(range(len(tokens)))
         integers = [

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cabochon.engine.request import SamplingParams
+from cabochon.engine.request import SamplingParams, TokenLogprob
+from cabochon.errors import CabochonError
 
 Logits = npt.NDArray[np.float32]  # [vocab_size]
+Allowed = npt.NDArray[np.bool_]  # [vocab_size]
 
 NUCLEUS_START = 256  # candidates looked at first when only top_p limits them
 
@@ -40,6 +42,8 @@ class Sampling:
         self._random = random.Random(seed)
         self._seen: npt.NDArray[np.bool_] | None = None  # in the prompt or the answer
         self._counts: npt.NDArray[np.int32] | None = None  # in the answer
+        self._biased = np.fromiter(params.logit_bias, dtype=np.int64)
+        self._biases = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         if params.repetition_penalty != 1.0:
             self._seen = np.zeros(vocab_size, dtype=np.bool_)
             self._seen[np.asarray(prompt, dtype=np.int64)] = True
@@ -54,15 +58,16 @@ class Sampling:
             self._counts[token] += 1
 
     def penalize(self, logits: Logits) -> Logits:
-        """`logits` with this request's penalties; an array of its own if there are any.
+        """`logits` with this request's biases and penalties; an array of its own if there are any.
 
         Repetition as in the CTRL paper (arXiv:1909.05858), presence and frequency as OpenAI's API
         defines them.
         """
         params = self.params
-        if self._seen is None and self._counts is None:
+        if self._seen is None and self._counts is None and not len(self._biased):
             return logits
         logits = logits.copy()
+        logits[self._biased] += self._biases
         if self._seen is not None:
             seen = np.flatnonzero(self._seen)
             before, penalty = logits[seen], params.repetition_penalty
@@ -79,17 +84,51 @@ class Sampling:
         return int(among.ids[sums.searchsorted(point, side="right")])
 
 
-def sample(logits: Tensor, rows: Sequence[Sampling]) -> list[int]:
+def sample(
+    logits: Tensor, rows: Sequence[Sampling], allowed: Sequence[Allowed | None] | None = None
+) -> list[int]:
     """The next token of each row; `observe` is left to the caller.
 
     Args:
         logits: `[rows, vocab_size]` float32, not changed. No NaN: the engine ends a request whose
             logits are not finite before it comes here.
         rows: The requests, in the order of `logits`.
+        allowed: For each row the tokens that may be drawn; None for all.
+
+    Raises:
+        CabochonError: no token is left to a row.
     """
+    bounds = allowed or [None] * len(rows)
     return [
-        _next(row_logits, row) for row_logits, row in zip(logits.cpu().numpy(), rows, strict=True)
+        _next(_bound(row_logits, bound), row)
+        for row_logits, row, bound in zip(logits.cpu().numpy(), rows, bounds, strict=True)
     ]
+
+
+def _bound(logits: Logits, allowed: Allowed | None) -> Logits:
+    if allowed is None:
+        return logits
+    bound = np.where(allowed, logits, -np.inf).astype(np.float32, copy=False)
+    if bound.max() == -np.inf:
+        raise CabochonError("no token may follow: what the answer must look like leaves none")
+    return bound
+
+
+def logprob(logits: Logits, token: int, alternatives: int) -> TokenLogprob:
+    """The probability that the model itself gave `token`, without temperature and penalties.
+
+    A token that may never be drawn has -inf for a logit; its probability is told as e**-9999, as
+    JSON has no infinity.
+    """
+    highest = float(logits.max())
+    total = highest + math.log(float(np.exp(logits - highest, dtype=np.float64).sum()))
+    top = np.argpartition(logits, -alternatives)[len(logits) - alternatives :]
+    ordered = sorted(map(int, top), key=lambda i: -logits[i])
+
+    def told(id_: int) -> float:
+        return max(float(logits[id_]) - total, -9999.0)
+
+    return TokenLogprob(token, told(token), tuple((i, told(i)) for i in ordered))
 
 
 def _next(logits: Logits, row: Sampling) -> int:

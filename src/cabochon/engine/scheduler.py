@@ -28,6 +28,7 @@ class TokenSequence:
     whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
     computed: int = 0  # tokens whose keys and values are in the cache
     soft: dict[int, Tensor] = field(default_factory=dict)  # soft tokens by first position
+    scored: bool = False  # every position's logits are wanted, not the last one's alone
 
     @property
     def decoding(self) -> bool:
@@ -54,6 +55,13 @@ class Scheduled:
     def complete(self) -> bool:
         """Whether the step reaches the sequence's last token, so that a new one can be drawn."""
         return self.chunk.stop == len(self.sequence.tokens)
+
+    @property
+    def rows(self) -> int:
+        """How many of its positions, the last of the chunk, logits are wanted of."""
+        if self.sequence.scored:
+            return self.chunk.stop - self.chunk.start
+        return int(self.complete)
 
 
 class Scheduler:

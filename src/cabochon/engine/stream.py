@@ -43,7 +43,9 @@ class Stream:
         assert reason is not None
         text = "".join(delta.text for delta in deltas)
         tokens = tuple(token for delta in deltas for token in delta.tokens)
-        return Completion(text, tokens, reason, len(self.prompt.tokens))
+        reasoning = "".join(delta.reasoning for delta in deltas)
+        calls = tuple(call for delta in deltas for call in delta.calls)
+        return Completion(text, tokens, reason, len(self.prompt.tokens), reasoning, calls)
 
     def close(self) -> None:
         if not self._ended:

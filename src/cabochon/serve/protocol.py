@@ -161,7 +161,8 @@ class ChatRequest(BaseModel):
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """The request's parameters over the model's defaults."""
-        given = {field.name: getattr(self, field.name) for field in fields(SamplingParams)}
+        names = {field.name for field in fields(SamplingParams)} & set(ChatRequest.model_fields)
+        given = {name: getattr(self, name) for name in names}
         given["max_tokens"] = self.max_completion_tokens or self.max_tokens
         values = {name: value for name, value in given.items() if value is not None}
         for name in ("stop", "stop_token_ids"):

@@ -51,6 +51,7 @@ class StopStrings:
         self._beginnings = frozenset(stop[:n] for stop in stops for n in range(1, len(stop)))
         self._longest = max((len(stop) - 1 for stop in stops), default=0)
         self._held = ""
+        self.met: str | None = None  # the stop that ended the text
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that is safe to show, and whether a stop was met: it and what follows are cut.
@@ -58,10 +59,11 @@ class StopStrings:
         What may be the beginning of a stop is held back until the text after it decides.
         """
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            _, at, self.met = min(found)
+            return text[:at], True
         held = self._possible_beginning(text)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False

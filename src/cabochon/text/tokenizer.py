@@ -8,7 +8,8 @@ another decoder is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -21,7 +22,9 @@ DECODER_STEPS = ("Replace", "ByteFallback", "Fuse")
 class Tokenizer:
     """Of one checkpoint; stateless, so threads may share it.
 
-    `special` are the ids that stand for structure rather than text.
+    `special` are the ids that stand for structure rather than text; `names` finds what would become
+    one of them in a text, and what begins a name where a text ends: templates may trim a text and
+    put another behind it.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
@@ -31,6 +34,7 @@ class Tokenizer:
         self._inner = inner
         added = inner.get_added_tokens_decoder()
         self.special = frozenset(id_ for id_, token in added.items() if token.special)
+        self.names = _pattern([token.content for token in added.values() if token.special])
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -80,6 +84,16 @@ class Tokenizer:
         text: str = self._inner.decode(ids, skip_special_tokens=True)
         return text
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens by their names."""
+        text: str = self._inner.decode(ids, skip_special_tokens=False)
+        return text
+
+    def as_json(self) -> str:
+        """The whole tokenizer, as its file has it."""
+        text: str = self._inner.to_str()
+        return text
+
     def token(self, id_: int) -> str | None:
         """The token with this id as the vocabulary writes it, if there is one."""
         token: str | None = self._inner.id_to_token(id_)
@@ -96,3 +110,14 @@ def _decoder_steps(inner: tokenizers.Tokenizer) -> tuple[str, ...]:
         return ()
     state = json.loads(inner.decoder.__getstate__())
     return tuple(step["type"] for step in state.get("decoders", [state]))
+
+
+def _pattern(names: Sequence[str]) -> re.Pattern[str]:
+    beginnings = {name[:n] for name in names for n in range(1, len(name))}
+
+    def either(words: Iterable[str]) -> str:
+        return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+
+    return re.compile(
+        rf"(?:{either(names)})|(?:{either(beginnings)})(?=\s*\Z)" if names else r"(?!)"
+    )

@@ -1,0 +1,146 @@
+"""Grammars by llguidance: what text, regular expression, JSON schema or grammar lets follow.
+
+Compiling can take long and much memory, so it is bounded, and is for a thread that may be kept
+waiting. What cannot be compiled, or not exactly, is an error: an answer is never left unbound.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from cabochon.errors import CabochonError, RequestError
+from cabochon.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_SOURCE = 200_000  # characters of one grammar
+
+# A model that may write white space without end does so at times.
+_JSON_OPTIONS: JsonCompileOptions = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": r"[ \n\t\r]{0,20}",
+}
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer; threads may share it.
+
+    Args:
+        vocab_size: Of the model's logits.
+        ends: Tokens that may end an answer where its grammar lets it end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Iterable[int]) -> None:
+        self._source = tokenizer
+        self._vocab_size = vocab_size
+        self._ends = sorted(ends)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+
+    def json_object(self) -> Grammar:
+        return self.json_schema({"type": "object"})
+
+    def json_schema(self, schema: Mapping[str, Any] | bool, where: str = "json_schema") -> Grammar:
+        """JSON that `schema` allows.
+
+        Raises:
+            RequestError: no schema, or one with keywords that cannot be enforced.
+        """
+        try:
+            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _refusal("JSON schema", error, where) from None
+        return self._compile(text, "JSON schema", where)
+
+    def regex(self, pattern: str, where: str = "regex") -> Grammar:
+        """Text that the whole of `pattern` matches."""
+        return self._compile(LLMatcher.grammar_from_regex(pattern), "regular expression", where)
+
+    def lark(self, grammar: str, where: str = "grammar") -> Grammar:
+        """Text that a grammar in llguidance's dialect of Lark derives."""
+        return self._compile(LLMatcher.grammar_from_lark(grammar), "grammar", where)
+
+    def _compile(self, source: str, kind: str, where: str) -> Grammar:
+        if len(source) > MAX_SOURCE:
+            raise RequestError(f"the {kind} is longer than {MAX_SOURCE:,} characters", where)
+        tokenizer = self._llguidance()
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise _refusal(kind, matcher.get_error(), where)
+        return Grammar(matcher, tokenizer.vocab_size)
+
+    def _llguidance(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = LLTokenizer(
+                    self._source.as_json(), n_vocab=self._vocab_size, eos_token=self._ends
+                )
+            return self._tokenizer
+
+
+def _limits() -> LLParserLimits:
+    return LLParserLimits(
+        max_grammar_size=200_000,
+        initial_lexer_fuel=500_000,
+        step_lexer_fuel=200_000,
+        max_lexer_states=100_000,
+        step_max_items=50_000,
+        max_items_in_row=2_000,
+    )
+
+
+def _refusal(kind: str, error: object, where: str) -> RequestError:
+    reason = " ".join(str(error).split())
+    return RequestError(f"the {kind} cannot be compiled: {reason[:300]}", where)
+
+
+class Grammar:
+    """A compiled grammar; `start` gives a matcher of it for one answer."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def start(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy(), self._vocab_size)
+
+
+class Matcher:
+    """Follows one answer through its grammar. For one thread."""
+
+    def __init__(self, inner: LLMatcher, vocab_size: int) -> None:
+        self._inner = inner
+        self._vocab_size = vocab_size
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow any more."""
+        return bool(self._inner.is_stopped())
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """For each token of the vocabulary, whether it may come next.
+
+        Raises:
+            CabochonError: the grammar took more work than it may.
+        """
+        mask = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        return np.unpackbits(mask, bitorder="little")[: self._vocab_size].astype(np.bool_)
+
+    def take(self, token: int) -> None:
+        """Go on behind `token`, which is one of the allowed."""
+        self._inner.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._inner.is_error():
+            raise CabochonError(f"the grammar failed: {self._inner.get_error()[:300]}")

@@ -1,0 +1,131 @@
+"""Which tokens may come next in a model's turn: thinking first, then calls or the bound text.
+
+A grammar binds the text, never the thoughts before it: it starts where the channel closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cabochon.engine.grammar import Grammar, Matcher
+from cabochon.text.parser import State, Structure
+
+Allowed = npt.NDArray[np.bool_]  # [vocab_size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRules:
+    """What an answer must look like. The default leaves all to the model, but for calls."""
+
+    structure: Structure
+    text: Grammar | None = None  # of the content
+    calls: Grammar | None = None  # of one tool call with its tokens; None: none may be made
+    must_call: bool = False
+    parallel: bool = True  # more than one call
+    thinking: bool = False  # thoughts may come before bound text and forced calls
+    thinking_budget: int | None = None  # tokens; then the channel is closed
+
+
+class Guide:
+    """Follows one answer. For the engine's thread."""
+
+    def __init__(self, rules: TurnRules, ends: Iterable[int], vocab_size: int) -> None:
+        self.rules = rules
+        self._tokens = rules.structure
+        self._ends = [end for end in ends if end < vocab_size]
+        self._vocab_size = vocab_size
+        self._text: Matcher | None = rules.text.start() if rules.text else None
+        self._call: Matcher | None = None
+        self._calls = 0
+        self._thoughts = 0  # tokens
+        self._begun = False  # the content has a token
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete: nothing may follow."""
+        if self._call is not None:
+            return False
+        if self._calls and not self.rules.parallel:
+            return True
+        return self._text is not None and self._begun and self._text.ended
+
+    def allowed(self, state: State) -> Allowed | None:
+        """Which tokens may stand in a place of this kind; None leaves the choice free."""
+        match state:
+            case State.CALL:
+                return self._call.allowed() if self._call else None
+            case State.CHANNEL | State.REASONING:
+                return self._thinking()
+            case State.CONTENT:
+                return self._content()
+
+    def take(self, token: int, state: State) -> None:
+        """Go on behind `token`, which stood in a place of this kind."""
+        tokens = self._tokens
+        if self._call is not None:
+            self._call.take(token)
+            if token == tokens.call_end:
+                self._call = None
+                self._calls += 1
+        elif token == tokens.call and self.rules.calls is not None:
+            self._call = self.rules.calls.start()
+            self._call.take(token)
+        elif state is not State.CONTENT:
+            self._thoughts += 1
+        elif token != tokens.channel:
+            self._begun = True
+            if self._text is not None and token not in self._ends:
+                self._text.take(token)
+
+    @property
+    def _bound(self) -> bool:
+        return self._text is not None or (self.rules.must_call and not self._calls)
+
+    def _thinking(self) -> Allowed | None:
+        budget = self.rules.thinking_budget
+        if budget is not None and self._thoughts >= budget:
+            return self._only(self._tokens.channel_end)
+        # A turn that owes something more does not end here.
+        return self._without(*self._ends, self._tokens.call) if self._bound else self._no_calls()
+
+    def _content(self) -> Allowed | None:
+        rules, tokens = self.rules, self._tokens
+        fresh = not self._begun and not self._calls
+        if rules.must_call:
+            more = self._ends if self._calls else []
+            return self._only(tokens.call, *more, *self._channel(fresh))
+        if self._text is None:
+            if rules.thinking_budget == 0:
+                return self._without(tokens.channel, *([] if rules.calls else [tokens.call]))
+            return self._no_calls()
+        if self._calls:  # the answer is its calls, not the text that was asked for
+            return self._only(tokens.call, *self._ends)
+        allowed = self._text.allowed()
+        if fresh:
+            more = [tokens.call] if rules.calls and tokens.call is not None else []
+            allowed[[*more, *self._channel(fresh)]] = True
+        return allowed
+
+    def _channel(self, fresh: bool) -> list[int]:
+        """The token that opens a channel, where thoughts are still to come."""
+        open_ = self._tokens.channel
+        may = self.rules.thinking and fresh and not self._thoughts
+        return [open_] if may and open_ is not None and self.rules.thinking_budget != 0 else []
+
+    def _no_calls(self) -> Allowed | None:
+        call = self._tokens.call
+        return None if self.rules.calls or call is None else self._without(call)
+
+    def _only(self, *tokens: int | None) -> Allowed:
+        allowed = np.zeros(self._vocab_size, dtype=np.bool_)
+        allowed[[token for token in tokens if token is not None]] = True
+        return allowed
+
+    def _without(self, *tokens: int | None) -> Allowed:
+        allowed = np.ones(self._vocab_size, dtype=np.bool_)
+        allowed[[token for token in tokens if token is not None]] = False
+        return allowed
