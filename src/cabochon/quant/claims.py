@@ -1,7 +1,9 @@
 """What a quantization configuration claims of each matrix. Claims explain and break ties, no more.
 
 A target or an ignore entry is an exact module name, `re:` and a regular expression anchored at the
-start, `glob:` and a shell pattern, or a class name. Exact beats pattern beats class; ignore wins.
+start, `glob:` and a shell pattern, `skip:` and what transformers takes in its lists of modules not
+to convert (a leading part of the path, as a regular expression, or the end of the name), or a class
+name. Exact beats pattern beats class; ignore wins.
 """
 
 from __future__ import annotations
@@ -118,6 +120,8 @@ def _matches(rule: str) -> Matches | None:
     kind, _, text = rule.partition(":")
     if kind == "glob":
         text = fnmatch.translate(text)
+    elif kind == "skip":
+        text = rf"(?:{text})(?:(?<=\.)|(?=\.|$))|.*{regex.escape(text)}$"
     elif kind != "re":
         return None
     try:

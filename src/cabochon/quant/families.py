@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
-from cabochon.quant import compressed_tensors, modelopt
+from cabochon.quant import bitsandbytes, compressed_tensors, modelopt
 from cabochon.quant.claims import Rules
 from cabochon.quant.scheme import Scheme, Site
 
@@ -31,6 +31,9 @@ FAMILIES = (
         frozenset({"compressed-tensors"}),
         compressed_tensors.rules,
         compressed_tensors.candidates,
+    ),
+    Family(
+        "bitsandbytes", frozenset({"bitsandbytes"}), bitsandbytes.rules, bitsandbytes.candidates
     ),
     Family("ModelOpt", frozenset({"modelopt"}), modelopt.rules, modelopt.candidates),
 )

@@ -31,3 +31,8 @@ def targets(value: Any, name: str) -> Targets:
         count = len(found.patterns)
         raise ConfigError(f"config.json: {name} has {count} patterns, more than {MAX_PATTERNS}")
     return found
+
+
+def unconverted(value: Any, name: str) -> Targets:
+    """Modules that transformers was told not to convert; None tells it of none."""
+    return targets([f"skip:{entry}" for entry in strings(value or [], name)], name)

@@ -20,8 +20,6 @@ from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site, diff
 # Leaves that give another format away, so that a refusal can name it.
 _FOREIGN = (
     ("weight_g_idx", "activation reordering (actorder group)"),
-    ("weight.absmax", "bitsandbytes 4-bit"),
-    ("SCB", "bitsandbytes LLM.int8"),
     ("qweight", "GPTQ or AWQ"),
     ("weight_scale_inv", "block-wise fp8"),
     ("input_global_scale", "NVFP4 with quantized activations (compressed-tensors)"),
