@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import TINY
@@ -35,3 +39,43 @@ def fails(result: subprocess.CompletedProcess[str], status: int, *words: str) ->
     assert len(errors) == 1
     for word in words:
         assert word in result.stderr
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server process, its address, the command that it proposes, and what it says after that."""
+
+    process: subprocess.Popen[str]
+    url: str
+    curl: str
+    log: list[str]
+    reader: threading.Thread
+
+    def ended(self, seconds: float) -> int:
+        """Its exit status; `log` is whole then."""
+        status = self.process.wait(seconds)
+        self.reader.join(seconds)
+        return status
+
+
+@contextmanager
+def served(*arguments: str, **environment: str) -> Iterator[Served]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cabochon", "serve", "--port", "0", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, **environment},
+    )
+    assert process.stderr is not None
+    try:
+        lines = iter(process.stderr.readline, "")
+        url = next(line for line in lines if line.startswith("ready: ")).split()[1]
+        curl = next(line for line in lines if line.startswith("curl "))
+        log: list[str] = []
+        reader = threading.Thread(target=log.extend, args=(lines,), daemon=True)
+        reader.start()
+        yield Served(process, url, curl, log, reader)
+    finally:
+        process.kill()
+        process.wait()

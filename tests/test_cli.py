@@ -12,15 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from command import ENVIRONMENT, TALKATIVE, cabochon, fails
+from command import ENVIRONMENT, TALKATIVE, cabochon, fails, served
 from serving import picture_bytes, until
 
 from cabochon.errors import CabochonError
@@ -191,31 +188,10 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in result.stderr
 
 
-@contextmanager
-def served(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
-    """A server process, its address, and the command that it proposes."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cabochon", "serve", "--port", "0", *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**ENVIRONMENT, **environment},
-    )
-    assert process.stderr is not None
-    try:
-        lines = iter(process.stderr.readline, "")
-        url = next(line for line in lines if line.startswith("ready: ")).split()[1]
-        curl = next(line for line in lines if line.startswith("curl "))
-        threading.Thread(target=lambda: list(lines), daemon=True).start()
-        yield process, url, curl
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_serve_proposes_a_request_and_drains_when_told_to_end() -> None:
-    with served() as (process, url, curl):
-        words = shlex.split(curl)
+    with served() as server:
+        process, url = server.process, server.url
+        words = shlex.split(server.curl)
         body = json.loads(words[words.index("-d") + 1])
         assert words[1] == f"{url}/v1/chat/completions"
         answer = httpx.post(words[1], json=body, timeout=60).json()
@@ -233,7 +209,8 @@ def test_serve_proposes_a_request_and_drains_when_told_to_end() -> None:
 
 
 def test_serve_ends_with_ctrl_c_and_hides_its_key() -> None:
-    with served(CABOCHON_API_KEY="sesame") as (process, url, curl):
+    with served(CABOCHON_API_KEY="sesame") as server:
+        process, url, curl = server.process, server.url, server.curl
         assert "sesame" not in curl
         assert "$CABOCHON_API_KEY" in curl
         assert httpx.get(f"{url}/v1/models").status_code == 401

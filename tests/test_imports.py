@@ -26,6 +26,7 @@ _LLM = {*_ENGINE, *_LOAD, "load", "engine", "prompts"}
 
 MAY_NEED = {
     "errors": set(),
+    "console": set(),
     "files": {"errors"},
     "config": _FILES,
     "checkpoint": _FILES,
@@ -41,9 +42,19 @@ MAY_NEED = {
     "flags": {"errors", "settings"},
     "conversation": {*_LLM, "llm"},
     "cabochon": {*_LLM, "llm"},  # the package's own names, imported when they are asked for
-    "serve": {*_LLM, "llm", "settings", "cabochon"},
-    "cli": {*_LLM, "llm", "settings", "flags", "conversation", "serve", "cabochon"},
-    "__main__": {*_LLM, "llm", "settings", "flags", "conversation", "serve", "cabochon", "cli"},
+    "serve": {*_LLM, "llm", "settings", "console", "cabochon"},
+    "cli": {*_LLM, "llm", "settings", "flags", "conversation", "console", "serve", "cabochon"},
+    "__main__": {
+        *_LLM,
+        "llm",
+        "settings",
+        "flags",
+        "conversation",
+        "console",
+        "serve",
+        "cabochon",
+        "cli",
+    },
 }
 
 TORCHLESS = (

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cabochon.console import tell
 from cabochon.files import DEMO
 from cabochon.settings import Settings
 
@@ -20,7 +21,7 @@ def folder(model: Path | None) -> Path:
     """The checkpoint folder that `model` means."""
     if model is not None:
         return model
-    print("no MODEL given: using the demo that comes with cabochon", file=sys.stderr)
+    tell("no MODEL given: using the demo that comes with cabochon")
     return DEMO
 
 
@@ -57,4 +58,4 @@ class _LoadLines:
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self._said >= self.SECONDS:
             self._said = time.monotonic()
-            print(f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB", file=sys.stderr)
+            tell(f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")

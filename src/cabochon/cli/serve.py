@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 
 from cabochon.cli.model import load
 from cabochon.cli.options import Debug, Model
+from cabochon.console import tell
 from cabochon.flags import with_settings
 from cabochon.settings import Settings, variable
 
@@ -22,12 +22,10 @@ def serve(model: Model = None, debug: Debug = False, *, settings: Settings) -> N
     with server.bind(settings.host, settings.port) as listener, load(model, settings) as llm:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{listener.getsockname()[1]}"
-        print(f"{llm.report.text()}\n\n{llm.capacity}", file=sys.stderr)
+        tell(f"{llm.report.text()}\n\n{llm.capacity}")
 
         def ready() -> None:
-            print(
-                f"ready: {url}\n\n{_curl(url, llm.name, settings)}\n", file=sys.stderr, flush=True
-            )
+            tell(f"ready: {url} (page at /, docs at /docs)\n\n{_curl(url, llm.name, settings)}\n")
 
         server.serve(llm, settings, listener, ready)
 

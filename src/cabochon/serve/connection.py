@@ -13,6 +13,7 @@ from cabochon.serve.errors import error_body
 
 HEADER_SECONDS = 10.0  # from the first byte of a request's head, or from connecting, to its last
 UNREAD_SECONDS = 20.0  # that an answer may wait for its reader
+UNREAD_BYTES = 16 * 1024  # of an answer that asyncio holds for its reader
 
 
 def _plain(status: int, reason: str, message: str) -> bytes:
@@ -52,6 +53,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(UNREAD_BYTES)
         if len(self.connections) > self.most:
             self._refuse(_TOO_MANY)
         else:

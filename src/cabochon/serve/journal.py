@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -12,6 +11,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from starlette.types import Scope
+
+from cabochon.console import tell
 
 _access = logging.getLogger("cabochon.access")
 
@@ -85,10 +86,14 @@ class _JsonFormatter(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False, default=str)
 
 
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
+
+
 def set_up(level: str, form: Literal["text", "json"]) -> None:
     """Log to stderr. A log that cannot be written, on a full disk say, stops nobody."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler()
     handler.setFormatter(_JsonFormatter() if form == "json" else _Formatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.raiseExceptions = False
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what it warns of, we answer
