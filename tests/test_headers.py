@@ -265,7 +265,7 @@ def test_index_and_single_file_side_by_side_are_ambiguous(tmp_path: Path) -> Non
         ([], "no weights to read"),
         (["pytorch_model.bin"], "never read"),
         (["model.pt"], "never read"),
-        (["model-Q4_K.gguf"], "GGUF"),
+        (["mmproj-F16.gguf"], "only projectors"),
         (["consolidated.safetensors"], "neither"),
     ],
 )
@@ -278,11 +278,10 @@ def test_folders_without_safetensors(tmp_path: Path, files: list[str], message: 
 
 
 def test_what_is_no_folder_is_said_to_be_none(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
-    with pytest.raises(UnreadableError, match="GGUF"):
-        Checkpoint.open(file)
     with pytest.raises(UnreadableError, match="there is no folder"):
         Checkpoint.open(tmp_path / "nothing")
+    with pytest.raises(UnreadableError, match="there is no file"):
+        Checkpoint.open(tmp_path / "model.gguf")
     with pytest.raises(UnreadableError, match="is a file"):
         Checkpoint.open(DENSE / "config.json")
 

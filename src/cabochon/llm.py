@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -47,7 +48,7 @@ class LLM:
     """A Gemma 4 checkpoint behind an engine.
 
     Args:
-        model: A checkpoint folder; None for the demo.
+        model: A checkpoint folder or a GGUF file; None for the demo.
         dtype: What activations are computed in. "auto" is float32, the faster and exacter one on
             processors without bfloat16 arithmetic.
         threads: Of torch; None leaves its own choice.
@@ -87,7 +88,7 @@ class LLM:
         }
         _check_options(dtype, sizes)
         folder = DEMO if model is None else Path(model)
-        self.name = DEMO_NAME if model is None else folder.resolve().name
+        self.name = DEMO_NAME if model is None else folder.resolve().name.removesuffix(".gguf")
         if threads is not None:
             torch.set_num_threads(threads)
         compute = _DTYPES[dtype]
@@ -96,8 +97,14 @@ class LLM:
         assert plan is not None
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
-        self.prompts = Prompts(folder, self.config)
-        generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
+        gguf = self.report.gguf
+        if gguf is None:
+            self.prompts = Prompts(folder, self.config)
+            generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
+        else:  # one file says it all; others beside it are not looked at
+            self.prompts = Prompts(gguf.path, self.config, gguf.metadata)
+            generation = GenerationDefaults.of_gguf(gguf.metadata, self.prompts.tokenizer)
+            self.report = replace(self.report, gguf=None)  # a million texts that are read now
         self.defaults = generation.sampling
         self.grammars = Grammars(
             self.prompts.tokenizer, self.config.text.vocab_size, generation.ends

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cabochon.checkpoint.gguf import BLOCKS
+from cabochon.checkpoint.gguf_model import GgufModel, gguf_in, is_gguf, open_gguf
 from cabochon.checkpoint.headers import BITS, HEADER_ONLY, Header, TensorMeta, read_header
 from cabochon.errors import UnreadableError
 from cabochon.files import read_json_object
@@ -33,25 +35,29 @@ Sizes = Mapping[str, int]  # bytes of a file, by its name
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Safetensors whose headers have been read and found sound."""
+    """Safetensors, or a model in GGUF, whose headers have been read and found sound."""
 
     folder: Path  # where config.json and its like lie
     tensors: Mapping[str, TensorMeta]
     metadata: Mapping[str, str] = field(default_factory=dict)  # free text of the headers
+    gguf: GgufModel | None = None  # what takes the place of config.json and its like
 
     @classmethod
     def open(cls, path: Path, sizes: Sizes | None = None) -> Checkpoint:
         """Read the headers of one file, or of those that make up the model in a folder.
 
         In a folder that is `model.safetensors`, or the shards that its index names; the index is
-        honoured, not the directory: other safetensors files in it are not looked at. A saved
-        header stands for a file that is not there. `sizes`, where known, are those of whole files.
+        honoured, not the directory: other safetensors files in it are not looked at. Without
+        either, it is the one model in GGUF. A saved header stands for a file that is not there.
+        `sizes`, where known, are those of whole files.
 
         Raises:
             UnreadableError: nothing to read, a file that is damaged, an index that does not agree.
         """
         if path.is_file() and path.name.endswith((_SUFFIX, _SUFFIX + HEADER_ONLY)):
             return cls._of(path.parent, [_header(path, sizes)])
+        if path.is_file() and is_gguf(path):
+            return cls._of_gguf(open_gguf(path, sizes))
         if not path.is_dir():
             raise UnreadableError(_not_a_folder(path))
         single, index = _stored(path / SINGLE), path / INDEX
@@ -59,6 +65,9 @@ class Checkpoint:
             return cls._of(path, _read_shards(path, _weight_map(index), sizes))
         if single is not None:
             return cls._of(path, [_header(single, sizes)])
+        file = gguf_in(path)
+        if file is not None:
+            return cls._of_gguf(open_gguf(file, sizes))
         raise UnreadableError(_nothing_to_read(path))
 
     @classmethod
@@ -69,6 +78,10 @@ class Checkpoint:
             tensors |= {meta.name: meta for meta in header.tensors}
             metadata |= header.metadata
         return cls(folder, tensors, metadata)
+
+    @classmethod
+    def _of_gguf(cls, model: GgufModel) -> Checkpoint:
+        return cls(model.path.parent, model.tensors, gguf=model)
 
     @property
     def saved_headers(self) -> bool:
@@ -88,7 +101,13 @@ class Checkpoint:
 
 
 def read_tensor(meta: TensorMeta) -> Tensor:
-    """The tensor that `meta` describes, in fresh memory. UnreadableError if its file ends early."""
+    """The tensor that `meta` describes, in fresh memory; blocks of ggml as rows of bytes.
+
+    UnreadableError if its file ends early.
+    """
+    if meta.dtype in BLOCKS:
+        octets = replace(meta, dtype="U8", shape=(meta.nbytes,))
+        return read_tensor(octets).view(*meta.shape[:-1], -1)
     return _read(meta, meta.shape, meta.span[0])
 
 
@@ -103,21 +122,20 @@ def _header(path: Path, sizes: Sizes | None) -> Header:
 
 
 def _not_a_folder(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return f"{path} is a GGUF file, which this version does not read yet; give safetensors"
     if path.exists():
         return (
-            f"{path} is a file, but no {_SUFFIX}; give one, or the folder that holds config.json"
-            f" and {SINGLE}"
+            f"{path} is a file, but neither {_SUFFIX} nor .gguf; give one, or the folder that holds"
+            f" config.json and {SINGLE}"
         )
-    return f"there is no folder {path}"
+    named_like_one = path.name.endswith((_SUFFIX, ".gguf"))
+    return f"there is no {'file' if named_like_one else 'folder'} {path}"
 
 
 def _nothing_to_read(folder: Path) -> str:
     suffixes = {path.suffix for path in folder.iterdir()}
     wanted = f"{folder} has neither {SINGLE} nor {INDEX}"
     if ".gguf" in suffixes:
-        return f"{wanted}, but a GGUF file, which this version does not read yet"
+        return f"{wanted}, and of GGUF only projectors (mmproj) or later parts, which are no model"
     if suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
         return (
             f"{wanted}, but pickled weights (.bin, .pt), which are never read because they can run"

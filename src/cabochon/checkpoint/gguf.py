@@ -3,6 +3,8 @@
 Headers are input from strangers. The format (https://github.com/ggml-org/ggml, docs/gguf.md):
 `GGUF`, a version, the counts of tensors and of metadata, the metadata, the tensors' descriptions,
 then the tensors, each at the next multiple of the alignment. Everything is little-endian.
+
+A saved header is what precedes the tensors, in a file of the same name with `.header` behind it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cabochon.checkpoint.headers import BITS, MAX_HEADER_BYTES, MAX_NAME, TensorMeta
+from cabochon.checkpoint.headers import BITS, HEADER_ONLY, MAX_HEADER_BYTES, MAX_NAME, TensorMeta
 from cabochon.errors import UnreadableError
 
 MAGIC = b"GGUF"
@@ -58,8 +60,12 @@ class GgufFile:
     tensors: tuple[TensorMeta, ...]
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """The header of the GGUF file `path`.
+def read_gguf(path: Path, size: int | None = None) -> GgufFile:
+    """The header of the GGUF file `path`, or the saved header of one.
+
+    Args:
+        path: the file. If it ends with `.header`, the tensors are not in it.
+        size: bytes of the whole file that a saved header is of, where that is known.
 
     Raises:
         UnreadableError: no such file, or anything in it that is not exactly as the format wants it.
@@ -79,7 +85,11 @@ def read_gguf(path: Path) -> GgufFile:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
     alignment = _alignment(path, metadata)
     start = -(-reader.at // alignment) * alignment
-    metas = _laid_out(path, described, start, alignment, reader.size)
+    if path.suffix != HEADER_ONLY:
+        size = reader.size
+    elif not reader.at <= reader.size <= start:
+        raise UnreadableError(f"{path} goes on after byte {start}; a saved header ends there")
+    metas = _laid_out(path, described, start, alignment, size)
     return GgufFile(path, metadata, metas)
 
 
@@ -199,7 +209,7 @@ def _alignment(path: Path, metadata: Metadata) -> int:
 
 
 def _laid_out(
-    path: Path, described: Sequence[_Described], start: int, alignment: int, size: int
+    path: Path, described: Sequence[_Described], start: int, alignment: int, size: int | None
 ) -> tuple[TensorMeta, ...]:
     """The tensors' spans: in a row, each at the next multiple of the alignment, to the end."""
     end, before = start, "the header"
@@ -218,12 +228,12 @@ def _laid_out(
         dtype = _TYPES[tensor.type]
         metas[tensor.name] = TensorMeta(tensor.name, dtype, tensor.shape, path, (begin, stop))
         end, before = -(-stop // alignment) * alignment, f"tensor {tensor.name!r}"
-        if stop > size:
+        if size is not None and stop > size:
             raise UnreadableError(
                 f"{path} is cut off: {before} should end at byte {stop}, the file has {size} bytes."
                 " Download it again."
             )
-    if size > end:
+    if size is not None and size > end:
         raise UnreadableError(f"{path} has {size - end} bytes after its last tensor, at byte {end}")
     return tuple(metas.values())
 

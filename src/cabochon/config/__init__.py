@@ -1,6 +1,7 @@
 """The Gemma 4 configuration: what it is, and how it is read."""
 
 from cabochon.config.architectures import ARCHITECTURES, ForeignArchitecture
+from cabochon.config.gguf import Described, parse_gguf
 from cabochon.config.kv import KeptLayers, kept_layers
 from cabochon.config.read import parse_config, read_config
 from cabochon.config.types import (
@@ -21,6 +22,7 @@ from cabochon.config.types import (
 __all__ = [
     "ARCHITECTURES",
     "AudioConfig",
+    "Described",
     "ExpertsConfig",
     "ForeignArchitecture",
     "FrameConfig",
@@ -36,5 +38,6 @@ __all__ = [
     "VisionConfig",
     "kept_layers",
     "parse_config",
+    "parse_gguf",
     "read_config",
 ]

@@ -17,13 +17,19 @@ _FOREIGN = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
         (
-            r"Gemma4\w*Assistant\w*|.*DSpark.*",
+            r"Gemma4\w*Assistant\w*|gemma4-assistant|dflash|.*DSpark.*",
             "a drafter, which proposes tokens to a larger model and is none by itself",
         ),
-        (r".*Diffusion.*", "a diffusion model, which does not write one token after the other"),
-        (r".*Embedding.*", "an embedding model, which does not write text"),
+        (
+            r"(?i:.*diffusion.*)",
+            "a diffusion model, which does not write one token after the other",
+        ),
+        (r"(?i:.*embedding.*)", "an embedding model, which does not write text"),
         (r"Gemma4.*", "a part of Gemma 4 that does not write text"),
-        (r"Gemma[123].*", "an earlier generation of Gemma, which is computed differently"),
+        (
+            r"(?i:gemma[123]?)(?!4).*",
+            "an earlier generation of Gemma, which is computed differently",
+        ),
         (r".*", "no Gemma 4"),
     )
 )

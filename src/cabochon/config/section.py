@@ -1,4 +1,4 @@
-"""A part of `config.json` that reads values by type and names them in its errors."""
+"""A part of a configuration that reads values by type and names them in its errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from cabochon.errors import ConfigError
 class Section:
     """One object of the file; `name` is its path in it, empty for the whole."""
 
-    def __init__(self, values: Any, name: str) -> None:
+    def __init__(self, values: Any, name: str, file: str = "config.json") -> None:
         if not isinstance(values, dict):
-            raise ConfigError(f"config.json: {name} is {values!r}, expected an object")
+            raise ConfigError(f"{file}: {name} is {values!r}, expected an object")
         self.values = values
         self.name = name
+        self.file = file
 
     def path(self, key: str) -> str:
         """Where `key` is in the file: `text_config.hidden_size`."""
@@ -24,11 +25,11 @@ class Section:
 
     def inner(self, key: str) -> Section:
         """The object under `key`; an empty one if it is absent."""
-        return Section(self.values.get(key) or {}, self.path(key))
+        return Section(self.values.get(key) or {}, self.path(key), self.file)
 
     def wrong(self, key: str, found: Any, detail: str) -> ConfigError:
         """The error that the value of `key` cannot be used."""
-        return ConfigError(f"config.json: {self.path(key)} is {found!r}, {detail}")
+        return ConfigError(f"{self.file}: {self.path(key)} is {found!r}, {detail}")
 
     def _read(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
         value = self.values.get(key, default)
@@ -74,5 +75,5 @@ class Section:
         if value is not None and value not in allowed:
             wanted = " or ".join(repr(a) for a in allowed) or "it absent"
             raise ConfigError(
-                f"config.json: {self.path(key)} is {value!r}; this version computes {wanted} only"
+                f"{self.file}: {self.path(key)} is {value!r}; this version computes {wanted} only"
             )

@@ -1,4 +1,4 @@
-"""What a checkpoint's `generation_config.json` asks of generation."""
+"""What a checkpoint asks of generation, in `generation_config.json` or in metadata of GGUF."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ from cabochon.text.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _END_OF_TURN = "<turn|>"
+
+# Where GGUF keeps the same. Its converter knows one end only; these are all of Gemma's.
+_GGUF_SAMPLING = {
+    "temperature": "general.sampling.temp",
+    "top_k": "general.sampling.top_k",
+    "top_p": "general.sampling.top_p",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+_GGUF_TOKENS = {
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "eot_token_id": "tokenizer.ggml.eot_token_id",
+    "suppress_tokens": "tokenizer.ggml.suppress_tokens",
+}
+_ENDS = ("<eos>", _END_OF_TURN, "<|tool_response>")
+_RECOMMENDED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # by Gemma's model cards
 _TOOL_RESPONSE = "<|tool_response>"
 
 
@@ -49,6 +65,24 @@ class GenerationDefaults:
             ends = (*ends, response)
         suppressed = _tokens(raw, "suppress_tokens", path, tokenizer)
         return cls(_sampling(raw, path), frozenset(ends), suppressed)
+
+    @classmethod
+    def of_gguf(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> GenerationDefaults:
+        """Of the metadata of a GGUF model, which has few of them: Gemma's own for the others.
+
+        Raises:
+            ConfigError: a value that is not of its kind, or a token outside of the vocabulary.
+        """
+        path = Path("metadata")
+        given = {key: metadata[at] for key, at in _GGUF_SAMPLING.items() if at in metadata}
+        raw = {key: metadata[at] for key, at in _GGUF_TOKENS.items() if at in metadata}
+        suppressed = raw.pop("suppress_tokens", ())
+        if not isinstance(suppressed, tuple):
+            raise ConfigError(f"metadata: {_GGUF_TOKENS['suppress_tokens']} is {suppressed!r}")
+        ends = {id_ for key in raw for id_ in _tokens(raw, key, path, tokenizer)}
+        ends |= {id_ for token in _ENDS if (id_ := tokenizer.token_id(token)) is not None}
+        never = _tokens({"suppress_tokens": [*suppressed]}, "suppress_tokens", path, tokenizer)
+        return cls(_sampling({**_RECOMMENDED, **given}, path), frozenset(ends), never)
 
 
 def _sampling(raw: Mapping[str, Any], path: Path) -> SamplingParams:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cabochon.checkpoint.folder import read_tensor
+from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
+from cabochon.load.transforms import transform
+from cabochon.nn.gguf_blocks import damaged
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
 
@@ -108,11 +111,16 @@ def _fill_site(model: Gemma4, name: str, weight: Weight) -> None:
 
 def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
     tensors = {leaf: read_tensor(meta) for leaf, meta in read.stored.items()}
+    if read.transform is not None:
+        shape = read.stored["weight"].shape
+        tensors["weight"] = transform(tensors["weight"], read.transform, shape)
     slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
     for slot in slots:
         tensor, meta = tensors[slot.leaf], read.stored[slot.leaf]
         if slot.holds in ("matrix", "scales"):
             _check_finite(tensor, meta, dtype)
+        elif slot.holds == "blocks":
+            _check_blocks(tensor, meta)
         elif slot.holds == "shape":
             _check_shape(tensor, meta, read)
         elif slot.holds in ("divisor", "factor"):
@@ -125,6 +133,8 @@ def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
 
 def _fill_parameter(model: Gemma4, read: ParameterRead, dtype: torch.dtype) -> None:
     tensor = read_tensor(read.tensor).float()
+    if read.transform is not None:
+        tensor = transform(tensor, read.transform, read.parameter.shape)
     if not read.parameter.bound:
         _check_finite(tensor, read.tensor, dtype)
     elif tensor.isnan().any():
@@ -151,6 +161,16 @@ def _check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
         f"{meta.file}: tensor {meta.name!r} has {bad} of {tensor.numel()} values that are not"
         f" finite in {kind}; the checkpoint is damaged or was made by a quantizer that failed"
     )
+
+
+def _check_blocks(tensor: Tensor, meta: TensorMeta) -> None:
+    blocks = tensor.view(-1, BLOCKS[meta.dtype][1])
+    bad = sum(damaged(some, meta.dtype) for some in blocks.split(_TILE))
+    if bad:
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} has {bad} of {len(blocks)} blocks whose scale is"
+            " not finite; the checkpoint is damaged or was made by a quantizer that failed"
+        )
 
 
 def _largest(tensor: Tensor) -> Tensor:

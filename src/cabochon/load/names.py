@@ -11,7 +11,9 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import AudioConfig, Gemma4Config, VisionConfig
+from cabochon.load.transforms import Transform
 from cabochon.load.tree import CLIP_BOUNDS
 from cabochon.quant.scheme import Site
 
@@ -60,6 +62,14 @@ _RENAMES = (
 
 # One expert's matrix: layer, expert, projection, leaf.
 _EXPERT = re.compile(r"(.+\.layers\.\d+)\.experts\.(\d+)\.(gate|up|down)_proj\.(.+)")
+
+
+class Named(NamedTuple):
+    """A stored tensor, or some rows of one, under the model's own name for it."""
+
+    name: str
+    meta: TensorMeta  # in the shape that it has after the transform
+    transform: Transform | None = None
 
 
 class Place(NamedTuple):
@@ -133,6 +143,7 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
             r"model\.language_model\.layers\.\d+\.self_attn\.[kv]_(cache_)?scale",
             "scales of a quantized KV cache; keys and values are kept in the compute dtype",
         ),
+        (r"rope_freqs\.weight", "which pairs of a head rotate, read with the configuration"),
     ]
     sharing = [str(layer.index) for layer in config.text.layers if layer.shares_kv]
     if sharing:

@@ -15,14 +15,16 @@ from cabochon.checkpoint.folder import Checkpoint
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import Gemma4Config
 from cabochon.load.agreement import contradictions
-from cabochon.load.names import absences, canonical, drops, locate
+from cabochon.load.gguf_names import GgufNames
+from cabochon.load.names import Named, absences, canonical, drops, locate
+from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
 from cabochon.quant.activations import ACTIVATION_LEAVES
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.configs import read_rules
 from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.resolve import Refusal, resolve
-from cabochon.quant.scheme import FLOATS, Activations, Scheme, Site
+from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site
 
 Kind = Literal["FOREIGN", "CONFIG", "UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
 
@@ -63,6 +65,7 @@ class SiteRead:
     stored: Mapping[str, TensorMeta]
     part: int | None = None
     activations: Activations | None = None
+    transform: Transform | None = None  # of the matrix, before it is one
 
     @property
     def stored_as(self) -> str:
@@ -79,6 +82,7 @@ class SiteRead:
 class ParameterRead:
     parameter: Parameter
     tensor: TensorMeta
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,9 @@ class _Placed:
     # by site, part and leaf; the part is None where the whole matrix is stored at once
     sites: dict[str, dict[int | None, dict[str, TensorMeta]]] = field(default_factory=dict)
     parameters: dict[str, TensorMeta] = field(default_factory=dict)
+    transforms: dict[str, Transform] = field(default_factory=dict)  # by site or parameter
     dropped: list[Dropped] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    unused: list[Named] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -130,20 +135,23 @@ def build_plan(
     rules = read_rules(raw)
     if weights_only:
         rules = rules.without_activations()
-    has_head = any(canonical(name).startswith(HEAD + ".") for name in checkpoint.tensors)
+    named = _named(checkpoint, config)
+    has_head = any(tensor.name.startswith(HEAD + ".") for tensor in named)
     tree = needed(config, has_head=has_head)
-    placed = _place(checkpoint, config, tree)
+    inside = _inside(tree) if checkpoint.gguf is None else None
+    placed = _place(named, config, tree, inside)
     sites, notes, problems = _resolve_all(tree, placed, rules)
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
     notes += _other_halves(raw, placed.stored.values())
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
-    problems += [*placed.problems, *parameter_problems, *_unused(tree, placed.unused, config)]
+    problems += [*placed.problems, *parameter_problems, *_unused(inside, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
     if problems:
         found = contradictions(config, placed.stored)
-        problems = [*(Problem("CONFIG", "config.json", str(c)) for c in found), *problems]
+        where = "config.json" if checkpoint.gguf is None else "metadata"
+        problems = [*(Problem("CONFIG", where, str(c)) for c in found), *problems]
     return LoadPlan(
         config=config,
         has_head=has_head,
@@ -155,29 +163,41 @@ def build_plan(
     )
 
 
-def _place(checkpoint: Checkpoint, config: Gemma4Config, tree: Tree) -> _Placed:
+def _named(checkpoint: Checkpoint, config: Gemma4Config) -> list[Named]:
+    """All that is stored, under the model's names."""
+    if checkpoint.gguf is None:
+        return [Named(canonical(name), meta) for name, meta in checkpoint.tensors.items()]
+    names = GgufNames(config)
+    return [tensor for meta in checkpoint.tensors.values() for tensor in names.read(meta)]
+
+
+def _place(
+    named: Iterable[Named], config: Gemma4Config, tree: Tree, inside: set[str] | None
+) -> _Placed:
     sites = {site.name: site for site in tree.sites}
     parameters = {parameter.name for parameter in tree.parameters}
     rows = drops(config)
     for name in (*(f"{site}.weight" for site in sites), *parameters):
         assert not any(row.pattern.fullmatch(name) for row in rows), f"{name} is needed and dropped"
     placed = _Placed()
-    inside = _inside(tree)
-    for name, meta in checkpoint.tensors.items():
-        full = canonical(name)
+    for tensor in named:
+        full, meta = tensor.name, tensor.meta
         if full in placed.stored:
             detail = f"the same tensor as {placed.stored[full].name}"
-            placed.problems.append(Problem("TWICE", name, detail))
+            placed.problems.append(Problem("TWICE", meta.name, detail))
             continue
         placed.stored[full] = meta
         place = locate(full, sites, parameters)
         if place is None:
             reason = next((row.reason for row in rows if row.pattern.fullmatch(full)), None)
             if reason is None:
-                placed.unused.append(name)
+                placed.unused.append(tensor)
             else:
-                placed.dropped.append(Dropped(meta, _outermost(name, inside), reason))
-        elif place.leaf:
+                placed.dropped.append(Dropped(meta, _outermost(tensor, inside), reason))
+            continue
+        if tensor.transform is not None:
+            placed.transforms[place.module] = tensor.transform
+        if place.leaf:
             parts = placed.sites.setdefault(place.module, {})
             parts.setdefault(place.part, {})[place.leaf] = _flat(meta, sites[place.module])
         else:
@@ -214,7 +234,12 @@ def _resolve_all(
                 continue
             if verdict.note is not None:
                 notes.append(Note(site.name, verdict.note))
-            reads.append(SiteRead(site, verdict.scheme, stored, part, verdict.activations))
+            how = placed.transforms.get(site.name)
+            if how is not None and not isinstance(verdict.scheme, Dense):
+                detail = f"its columns are in another order, and {verdict.scheme.name} keeps it so"
+                problems.append(Problem("SCHEME", stored["weight"].name, detail))
+                continue
+            reads.append(SiteRead(site, verdict.scheme, stored, part, verdict.activations, how))
     return reads, notes, problems + list(_partial_zero_points(reads, claims))
 
 
@@ -222,7 +247,7 @@ def _without_idle(
     stored: dict[str, TensorMeta], claim: Claim, placed: _Placed
 ) -> dict[str, TensorMeta]:
     """`stored` without scales of activations that, by a claim of the weights, are not rounded."""
-    if claim.scheme is None:
+    if claim.scheme is None and not claim.deferred:
         return stored
     used = {slot.leaf for slot in claim.activations.slots} if claim.activations else set()
     idle = stored.keys() & ACTIVATION_LEAVES - used
@@ -290,7 +315,7 @@ def _match_parameters(tree: Tree, placed: _Placed) -> tuple[list[ParameterRead],
             detail = f"has shape {list(meta.shape)}, expected {list(parameter.shape)}"
             problems.append(Problem("SHAPE", meta.name, detail))
         else:
-            reads.append(ParameterRead(parameter, meta))
+            reads.append(ParameterRead(parameter, meta, placed.transforms.get(parameter.name)))
     return reads, problems
 
 
@@ -313,20 +338,23 @@ def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
             yield Problem("MISSING", where, detail, len(names))
 
 
-def _unused(tree: Tree, unused: Iterable[str], config: Gemma4Config) -> Iterator[Problem]:
+def _unused(
+    inside: set[str] | None, unused: Iterable[Named], config: Gemma4Config
+) -> Iterator[Problem]:
     """Stored tensors without a place: an unknown module once, by its own name."""
-    inside, rows = _inside(tree), absences(config)
-    tops: dict[str, list[str]] = {}
-    for name in unused:
-        tops.setdefault(_outermost(name, inside), []).append(name)
-    for where, names in tops.items():
-        full = canonical(names[0])
-        reason = next((f": {row.reason}" for row in rows if row.pattern.fullmatch(full)), "")
+    rows = absences(config)
+    tops: dict[str, list[Named]] = {}
+    for tensor in unused:
+        tops.setdefault(_outermost(tensor, inside), []).append(tensor)
+    for where, tensors in tops.items():
+        first = tensors[0]
+        reason = next((f": {row.reason}" for row in rows if row.pattern.fullmatch(first.name)), "")
         detail = f"stored, but the model has no place for it{reason}"
-        if len(names) == 1:
-            yield Problem("UNUSED", names[0], detail)
+        if len(tensors) == 1:
+            yield Problem("UNUSED", first.meta.name, detail)
         else:
-            yield Problem("UNUSED", f"{where}.*", f"{detail}; first {names[0]}", len(names))
+            many = f"{detail}; first {first.meta.name}"
+            yield Problem("UNUSED", f"{where}.*", many, len(tensors))
 
 
 def _inside(tree: Tree) -> set[str]:
@@ -335,9 +363,15 @@ def _inside(tree: Tree) -> set[str]:
     return {part for name in needs for part in _ancestors(name)}
 
 
-def _outermost(name: str, inside: set[str]) -> str:
-    """The shortest leading part of the stored `name` under which the model needs nothing."""
-    return next((part for part in _ancestors(name) if canonical(part) not in inside), name)
+def _outermost(tensor: Named, inside: set[str] | None) -> str:
+    """The shortest leading part of a stored name under which the model needs nothing.
+
+    Without `inside`, stored names do not lead where the model's do: the whole name.
+    """
+    if inside is None:
+        return tensor.meta.name
+    top = next((part for part in _ancestors(tensor.name) if part not in inside), tensor.name)
+    return tensor.meta.name.removesuffix(tensor.name[len(top) :])
 
 
 def _ancestors(name: str) -> Iterator[str]:

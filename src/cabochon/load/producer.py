@@ -91,6 +91,15 @@ def producer_of(
     return Producer(_with_tool(name, raw, beside), tuple(evidence))
 
 
+def producer_of_gguf(metadata: Mapping[str, Any]) -> Producer:
+    """From the metadata of a GGUF model, which names its tools and people at times."""
+    keys = ("general.quantized_by", "general.organization", "general.name", "general.file_type")
+    said = [f"{key} is {metadata[key]!r}" for key in keys if key in metadata]
+    if "quantize.imatrix.file" in metadata:
+        said.append("quantize.imatrix.file: entries were weighed by how much they matter")
+    return Producer("GGUF", ("the file is GGUF, llama.cpp's format", *said))
+
+
 def _by_tensors(names: Collection[str]) -> dict[str, tuple[int, str]]:
     """Telling leaves, each with how many tensors have it and the first that does."""
     known = {**_LEAVES, **_SHARED}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cabochon.checkpoint.folder import Checkpoint, Sizes
-from cabochon.config import ForeignArchitecture, kept_layers, read_config
+from cabochon.config import ForeignArchitecture, kept_layers
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.files import read_json_object
+from cabochon.load.describe import describe
 from cabochon.load.executables import Executable, executables
 from cabochon.load.findings import Finding, findings
 from cabochon.load.fingerprint import plan_hash
@@ -19,7 +20,7 @@ from cabochon.load.groups import HighPrecision, Row, high_precision, rows_of
 from cabochon.load.identity import Identity
 from cabochon.load.plan import LoadPlan, Problem, build_plan
 from cabochon.load.printed import printed
-from cabochon.load.producer import Producer, producer_of
+from cabochon.load.producer import Producer, producer_of, producer_of_gguf
 from cabochon.quant.configs import read_rules
 
 SCHEMA = 1  # of the JSON; report.schema.json describes it
@@ -150,7 +151,8 @@ def inspect_checkpoint(
     """The plan for the checkpoint at `path`, from headers and configuration; reads no weights.
 
     Args:
-        path: a folder, a safetensors file with `config.json` beside it, or a saved header of one.
+        path: a folder, a safetensors file with `config.json` beside it, a GGUF file, or a saved
+            header of one.
         weights_only: leave out what a recipe does to activations.
         source: what the report calls it; the path without it.
         sizes: by name the bytes of each file that belongs to it, where not all are there.
@@ -166,11 +168,12 @@ def inspect_checkpoint(
     foreign: tuple[Problem, ...] = ()
     recipe: tuple[str, ...] = ()
     try:
-        config, raw = read_config(folder)
+        config, raw = describe(checkpoint)
     except ForeignArchitecture as error:
-        raw = read_json_object(folder / "config.json")
+        gguf = checkpoint.gguf is not None
+        raw = {} if gguf else read_json_object(folder / "config.json")
         architecture = error.architecture
-        foreign = (Problem("FOREIGN", "config.json", str(error)),)
+        foreign = (Problem("FOREIGN", "metadata" if gguf else "config.json", str(error)),)
     else:
         architecture = config.architecture
         plan = build_plan(checkpoint, config, raw, weights_only=weights_only)
@@ -180,7 +183,7 @@ def inspect_checkpoint(
         source=source or str(path),
         architecture=architecture,
         checkpoint=checkpoint,
-        producer=producer_of(raw, checkpoint.tensors, checkpoint.metadata, files),
+        producer=_producer(checkpoint, raw, files),
         executables=executables(folder, files),
         weights_only=weights_only,
         recipe=recipe,
@@ -202,6 +205,12 @@ def plan_checkpoint(path: Path, *, weights_only: bool = False) -> Report:
     if report.checkpoint.saved_headers:
         raise UnreadableError(f"{path} holds headers without their tensors: it can be inspected")
     return report
+
+
+def _producer(checkpoint: Checkpoint, raw: Mapping[str, Any], files: Collection[str]) -> Producer:
+    if checkpoint.gguf is not None:
+        return producer_of_gguf(checkpoint.gguf.metadata)
+    return producer_of(raw, checkpoint.tensors, checkpoint.metadata, files)
 
 
 def _recipe(raw: Mapping[str, Any]) -> tuple[str, ...]:

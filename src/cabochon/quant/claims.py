@@ -32,6 +32,7 @@ class Claim:
     scheme: Scheme | None = None  # None: dense, or `unsupported`
     activations: Activations | None = None  # None: they are not rounded
     unsupported: str | None = None  # why this version has no scheme for what is claimed
+    deferred: bool = False  # to the tensors, whose own types say it all
 
     @property
     def dense(self) -> bool:

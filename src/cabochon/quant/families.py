@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
-from cabochon.quant import bitsandbytes, compressed_tensors, modelopt
+from cabochon.quant import bitsandbytes, compressed_tensors, gguf, modelopt
 from cabochon.quant.claims import Rules
 from cabochon.quant.scheme import Scheme, Site
 
@@ -36,4 +36,5 @@ FAMILIES = (
         "bitsandbytes", frozenset({"bitsandbytes"}), bitsandbytes.rules, bitsandbytes.candidates
     ),
     Family("ModelOpt", frozenset({"modelopt"}), modelopt.rules, modelopt.candidates),
+    Family("GGUF", frozenset({gguf.METHOD}), gguf.rules, gguf.candidates),
 )

@@ -90,6 +90,8 @@ def _against_claim(
     scheme: Scheme, activations: Activations | None, claim: Claim
 ) -> Verdict | Refusal:
     """`scheme` alone fits, but it is not what the configuration claims."""
+    if claim.deferred:
+        return Verdict(scheme, activations)
     said = "nothing" if claim.scheme is None else claim.scheme.name
     if _lacks_zero_points(scheme, claim.scheme):
         return Refusal("SCHEME", f"{claim.rule} says {said}, but weight_zero_point is missing")

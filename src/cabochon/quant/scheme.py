@@ -23,7 +23,7 @@ FLOATS = frozenset({"BF16", "F16", "F32"})
 # of activations is one number too, and may be 0.0 where that says that there is none.
 Holds = Literal[
     "matrix", "codes", "scales", "shape", "divisor", "factor", "table", "header",
-    "scale", "scale or none",
+    "scale", "scale or none", "blocks",
 ]  # fmt: skip
 
 
