@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -97,14 +96,13 @@ class LLM:
         assert plan is not None
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
-        gguf = self.report.gguf
+        gguf = self.report.checkpoint.gguf
         if gguf is None:
             self.prompts = Prompts(folder, self.config)
             generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
         else:  # one file says it all; others beside it are not looked at
             self.prompts = Prompts(gguf.path, self.config, gguf.metadata)
             generation = GenerationDefaults.of_gguf(gguf.metadata, self.prompts.tokenizer)
-            self.report = replace(self.report, gguf=None)  # a million texts that are read now
         self.defaults = generation.sampling
         self.grammars = Grammars(
             self.prompts.tokenizer, self.config.text.vocab_size, generation.ends

@@ -18,6 +18,7 @@ from cabochon.gemma4.pictures import Picture, PictureProcessor, decode_picture
 from cabochon.gemma4.sounds import SAMPLE_RATE, Sound, SoundProcessor, Wave, decode_sound
 from cabochon.gemma4.videos import Video, VideoProcessor
 from cabochon.text.chat import ChatTemplate
+from cabochon.text.gguf import read_template, read_tokenizer
 from cabochon.text.guard import Guard
 from cabochon.text.tokenizer import Tokenizer
 
@@ -44,10 +45,21 @@ _PARTS = ("text", "image", "audio", "video")
 class Prompts:
     """Makes prompts for one checkpoint, with its own tokenizer, template and preprocessing."""
 
-    def __init__(self, folder: Path, config: Gemma4Config) -> None:
+    def __init__(
+        self, folder: Path, config: Gemma4Config, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Read what lies in `folder`, or stands in the `metadata` of a GGUF model.
+
+        Raises:
+            ConfigError: something is missing, malformed, or not what this version computes.
+        """
         self.config = config
-        self.tokenizer = Tokenizer.open(folder)
-        self.template = ChatTemplate.open(folder)
+        if metadata is None:
+            self.tokenizer = Tokenizer.open(folder)
+            self.template = ChatTemplate.open(folder)
+        else:
+            self.tokenizer = read_tokenizer(metadata)
+            self.template = read_template(metadata)
         self.pictures = PictureProcessor.open(folder, config.vision)
         self.sounds = SoundProcessor.open(folder, config.audio)
         self.videos = VideoProcessor.open(folder, config.vision)

@@ -28,9 +28,9 @@ _GGUF_TOKENS = {
     "eot_token_id": "tokenizer.ggml.eot_token_id",
     "suppress_tokens": "tokenizer.ggml.suppress_tokens",
 }
-_ENDS = ("<eos>", _END_OF_TURN, "<|tool_response>")
-_RECOMMENDED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # by Gemma's model cards
 _TOOL_RESPONSE = "<|tool_response>"
+_ENDS = ("<eos>", _END_OF_TURN, _TOOL_RESPONSE)
+_RECOMMENDED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}  # by Gemma's model cards
 
 
 @dataclass(frozen=True, slots=True)
