@@ -23,6 +23,7 @@ _MODEL = {*_FILES, "config", "nn", "gemma4"}
 _LOAD = {*_MODEL, "checkpoint", "quant"}
 _ENGINE = {*_MODEL, "text"}
 _LLM = {*_ENGINE, *_LOAD, "load", "engine", "prompts"}
+_APP = {*_LLM, "llm", "settings", "flags", "console", "cabochon"}
 
 MAY_NEED = {
     "errors": set(),
@@ -43,18 +44,9 @@ MAY_NEED = {
     "conversation": {*_LLM, "llm"},
     "cabochon": {*_LLM, "llm"},  # the package's own names, imported when they are asked for
     "serve": {*_LLM, "llm", "settings", "console", "cabochon"},
-    "cli": {*_LLM, "llm", "settings", "flags", "conversation", "console", "serve", "cabochon"},
-    "__main__": {
-        *_LLM,
-        "llm",
-        "settings",
-        "flags",
-        "conversation",
-        "console",
-        "serve",
-        "cabochon",
-        "cli",
-    },
+    "verify": {*_LLM, "llm"},
+    "cli": {*_APP, "conversation", "serve", "verify"},
+    "__main__": {*_APP, "conversation", "serve", "verify", "cli"},
 }
 
 TORCHLESS = (

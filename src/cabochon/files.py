@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cabochon.errors import ConfigError
+from cabochon.errors import CabochonError, ConfigError
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -26,6 +26,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected an object")
     return values
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a user asked for.
+
+    Raises:
+        CabochonError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CabochonError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def parse_json(text: bytes) -> Any:

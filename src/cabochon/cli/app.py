@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cabochon import __version__
+from cabochon.cli.compare import compare
 from cabochon.cli.inspect import inspect
 from cabochon.cli.options import State
 from cabochon.cli.run import run
@@ -44,6 +45,7 @@ def _root(
 app.command(epilog=SETTINGS_HELP)(run)
 app.command(epilog=SETTINGS_HELP)(serve)
 app.command()(inspect)
+app.command()(compare)
 
 
 def main() -> None:

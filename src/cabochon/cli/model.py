@@ -30,32 +30,33 @@ def load(model: Path | None, settings: Settings) -> LLM:
     from cabochon.llm import LLM
 
     folder(model)
-    with _progress() as progress:
+    with progress_bar("loading") as progress:
         return LLM(model, **settings.engine_options(), progress=progress)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar at a terminal; elsewhere a line every few seconds of a load that takes long."""
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar at a terminal; elsewhere a line every few seconds of what takes long."""
     if not sys.stderr.isatty():
-        yield _LoadLines()
+        yield _Lines(doing)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-class _LoadLines:
+class _Lines:
     SECONDS = 5.0
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
         self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self._said >= self.SECONDS:
             self._said = time.monotonic()
-            tell(f"loading: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+            tell(f"{self._doing}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")

@@ -57,7 +57,7 @@ def execute(plan: LoadPlan, *, dtype: torch.dtype, progress: Progress | None = N
     parts: dict[str, dict[int, Weight]] = {}
     for read in sorted(reads, key=_position):
         if isinstance(read, SiteRead):
-            weight = _build(read, dtype)
+            weight = build_weight(read, dtype)
             if read.part is None:
                 _fill_site(model, read.site.name, weight)
             else:
@@ -109,7 +109,7 @@ def _fill_site(model: Gemma4, name: str, weight: Weight) -> None:
     module.weight = weight
 
 
-def _build(read: SiteRead, dtype: torch.dtype) -> Weight:
+def build_weight(read: SiteRead, dtype: torch.dtype) -> Weight:
     tensors = {leaf: read_tensor(meta) for leaf, meta in read.stored.items()}
     if read.transform is not None:
         shape = read.stored["weight"].shape

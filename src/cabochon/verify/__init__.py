@@ -1,0 +1,1 @@
+"""Whether a checkpoint that loads is also right: compared, verified, evaluated."""

@@ -1,0 +1,142 @@
+"""Weights alone: what a file shows of itself, and what it lost against another, site by site.
+
+No model is run and one matrix of each file is in memory at a time, decoded tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cabochon.load.matrices import Matrix, matrices
+from cabochon.load.plan import LoadPlan
+from cabochon.nn.weight import TILE_BYTES, Weight
+from cabochon.verify.distance import Distance, Measure
+
+GROUP = 32  # columns that are looked at together; recipes have groups of 16 to 128
+OUTLIER = 8.0  # times the median error, from which on a group is one
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class Signs:
+    """What a matrix shows without a second one to compare it with.
+
+    Attributes:
+        largest: the largest magnitude.
+        zeros: share of entries that are zero.
+        dead: groups of which every entry is zero.
+        edge: share of entries that share the largest magnitude of their group with another: codes
+            at the end of their range. Floats have hardly any; clipping shows here.
+    """
+
+    entries: int
+    nbytes: int
+    largest: float
+    zeros: float
+    dead: int
+    edge: float
+
+    @property
+    def bits(self) -> float:
+        """Stored bits for each entry, scales included."""
+        return 8 * self.nbytes / self.entries
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a matrix lost against the one it was made from.
+
+    Attributes:
+        outliers: groups whose error is `OUTLIER` times the matrix' median.
+        groups: how many there are.
+    """
+
+    distance: Distance
+    outliers: int
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSigns:
+    """One site of a file, and, where there is a second file, what it lost."""
+
+    name: str
+    stored_as: str
+    signs: Signs
+    original: str | None = None  # how the other file stores it
+    loss: Loss | None = None
+
+
+def examine(plan: LoadPlan, progress: Progress | None = None) -> Iterator[SiteSigns]:
+    """The signs of every matrix of `plan`, which has no problems, in the order of its files."""
+    done = 0
+    for matrix in matrices(plan):
+        yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, matrix.weight()))
+        done += matrix.nbytes
+        if progress is not None:
+            progress(done, plan.nbytes)
+
+
+def compare(
+    original: LoadPlan, plan: LoadPlan, progress: Progress | None = None
+) -> Iterator[SiteSigns]:
+    """The same for `plan`, and what each matrix lost against the one of `original`.
+
+    A matrix that only one of them has, such as a head of its own, has no loss.
+    """
+    done = 0
+    expected = {matrix.name: matrix for matrix in matrices(original)}
+    for matrix in matrices(plan):
+        other = expected.get(matrix.name)
+        weight = matrix.weight()
+        loss = None if other is None else _loss(other.weight(), weight)
+        stored = None if other is None else other.stored_as
+        yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, weight), stored, loss)
+        done += matrix.nbytes
+        if progress is not None:
+            progress(done, plan.nbytes)
+
+
+def _signs(matrix: Matrix, weight: Weight) -> Signs:
+    largest, zeros, dead, edge = 0.0, 0, 0, 0
+    for start, stop in _tiles(weight):
+        rows = weight.dense(torch.float32, start, stop).abs()
+        groups = _groups(rows)
+        top = groups.amax(dim=-1, keepdim=True)
+        at_top = (groups == top).sum(dim=-1)[top[..., 0] > 0]
+        largest = max(largest, float(top.max()))
+        zeros += int((rows == 0).sum())
+        dead += int((top == 0).sum())
+        edge += int(at_top[at_top > 1].sum())
+    entries = weight.out_features * weight.in_features
+    return Signs(entries, matrix.nbytes, largest, zeros / entries, dead, edge / entries)
+
+
+def _loss(expected: Weight, found: Weight) -> Loss:
+    measure, errors = Measure(), []
+    for start, stop in _tiles(found):
+        a = expected.dense(torch.float32, start, stop)
+        b = found.dense(torch.float32, start, stop)
+        measure.add(a, b)
+        errors.append(_groups(a - b).square().mean(dim=-1).flatten())
+    mean = torch.cat(errors).sqrt()
+    outliers = int((mean > OUTLIER * mean.median()).sum()) if mean.any() else 0
+    return Loss(measure.distance, outliers, len(mean))
+
+
+def _tiles(weight: Weight) -> Iterator[tuple[int, int]]:
+    step = max(1, TILE_BYTES // (4 * weight.in_features))
+    for start in range(0, weight.out_features, step):
+        yield start, min(start + step, weight.out_features)
+
+
+def _groups(rows: Tensor) -> Tensor:
+    """`[rows, in]` as `[rows, groups, GROUP]`; the last group of a row is filled up with zeros."""
+    missing = -rows.shape[1] % GROUP
+    return F.pad(rows, (0, missing)).view(len(rows), -1, GROUP)
