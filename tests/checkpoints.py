@@ -88,7 +88,7 @@ def load_model(
     """The model in `folder`, and the report on how it is stored."""
     report = plan_checkpoint(folder)
     assert report.plan is not None
-    return execute(report.plan, dtype=dtype, progress=progress), report
+    return execute(report.plan, dtype=dtype, progress=progress).model, report
 
 
 def meta_of(name: str, tensor: Tensor) -> TensorMeta:

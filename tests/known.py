@@ -78,6 +78,6 @@ def load(folder: Path) -> tuple[Report, Matrices]:
     """The report on a checkpoint that loads, and its matrices by name."""
     report = plan_checkpoint(folder)
     assert report.plan is not None
-    model = execute(report.plan, dtype=torch.float32)
+    model = execute(report.plan, dtype=torch.float32).model
     names = {read.site.name for read in report.plan.sites}
     return report, {name: model.get_submodule(name).weight for name in names}

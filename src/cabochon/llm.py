@@ -25,9 +25,8 @@ from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError, ResourceError
 from cabochon.files import DEMO
-from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.sounds import Wave
-from cabochon.load.execute import Progress, execute
+from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
@@ -127,7 +126,7 @@ class LLM:
         self.max_context = cache.max_context
         self.capacity = cache.describe(compute, asked=max_batch)
         logger.info("%s", self.capacity)
-        gemma = _load(plan, compute, progress)
+        gemma, self.certificate = _load(plan, compute, progress)
         self.runner = Runner(gemma, compute, torch.device("cpu"))
         self.engine = Engine(
             self.runner,
@@ -137,6 +136,11 @@ class LLM:
             suppressed=generation.suppressed,
             prefill_chunk=prefill_chunk,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the plan and the bytes of the weights; equal in replicas that run the same."""
+        return self.certificate.fingerprint
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Deltas as they come. Closing the stream cancels the request.
@@ -222,7 +226,7 @@ class LLM:
         return self.prompts.raw(prompt)
 
 
-def _load(plan: LoadPlan, dtype: torch.dtype, progress: Progress | None) -> Gemma4:
+def _load(plan: LoadPlan, dtype: torch.dtype, progress: Progress | None) -> Loaded:
     try:
         return execute(plan, dtype=dtype, progress=progress)
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it

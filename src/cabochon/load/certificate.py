@@ -1,0 +1,149 @@
+"""What a load can prove: all slots filled, how the weights look, and hashes of plan and bytes.
+
+Two replicas with the same fingerprint run the same bytes, read the same way.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cabochon.load.findings import Finding, findings
+from cabochon.load.fingerprint import SHORT
+
+FAR = 256  # times a median: no quantizer's scales spread so far, and a damaged exponent's bit does
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """A matrix as it was read. Entries are those seen, scales are all."""
+
+    name: str
+    scheme: str
+    entries: int
+    seen: int
+    largest: float  # magnitude
+    zeros: int
+    scales: int
+    dead_groups: int  # whose scale is zero
+    largest_scale: float
+    median_scale: float
+    far_scales: bool  # the largest is beyond FAR medians
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Of one load. There is none of a load that met a value that is no number: that is refused."""
+
+    plan_hash: str
+    weights_hash: str  # of all bytes that were read, under their names
+    planned: int  # matrices and parameters
+    filled: int
+    nbytes: int
+    sites: tuple[SiteStatistics, ...] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Half of it names the plan, as `inspect` does, the other half the bytes."""
+        return f"{self.plan_hash[:SHORT]}-{self.weights_hash[:SHORT]}"
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """What is legal and looks like damage."""
+        return findings(_oddities(self.sites))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "plan_hash": self.plan_hash,
+            "weights_hash": self.weights_hash,
+            "slots_planned": self.planned,
+            "slots_filled": self.filled,
+            "bytes": self.nbytes,
+            "sites": [site.as_dict() for site in self.sites],
+            "notes": [note.as_dict() for note in self.notes],
+        }
+
+    def text(self) -> str:
+        """For a terminal: sums, and what looks odd."""
+        seen, entries = (sum(getattr(s, n) for s in self.sites) for n in ("seen", "entries"))
+        zeros = sum(site.zeros for site in self.sites)
+        largest = max(self.sites, key=lambda site: site.largest)
+        lines = [
+            f"loaded {self.filled} of {self.planned} planned matrices and parameters,"
+            f" fingerprint {self.fingerprint}",
+            f"  largest entry {largest.largest:.4g} in {largest.name};"
+            f" {zeros / max(seen, 1):.2%} zeros; {seen:,} of {entries:,} entries looked at",
+            f"  {sum(s.scales for s in self.sites):,} scales,"
+            f" {sum(s.dead_groups for s in self.sites):,} of them zero",
+        ]
+        return "\n".join([*lines, *(line for note in self.notes for line in note.lines())])
+
+
+def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
+    for site in sites:
+        if site.dead_groups:
+            share = f"{site.dead_groups} of {site.scales} scales are zero"
+            yield "", site.name, 1, f"{share}: what they stand for is lost, or was never used"
+        if site.far_scales:
+            times = site.largest_scale / site.median_scale
+            yield "", site.name, 1, f"the largest scale is {times:.0f} times the median of them"
+        if site.seen and not site.largest:
+            yield "", site.name, 1, "every entry that was looked at is zero"
+    yield from _strangers(sites)
+
+
+def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
+    """Matrices that are far from the same matrix in other layers, or from all others."""
+    alike: dict[str, list[SiteStatistics]] = {}
+    for site in sites:
+        alike.setdefault(_layerless(site.name), []).append(site)
+    everywhere = _usual([site.largest for site in sites])
+    for group in alike.values():
+        scale = _usual([site.median_scale for site in group])
+        entry = _usual([site.largest for site in group])
+        for site in group:
+            if _far(site.median_scale, scale):
+                times = f"{site.median_scale / scale:.3g} times those"
+                yield "", site.name, 1, f"its scales are {times} of the same matrix elsewhere"
+            elif _far(site.largest, entry) or site.largest > FAR * everywhere > 0:
+                usual = entry or everywhere
+                times = f"{site.largest / usual:.3g} times"
+                yield "", site.name, 1, f"its largest entry is {times} what others have"
+
+
+def _usual(values: Sequence[float]) -> float:
+    """Their median; 0 of too few to tell."""
+    alive = [value for value in values if value]
+    return statistics.median(alive) if len(alive) >= 3 else 0.0
+
+
+def _far(value: float, usual: float) -> bool:
+    return usual > 0 and value > 0 and not 1 / FAR < value / usual < FAR
+
+
+def _layerless(name: str) -> str:
+    return ".".join("N" if part.isdecimal() else part for part in name.split("."))
+
+
+def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatistics]:
+    """One for each matrix: those of its parts, such as experts, put together."""
+    for name, found in parts.items():
+        yield SiteStatistics(
+            name=name,
+            scheme=found[0].scheme,
+            entries=sum(part.entries for part in found),
+            seen=sum(part.seen for part in found),
+            largest=max(part.largest for part in found),
+            zeros=sum(part.zeros for part in found),
+            scales=sum(part.scales for part in found),
+            dead_groups=sum(part.dead_groups for part in found),
+            largest_scale=max(part.largest_scale for part in found),
+            median_scale=statistics.median(part.median_scale for part in found),
+            far_scales=any(part.far_scales for part in found),
+        )

@@ -1,0 +1,116 @@
+"""Looks at weights as they are read, and makes the certificate of a load of what it saw."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cabochon.load.certificate import FAR, Certificate, SiteStatistics, join
+from cabochon.load.fingerprint import plan_hash
+from cabochon.load.plan import LoadPlan, SiteRead
+from cabochon.load.values import Array, Floats, Scales, in_pieces, look_at_scales
+from cabochon.nn.weight import DenseWeight, Weight
+
+_CHUNKS, _ROWS = 4, 16  # of a quantized matrix that are looked at, unless all are
+_ENTRIES = 1 << 20  # turned into floats at a time
+_WORDS = 1 << 13  # of eight bytes: what one sum is of
+_SUMS = 1 << 9  # that one thread makes
+
+
+class Measure:
+    """Collects statistics and hashes, matrix by matrix.
+
+    Args:
+        thorough: look at every entry of quantized matrices too. A sample of rows takes no time; all
+            of them take about as long as one token does without any kernel.
+    """
+
+    def __init__(self, *, thorough: bool = False) -> None:
+        self._thorough = thorough
+        self._sites: dict[str, list[SiteStatistics]] = {}
+        self._hashes: dict[str, bytes] = {}
+
+    def tensor(self, name: str, tensor: Tensor) -> None:
+        """The bytes of a stored tensor, before anything is done to them."""
+        self._hashes[name] = _digest(tensor)
+
+    def site(
+        self,
+        read: SiteRead,
+        stored: Mapping[str, Tensor],
+        floats: Mapping[str, Floats],
+        weight: Weight,
+    ) -> None:
+        """A matrix or a part of one: what is stored of it, what was seen there, what it became."""
+        site = read.site
+        if isinstance(weight, DenseWeight):
+            whole = floats["weight"]
+            seen, most, none = weight.data.numel(), whole.largest, whole.zeros
+        else:
+            seen, most, none = self._entries(weight)
+        scales = [slot.leaf for slot in read.scheme.slots if slot.holds == "scales"]
+        found = Scales(0, 0, 0.0, 0.0)
+        if scales:
+            found = look_at_scales(stored[scales[0]], floats[scales[0]])
+        statistics = SiteStatistics(
+            name=site.name,
+            scheme=read.stored_as,
+            entries=site.out_features * site.in_features,
+            seen=seen,
+            largest=most,
+            zeros=none,
+            scales=found.count,
+            dead_groups=found.dead,
+            largest_scale=found.largest,
+            median_scale=found.median,
+            far_scales=found.largest > FAR * found.median > 0,
+        )
+        self._sites.setdefault(site.name, []).append(statistics)
+
+    def certificate(self, plan: LoadPlan, filled: int) -> Certificate:
+        """Of the load of `plan`, after which so many matrices and parameters are filled."""
+        bytes_hash = hashlib.sha256()
+        for name in sorted(self._hashes):
+            bytes_hash.update(hashlib.sha256(name.encode()).digest() + self._hashes[name])
+        return Certificate(
+            plan_hash=plan_hash(plan),
+            weights_hash=bytes_hash.hexdigest(),
+            planned=len({read.site.name for read in plan.sites}) + len(plan.parameters),
+            filled=filled,
+            nbytes=plan.nbytes,
+            sites=tuple(join(self._sites)),
+        )
+
+    def _entries(self, weight: Weight) -> tuple[int, float, int]:
+        """How many entries were looked at, their largest magnitude, and how many are zero."""
+        rows, width = weight.out_features, weight.in_features
+        step = max(1, _ENTRIES // width) if self._thorough else _ROWS
+        starts = range(0, rows, step if self._thorough else max(step, rows // _CHUNKS))
+        seen, most, none = 0, 0.0, 0
+        for start in starts:
+            tile = weight.dense(torch.float32, start, min(start + step, rows))
+            seen += tile.numel()
+            most = max(most, float(tile.abs().max()))
+            none += int((tile == 0).sum())
+        return seen, most, none
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of sums of 64-bit words, 64 KiB each: any byte that differs alone changes it.
+
+    Meant against accidents, and as fast as memory: SHA-256 of all bytes would double a load's time.
+    """
+    octets = tensor.reshape(-1).view(torch.uint8).numpy()
+    whole = len(octets) // (8 * _WORDS) * (8 * _WORDS)
+    words = octets[:whole].view(np.uint64).reshape(-1, _WORDS)
+    sums = in_pieces(_sums, words, _SUMS)
+    return hashlib.sha256(b"".join(sums) + octets[whole:].tobytes()).digest()
+
+
+def _sums(words: Array) -> bytes:
+    sums: Array = words.sum(axis=1, dtype=np.uint64)
+    return sums.tobytes()

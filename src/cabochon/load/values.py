@@ -1,0 +1,183 @@
+"""Values that cannot be right end a load: each check names the tensor. And how scales look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cabochon.checkpoint.gguf import BLOCKS
+from cabochon.checkpoint.headers import TensorMeta
+from cabochon.errors import LoadError
+from cabochon.nn.gguf_blocks import damaged
+from cabochon.quant.scheme import Site, Slot
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry
+
+_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}  # by bytes
+# The least of the bytes, without their signs, that are not finite.
+_FLOAT8_NAN = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+_E8M0_NAN = 255
+_PIECE = 1 << 22  # entries that one thread looks through
+_TILE = 1 << 18  # entries that stay in its cache
+_SAMPLE = 1 << 14  # scales that a median is taken of
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """What one pass over floats finds."""
+
+    largest: float  # magnitude
+    zeros: int  # of either sign
+
+
+def check(
+    slot: Slot, tensor: Tensor, meta: TensorMeta, site: Site, dtype: torch.dtype
+) -> Floats | None:
+    """Refuse what `slot` of `site` cannot hold; floats must be finite in `dtype`.
+
+    Raises:
+        LoadError: the text names the tensor.
+    """
+    if slot.holds in ("matrix", "scales"):
+        return check_finite(tensor, meta, dtype)
+    if slot.holds == "blocks":
+        _check_blocks(tensor, meta)
+    elif slot.holds == "shape":
+        _check_shape(tensor, meta, site)
+    elif slot.holds in ("divisor", "factor"):
+        _check_global(float(tensor), meta, divides=slot.holds == "divisor")
+    elif slot.holds in ("scale", "scale or none"):
+        _check_scale(float(tensor), meta, may_lack=slot.holds == "scale or none")
+    return None
+
+
+def check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> Floats:
+    """What is in `tensor`. Refuse floats not finite in `dtype`; bytes are powers of two (E8M0)."""
+    if tensor.dtype is torch.uint8:
+        most = 0 if tensor.numel() == 0 else int(tensor.max())
+        if most != _E8M0_NAN:
+            return Floats(math.ldexp(1.0, most - 127), 0)
+        bad = int((tensor == _E8M0_NAN).sum())
+    else:
+        found = look_at(tensor)
+        if torch.tensor(found.largest).to(dtype).isfinite():
+            return found
+        bad = int((~tensor.to(dtype).isfinite()).sum())
+    kind = str(dtype).removeprefix("torch.")
+    raise LoadError(
+        f"{meta.file}: tensor {meta.name!r} has {bad} of {tensor.numel()} values that are not"
+        f" finite in {kind}; the checkpoint is damaged or was made by a quantizer that failed"
+    )
+
+
+def look_at(tensor: Tensor) -> Floats:
+    """What the floats in `tensor` look like; what is no number is above infinity, and told as NaN.
+
+    Without their signs, floats are ordered as their bits are. For a checkpoint of 6.9 GB this takes
+    less than a tenth of the time to load it; torch's `aminmax` took up to a quarter.
+    """
+    bits = bits_of(tensor)
+    seen = in_pieces(_look_at_bits, bits)
+    most = np.array(max((largest for largest, _ in seen), default=0), bits.dtype)
+    largest = torch.from_numpy(most).view(tensor.dtype).float()
+    return Floats(float(largest), sum(zeros for _, zeros in seen))
+
+
+def bits_of(tensor: Tensor) -> Array:
+    """The entries of `tensor`, as unsigned integers in a row, not copied."""
+    found: Array = tensor.view(_BITS[tensor.element_size()]).numpy().reshape(-1)
+    return found
+
+
+def in_pieces(look: Callable[[Array], Any], entries: Array, piece: int = _PIECE) -> list[Any]:
+    """What `look` finds in each piece of `entries`, by as many threads as torch has."""
+    pieces = [entries[start : start + piece] for start in range(0, len(entries), piece)]
+    if len(pieces) <= 1:
+        return [look(piece) for piece in pieces]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(look, pieces))
+
+
+def _look_at_bits(bits: Array) -> tuple[int, int]:
+    """The largest of `bits` without their highest, and how many are zero then."""
+    room = np.empty(min(len(bits), _TILE), bits.dtype)
+    largest = zeros = 0
+    for start in range(0, len(bits), _TILE):
+        tile = bits[start : start + _TILE]
+        shifted = np.add(tile, tile, out=room[: len(tile)])
+        largest = max(largest, int(shifted.max()))
+        zeros += len(tile) - int(np.count_nonzero(shifted))
+    return largest >> 1, zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What the scales of one matrix look like, without their signs."""
+
+    count: int
+    dead: int  # zeros: all that they stand for is zero
+    largest: float
+    median: float  # of those that are not zero; of a sample where they are many
+
+
+def look_at_scales(tensor: Tensor, found: Floats) -> Scales:
+    """`tensor` holds the scales of a matrix, in any dtype that is a float or E8M0."""
+    flat = tensor.reshape(-1)
+    sample = _magnitudes(flat[:: max(1, len(flat) // _SAMPLE)])
+    alive = sample[sample > 0]
+    median = float(alive.median()) if len(alive) else 0.0
+    return Scales(len(flat), found.zeros, found.largest, median)
+
+
+def _magnitudes(scales: Tensor) -> Tensor:
+    if scales.dtype is torch.uint8:
+        return torch.exp2(scales.float() - 127)
+    return scales.float().abs()
+
+
+def _check_blocks(tensor: Tensor, meta: TensorMeta) -> None:
+    blocks = tensor.view(-1, BLOCKS[meta.dtype][1])
+    bad = sum(damaged(some, meta.dtype) for some in blocks.split(_TILE))
+    if bad:
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} has {bad} of {len(blocks)} blocks whose scale is"
+            " not finite; the checkpoint is damaged or was made by a quantizer that failed"
+        )
+
+
+def _check_global(value: float, meta: TensorMeta, *, divides: bool) -> None:
+    """Read in the wrong direction, it would allow entries a hundred times above any that occur."""
+    entry = NVFP4_MAX / value if divides and value else NVFP4_MAX * value
+    if not 0 < entry < 10_000:
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} is {value:g}, which allows entries up to"
+            f" {entry:g}; it is damaged, or the reciprocal of what its name says"
+        )
+
+
+def _check_scale(value: float, meta: TensorMeta, *, may_lack: bool) -> None:
+    """A scale of activations, found by calibration."""
+    if not (0 < value < math.inf or (may_lack and value == 0)):
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} is {value:g}, expected a positive number; nothing"
+            " was calibrated, or the checkpoint is damaged (--weights-only loads it without)"
+        )
+
+
+def _check_shape(tensor: Tensor, meta: TensorMeta, site: Site) -> None:
+    wanted = [site.out_features, site.in_features]
+    *counts, width = tensor.tolist()  # of stacked experts: their number, rows, columns
+    if [math.prod(counts), width] != wanted:
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} says that the matrix is {tensor.tolist()},"
+            f" the model needs {wanted}; config.json and weights do not belong together"
+        )

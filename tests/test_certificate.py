@@ -1,0 +1,153 @@
+"""What a load proves: slots, statistics held against the library's own decoding, hashes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    DENSE,
+    FIXTURES,
+    NVFP4,
+    QUANTIZED,
+    W4A16,
+    Tensors,
+    altered,
+    load_model,
+    plan_of,
+    tensors_of,
+)
+
+from cabochon.errors import LoadError
+from cabochon.load.certificate import Certificate
+from cabochon.load.execute import execute
+from cabochon.load.fingerprint import plan_hash
+from cabochon.nn.linear import Embedding, Linear
+
+GATE = "model.language_model.layers.1.mlp.gate_proj"
+FILES = (DENSE, *QUANTIZED, *NVFP4)
+
+
+def certified(folder: Path, *, thorough: bool = False) -> Certificate:
+    return execute(plan_of(folder), dtype=torch.float32, thorough=thorough).certificate
+
+
+@pytest.mark.parametrize("folder", FILES, ids=lambda folder: folder.name)
+def test_statistics_are_those_of_the_decoded_weights(folder: Path) -> None:
+    model, _ = load_model(folder, dtype=torch.float32)
+    certificate = certified(folder, thorough=True)
+    assert certificate.planned == certificate.filled
+    assert certificate.notes == ()
+    found = {site.name: site for site in certificate.sites}
+    sites = {n: m for n, m in model.named_modules() if isinstance(m, Linear | Embedding)}
+    assert found.keys() == sites.keys()
+    for name, module in sites.items():
+        weight = module.weight
+        assert weight is not None
+        dense = weight.dense(torch.float32)
+        assert found[name].seen == found[name].entries == dense.numel()
+        assert found[name].largest == pytest.approx(float(dense.abs().max()), rel=1e-6)
+        assert found[name].zeros == int((dense == 0).sum())
+        assert not found[name].dead_groups
+
+
+@pytest.mark.parametrize("folder", FILES, ids=lambda folder: folder.name)
+def test_a_sample_is_of_what_there_is(folder: Path) -> None:
+    thorough = {site.name: site for site in certified(folder, thorough=True).sites}
+    for site in certified(folder).sites:
+        assert 0 < site.seen <= site.entries
+        assert site.largest <= thorough[site.name].largest
+        assert site.scales == thorough[site.name].scales
+
+
+def test_scales_are_counted() -> None:
+    stored = tensors_of(W4A16)
+    (site,) = [site for site in certified(W4A16).sites if site.name == GATE]
+    scales = stored[f"{GATE}.weight_scale"].float()
+    assert site.scales == scales.numel()
+    assert site.largest_scale == float(scales.abs().max())
+    assert site.median_scale == float(scales.abs().flatten().median())
+
+
+def at(leaf: str, change: Callable[[torch.Tensor], object]) -> Callable[[Tensors], object]:
+    return lambda tensors: change(tensors[f"{GATE}.{leaf}"])
+
+
+ODD = {
+    "dead groups": (W4A16, at("weight_scale", lambda t: t[3].zero_()), "scales are zero"),
+    "one scale": (W4A16, at("weight_scale", lambda t: t[3, 1].mul_(1000)), "times the median"),
+    "all scales": (W4A16, at("weight_scale", lambda t: t.mul_(1000)), "same matrix elsewhere"),
+    "a global scale": (NVFP4[0], at("weight_global_scale", lambda t: t.div_(1000)), "what others"),
+    "a dense matrix": (DENSE, at("weight", lambda t: t.mul_(1000)), "what others have"),
+    "nothing but zeros": (DENSE, at("weight", torch.Tensor.zero_), "every entry"),
+}
+
+
+@pytest.mark.parametrize(("source", "change", "words"), ODD.values(), ids=ODD)
+def test_what_is_legal_and_looks_like_damage_is_noted(
+    tmp_path: Path, source: Path, change: Callable[[Tensors], object], words: str
+) -> None:
+    certificate = certified(altered(tmp_path, source, tensors=change))
+    assert {note.where for note in certificate.notes} == {(GATE,)}
+    assert any(words in note.detail for note in certificate.notes)
+    assert GATE in certificate.text()
+    assert certificate.fingerprint != certified(source).fingerprint
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (W4A16, f"{GATE}.weight_scale"),
+        (DENSE, f"{GATE}.weight"),
+        (DENSE, "model.language_model.norm.weight"),
+    ],
+)
+def test_a_value_that_is_no_number_refuses_the_load(
+    tmp_path: Path, source: Path, name: str, value: float
+) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors[name].view(-1)[-1] = value
+
+    folder = altered(tmp_path, source, tensors=spoil)
+    with pytest.raises(LoadError, match=name.replace(".", r"\.")):
+        certified(folder)
+
+
+def test_replicas_have_one_fingerprint(tmp_path: Path) -> None:
+    first = certified(W4A16)
+    again = certified(Path(shutil.copytree(W4A16, tmp_path / "elsewhere")))
+    assert first.fingerprint == again.fingerprint
+    assert first.fingerprint.startswith(plan_hash(plan_of(W4A16))[:16])
+
+
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("folder", [DENSE, W4A16, FIXTURES / "26b-w4a16"], ids=lambda f: f.name)
+def test_any_bit_of_the_weights_counts(tmp_path: Path, folder: Path, where: float) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    file = changed / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    # The lowest bit of a float, or of a code.
+    content[start + int(where * (len(content) - start - 2)) // 2 * 2] ^= 1
+    file.write_bytes(content)
+    try:
+        damaged = certified(changed)
+    except LoadError:  # it hit the shape that is stored beside packed integers
+        return
+    whole = certified(folder)
+    assert damaged.plan_hash == whole.plan_hash
+    assert damaged.weights_hash != whole.weights_hash
+
+
+def test_the_certificate_is_json_and_text() -> None:
+    certificate = certified(W4A16)
+    found = certificate.as_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert found["slots_planned"] == found["slots_filled"]
+    assert certificate.fingerprint in certificate.text()
