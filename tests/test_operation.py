@@ -84,7 +84,7 @@ def test_metrics_of_the_moment(llm: LLM) -> None:
         serving(llm) as url,
         HTTP.stream("POST", f"{url}/v1/chat/completions", json=LONG) as stream,
     ):
-        next(stream.iter_lines())
+        assert until(lambda: llm.engine.running == 1)
         now = metrics(url)
         assert (now["vllm:num_requests_running"], now["vllm:num_requests_waiting"]) == (1, 0)
         assert 0 < now["vllm:kv_cache_usage_perc"] < 1
