@@ -13,7 +13,7 @@ from cabochon.engine.engine import Limits
 from cabochon.errors import CabochonError
 from cabochon.llm import LLM
 from cabochon.serve.auth import Gatekeeper
-from cabochon.serve.completions import Chat, fingerprint, unknown_model
+from cabochon.serve.completions import Chat, unknown_model
 from cabochon.serve.errors import error_body, error_response
 from cabochon.serve.guard import Guard, Traffic
 from cabochon.serve.metrics import Metrics
@@ -33,7 +33,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
     app = FastAPI(title="Cabochon", docs_url=None, redoc_url=None, routes=page_routes())
     llm.engine.limits = Limits(settings.max_queue_tokens, settings.request_seconds)
     app.state.traffic = traffic = Traffic()
-    app.state.metrics = metrics = Metrics(llm, fingerprint(llm))
+    app.state.metrics = metrics = Metrics(llm)
     app.add_middleware(Guard, gatekeeper=Gatekeeper(settings), traffic=traffic, metrics=metrics)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(CabochonError, _answer_error)

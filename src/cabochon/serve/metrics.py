@@ -36,10 +36,14 @@ _LABELS = ("model_name", "engine")
 class EngineCollector(Collector):
     """The engine's counters as they are at the moment."""
 
-    def __init__(self, llm: LLM, plan_hash: str) -> None:
+    def __init__(self, llm: LLM) -> None:
         self._engine: Engine = llm.engine
         self._labels = (llm.name, "0")
-        self._about = {"version": __version__, "model_name": llm.name, "plan_hash": plan_hash}
+        self._about = {
+            "version": __version__,
+            "model_name": llm.name,
+            "plan_hash": llm.report.hash or "",
+        }
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
@@ -122,9 +126,9 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 class Metrics:
     """The registry of one application: its engine, its requests, its event loop."""
 
-    def __init__(self, llm: LLM, plan_hash: str) -> None:
+    def __init__(self, llm: LLM) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(llm, plan_hash))
+        self._registry.register(EngineCollector(llm))
         self._requests = Counter(
             "http_requests", "Requests answered", ("method", "handler", "status"),
             registry=self._registry,

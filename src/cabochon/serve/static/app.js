@@ -43,7 +43,7 @@ function show(tab) {
   }
   for (const id of ["new", "settings-toggle"]) $(id).hidden = tab.id !== "tab-chat";
   history.replaceState(null, "", tab.id === "tab-plan" ? "#checkpoint" : location.pathname);
-  if (tab.id === "tab-plan") drawPlan($("plan"), model);
+  if (tab.id === "tab-plan") drawPlan($("plan"));
 }
 
 for (const tab of tabs) {

@@ -13,18 +13,18 @@ export function size(bytes) {
   return `${bytes} B`;
 }
 
-export async function drawPlan(panel, model) {
+export async function drawPlan(panel) {
   if (panel.childElementCount) return;
   try {
-    const plan = await get("/plan");
-    panel.replaceChildren(...sections(plan, model));
+    const [plan, models] = await Promise.all([get("/plan"), get("/v1/models")]);
+    panel.replaceChildren(...sections(plan, models.data[0].id));
   } catch (error) {
     panel.replaceChildren(el("p", { className: "failure", role: "alert" }, error.message));
   }
 }
 
 function* sections(plan, model) {
-  yield el("h2", {}, model ?? "Checkpoint");
+  yield el("h2", {}, model);
   yield el("p", { className: "verdict" }, `${plan.architecture}: ${plan.verdict}, ${size(plan.bytes)} read.`);
   const colours = new Map();
   for (const { scheme } of plan.groups)
@@ -62,10 +62,12 @@ function treemap(plan, colours) {
       svg("rect", { x: x + 1, y: y + 1, width: Math.max(0, w - 2), height: Math.max(0, h - 2), rx: 4, fill: colours.get(item.scheme) }),
       svg("title", {}, `${item.group}: ${item.count} × ${item.scheme}, ${item.bits} bits, ${size(item.bytes)} (${share})`),
     );
-    if (w > 84 && h > 40) {
-      const fits = Math.floor((w - 16) / 7);
-      box.append(svg("text", { x: x + 9, y: y + 20 }, item.group.slice(0, fits)));
-      box.append(svg("text", { x: x + 9, y: y + 36, class: "small" }, `${size(item.bytes)}, ${share}`.slice(0, fits)));
+    if (w > 60 && h > 40) {
+      const fits = Math.floor((w - 16) / 6.6);
+      const name = item.group.length > fits ? `${item.group.slice(0, fits - 1)}…` : item.group;
+      const facts = [`${size(item.bytes)}, ${share}`, share, ""].find((words) => words.length <= fits);
+      box.append(svg("text", { x: x + 9, y: y + 20 }, name));
+      box.append(svg("text", { x: x + 9, y: y + 36, class: "small" }, facts));
     }
     picture.append(box);
   }
