@@ -110,6 +110,14 @@ class Report:
         """Bytes that loading reads."""
         return self.plan.nbytes if self.plan else 0
 
+    def require_weights(self) -> None:
+        """`UnreadableError` if there are headers here and no weights."""
+        if self.checkpoint.saved_headers:
+            raise UnreadableError(
+                f"{self.source} holds headers without their tensors: they can be inspected, not"
+                " loaded"
+            )
+
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON, as report.schema.json describes it."""
         return {
@@ -202,8 +210,7 @@ def plan_checkpoint(path: Path, *, weights_only: bool = False) -> Report:
     report = inspect_checkpoint(path, weights_only=weights_only)
     if not report.loads:
         raise LoadError(report.text())
-    if report.checkpoint.saved_headers:
-        raise UnreadableError(f"{path} holds headers without their tensors: it can be inspected")
+    report.require_weights()
     return report
 
 
