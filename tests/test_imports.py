@@ -45,8 +45,9 @@ MAY_NEED = {
     "cabochon": {*_LLM, "llm"},  # the package's own names, imported when they are asked for
     "serve": {*_LLM, "llm", "settings", "console", "cabochon"},
     "verify": {*_LLM, "llm"},
-    "cli": {*_APP, "conversation", "serve", "verify"},
-    "__main__": {*_APP, "conversation", "serve", "verify", "cli"},
+    "evaluate": {*_LLM, "llm"},
+    "cli": {*_APP, "conversation", "serve", "verify", "evaluate"},
+    "__main__": {*_APP, "conversation", "serve", "verify", "evaluate", "cli"},
 }
 
 TORCHLESS = (

@@ -10,6 +10,7 @@ import typer
 
 from cabochon import __version__
 from cabochon.cli.compare import compare
+from cabochon.cli.eval import evaluate
 from cabochon.cli.inspect import inspect
 from cabochon.cli.options import State
 from cabochon.cli.run import run
@@ -46,6 +47,7 @@ app.command(epilog=SETTINGS_HELP)(run)
 app.command(epilog=SETTINGS_HELP)(serve)
 app.command()(inspect)
 app.command()(compare)
+app.command("eval", epilog=SETTINGS_HELP)(evaluate)
 
 
 def main() -> None:

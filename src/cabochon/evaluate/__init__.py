@@ -1,0 +1,1 @@
+"""Accuracy as people publish it, with what they leave out: intervals and paired differences."""
