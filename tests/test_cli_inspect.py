@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cabochon.load
 import jsonschema
 from checkpoints import DENSE, W4A16, Tensors, altered, tensors_of
 from command import cabochon as command
 from command import fails
+
+import cabochon.load
 
 SCHEMA = json.loads((Path(cabochon.load.__file__).parent / "report.schema.json").read_text())
 
