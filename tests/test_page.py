@@ -203,6 +203,7 @@ def test_the_checkpoint_is_drawn(page: Browser, url: str, llm: LLM) -> None:
         assert row["group"] in shown
         assert row["scheme"] in shown
     assert report["plan_hash"] in shown
+    assert llm.certificate.fingerprint in shown
     shoot(page, "checkpoint")
 
 

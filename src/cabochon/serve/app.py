@@ -46,7 +46,7 @@ def _add_operation(app: FastAPI, llm: LLM) -> None:
     """What operators and the page ask."""
     traffic: Traffic = app.state.traffic
     metrics: Metrics = app.state.metrics
-    report = llm.report.as_dict()
+    loaded = {**llm.report.as_dict(), "certificate": llm.certificate.as_dict()}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -64,8 +64,8 @@ def _add_operation(app: FastAPI, llm: LLM) -> None:
 
     @app.get("/plan")
     async def plan() -> dict[str, Any]:
-        """How the checkpoint was loaded: what `cabochon inspect --json` prints."""
-        return report
+        """How the checkpoint was loaded: what `inspect --json` prints, and the certificate."""
+        return loaded
 
 
 def _add_api(app: FastAPI, llm: LLM, settings: Settings) -> None:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from cabochon.serve.errors import ApiError
 
 BODY_SECONDS = 60.0
+FORGOTTEN_BYTES = 32 * 2**20
 RETRY_SECONDS = 1
 
 
@@ -43,7 +44,9 @@ class Gate:
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of `request`, read no further than `most` bytes and a minute.
+    """The body of `request`, if it has at most `most` bytes and comes within a minute.
+
+    Somewhat more is read, and forgotten: who is hung up on while sending never sees the answer.
 
     Raises:
         ApiError: 413, 408.
@@ -51,15 +54,20 @@ async def read_body(request: Request, most: int) -> bytes:
     """
     too_large = ApiError(413, f"the body is larger than {most:,} bytes (max_body_bytes)")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > most:
+    if declared.isdecimal() and int(declared[:20]) > most + FORGOTTEN_BYTES:
         raise too_large
     body = bytearray()
+    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise too_large
+                size += len(chunk)
+                if size <= most:
+                    body += chunk
+                elif size > most + FORGOTTEN_BYTES:
+                    break
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+    if size > most:
+        raise too_large
     return bytes(body)

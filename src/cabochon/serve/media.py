@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from cabochon import __version__
@@ -24,6 +25,9 @@ FETCH_SECONDS = 20.0  # for the whole of it
 CONNECT_SECONDS = 5.0
 MAX_FETCHED_BYTES = 64 * 2**20
 MAX_URL_LENGTH = 4096
+MOST_PLACES = 3  # of one host that are tried
+
+Place = tuple[socket.AddressFamily, Any]  # and an address as that family has it
 
 # Visible ASCII without the backslash, which browsers and libraries read differently.
 _URL = re.compile(r"https?://[!-\[\]-~]+", re.IGNORECASE)
@@ -51,17 +55,16 @@ class Fetcher:
         if self._hosts and host not in self._hosts:
             raise RequestError(f"media are not fetched from {host!r}; media_hosts lists the hosts")
         try:
-            address = _public_address(host, parts.port or _PORTS[parts.scheme])
-            with closing(self._connect(parts, address)) as connection:
+            places = _public_places(host, parts.port or _PORTS[parts.scheme])
+            with closing(self._connect(parts, places)) as connection:
                 return self._read(connection, parts)
         except (OSError, http.client.HTTPException) as error:
             reason = type(error).__name__
             raise RequestError(f"{host!r} did not send the file: {reason}") from None
 
-    def _connect(self, parts: SplitResult, address: tuple[str, int]) -> http.client.HTTPConnection:
-        """A connection to `address`, whatever the name resolves to by now."""
-        raw = socket.create_connection(address, CONNECT_SECONDS)
-        raw.settimeout(FETCH_SECONDS)
+    def _connect(self, parts: SplitResult, places: Sequence[Place]) -> http.client.HTTPConnection:
+        """A connection to one of `places`, whatever the name resolves to by now."""
+        raw = _open(places)
         assert parts.hostname is not None
         connection = http.client.HTTPConnection(parts.hostname, parts.port)
         try:
@@ -120,18 +123,34 @@ def _parse(url: str) -> SplitResult:
     return parts
 
 
-def _public_address(host: str, port: int) -> tuple[str, int]:
-    """An address of `host`, all of whose addresses are public.
+def _public_places(host: str, port: int) -> list[Place]:
+    """Where `host` is, if all of its addresses are public.
 
     Raises:
         RequestError: one of them leads to a private network, to this machine, or to many.
         OSError: there is none.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = [str(entry[4][0]) for entry in found]
-    if not all(map(is_public, addresses)):
+    if not all(is_public(str(entry[4][0])) for entry in found):
         raise RequestError(f"{host!r} is not on the public network; nothing is fetched from there")
-    return addresses[0], port
+    return [(entry[0], entry[4]) for entry in found[:MOST_PLACES]]
+
+
+def _open(places: Sequence[Place]) -> socket.socket:
+    """A connection to the first of `places` that takes one."""
+    failed = OSError("it has no address")
+    for family, address in places:
+        raw = socket.socket(family, socket.SOCK_STREAM)
+        raw.settimeout(CONNECT_SECONDS)
+        try:
+            raw.connect(address)
+        except OSError as error:
+            raw.close()
+            failed = error
+        else:
+            raw.settimeout(FETCH_SECONDS)
+            return raw
+    raise failed
 
 
 def is_public(text: str) -> bool:

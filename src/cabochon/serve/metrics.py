@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client import Histogram as TimeHistogram
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -30,6 +30,7 @@ from cabochon.llm import LLM
 LAG_EVERY = 0.1  # seconds between two looks at the event loop
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+_LAGS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0)
 _LABELS = ("model_name", "engine")
 
 
@@ -139,8 +140,11 @@ class Metrics:
         )  # fmt: skip
         self._lag = TimeHistogram(
             "cabochon:event_loop_lag_seconds", "How late the event loop comes to what is due",
-            buckets=_SECONDS, registry=self._registry,
+            buckets=_LAGS, registry=self._registry,
         )  # fmt: skip
+        self._tasks = Gauge(
+            "cabochon:event_loop_tasks", "Tasks on the event loop", registry=self._registry
+        )
 
     def request(self, method: str, handler: str, status: int | None, seconds: float) -> None:
         """Count a request; no status stands for a client that left."""
@@ -155,5 +159,6 @@ class Metrics:
             self._lag.observe(max(0.0, time.monotonic() - due))
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format 0.0.4."""
+        """Everything, in Prometheus' text format 0.0.4. Called on the event loop."""
+        self._tasks.set(len(asyncio.all_tasks()))
         return generate_latest(self._registry)

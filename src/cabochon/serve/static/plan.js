@@ -170,14 +170,24 @@ function* findings(title, found, nothing) {
   }
 }
 
-// What the load itself proved; an object of names and values, whatever it has.
-function* certificate(plan) {
-  const found = plan.certificate ?? {};
-  const facts = Object.entries(found).filter(([, value]) => typeof value !== "object");
-  if (plan.plan_hash) facts.unshift(["plan", plan.plan_hash]);
-  if (!facts.length) return;
+// What the load itself proved.
+function* certificate({ certificate: found }) {
+  const sum = (name) => found.sites.reduce((total, site) => total + site[name], 0);
+  const many = (count) => count.toLocaleString("en");
+  const largest = found.sites.reduce((most, site) => (site.largest > most.largest ? site : most), { largest: -1 });
+  const facts = {
+    Fingerprint: found.fingerprint,
+    Filled: `${many(found.slots_filled)} of ${many(found.slots_planned)} planned matrices and parameters`,
+    Plan: found.plan_hash,
+    Weights: found.weights_hash,
+    "Looked at": `${many(sum("seen"))} of ${many(sum("entries"))} entries, none of them NaN or infinite`,
+    Zeros: `${((100 * sum("zeros")) / Math.max(1, sum("seen"))).toFixed(2)} % of the entries`,
+    Scales: `${many(sum("scales"))}, ${many(sum("dead_groups"))} of them zero`,
+    "Largest entry": `${largest.largest?.toPrecision(4)} in ${largest.name}`,
+  };
   yield el("h2", {}, "Certificate");
   const list = el("dl");
-  for (const [name, value] of facts) list.append(el("dt", {}, name.replaceAll("_", " ")), el("dd", {}, String(value)));
+  for (const [name, value] of Object.entries(facts)) list.append(el("dt", {}, name), el("dd", {}, value));
   yield list;
+  yield* findings("What looks odd", found.notes, "Nothing.");
 }
