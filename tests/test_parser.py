@@ -104,6 +104,7 @@ def test_content_reasoning_and_calls_are_told_apart() -> None:
         ("unit:celsius,days:[mon,tue]", {"unit": "celsius", "days": ["mon", "tue"]}),
         ("a:01,b:1.,c:--1,d:NaN", {"a": "01", "b": "1.", "c": "--1", "d": "NaN"}),
         ("at:10:30", {"at": "10:30"}),
+        ("a:1,a:2", {"a": 2}),
     ],
 )
 def test_arguments(body: str, expected: dict[str, Any]) -> None:
@@ -123,7 +124,6 @@ def test_arguments(body: str, expected: dict[str, Any]) -> None:
         "call:f{a:1}}",
         "call:f{a:1} and more",
         "call:f{a:[1}",
-        "call:f{a:1,a:2}",
         'call:f{a:<|"|>x}',
         'call:f{a:<|"|>x<|"|>y}',
         'call:f{a:"x}',

@@ -98,17 +98,15 @@ class _Reader:
 
     def mapping(self, depth: int) -> str:
         self.take("{")
-        pairs: dict[str, str] = {}
+        pairs: list[str] = []  # a key given twice is there twice, as it was written
         while not self.took("}"):
             if pairs:
                 self.take(",")
             key = self._key()
-            if key in pairs:
-                raise MalformedCall(f"{key[:64]!r} is given twice")
             self.space()
             self.take(":")
-            pairs[key] = self._value(depth + 1)
-        return "{" + ", ".join(f"{_json(key)}: {value}" for key, value in pairs.items()) + "}"
+            pairs.append(f"{_json(key)}: {self._value(depth + 1)}")
+        return "{" + ", ".join(pairs) + "}"
 
     def _sequence(self, depth: int) -> str:
         self.take("[")
