@@ -23,7 +23,17 @@ from cabochon.settings import Settings
 
 DEMO = "cabochon-demo"
 HTTP = httpx.Client(timeout=60, trust_env=False)
-SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-chat.json").read_text())
+SCHEMAS = json.loads((Path(__file__).parent / "data" / "openai-api.json").read_text())
+
+VALIDATORS = {
+    name: jsonschema.Draft202012Validator({**SCHEMAS, "$ref": f"#/$defs/{name}"})
+    for name in SCHEMAS["$defs"]
+}
+
+
+def valid(name: str, value: Any) -> None:
+    """`value` is what OpenAI's description says of this schema."""
+    VALIDATORS[name].validate(value)
 
 
 @contextmanager
@@ -94,7 +104,7 @@ def refused(response: httpx.Response, status: int, param: str | None, *words: st
     """An error in OpenAI's shape that names `param` and says `words`."""
     assert response.status_code == status, response.text
     body = response.json()
-    jsonschema.validate(body, {**SCHEMAS, "$ref": "#/$defs/ErrorResponse"})
+    valid("ErrorResponse", body)
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["param"] == param

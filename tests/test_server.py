@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-import jsonschema
 import openai
 import pytest
 from openai import OpenAI
@@ -30,6 +29,7 @@ from serving import (
     show,
     strict_client,
     until,
+    valid,
 )
 
 from cabochon.llm import LLM
@@ -56,8 +56,7 @@ def client(url: str) -> OpenAI:
 
 def is_schema(name: str, value: Any) -> None:
     """`value` is what OpenAI's description says, and has no field beside it."""
-    schema = {**SCHEMAS, "$ref": f"#/$defs/{name}"}
-    jsonschema.validate(value, schema)
+    valid(name, value)
     assert set(value) <= set(SCHEMAS["$defs"][name]["properties"])
 
 
@@ -68,13 +67,22 @@ def ask(client: OpenAI, messages: Any, **fields: Any) -> str:
     return answer.choices[0].message.content
 
 
-def test_models(client: OpenAI, url: str) -> None:
+def test_models(client: OpenAI, url: str, llm: LLM) -> None:
     assert [model.id for model in client.models.list()] == [DEMO]
     assert client.models.retrieve(DEMO).id == DEMO
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
-    is_schema("ListModelsResponse", httpx.get(f"{url}/v1/models").json())
-    is_schema("Model", httpx.get(f"{url}/v1/models/{DEMO}").json())
+    listed = httpx.get(f"{url}/v1/models").json()
+    valid("ListModelsResponse", listed)
+    card = httpx.get(f"{url}/v1/models/{DEMO}").json()
+    assert listed["data"] == [card]
+    valid("Model", card)
+    assert card["context_length"] == llm.max_context
+    assert card["plan_hash"] == llm.report.hash
+    assert card["quantization"]
+    assert card["capabilities"] == {
+        "vision": True, "audio": False, "video": True, "tools": True, "thinking": True
+    }  # fmt: skip
 
 
 def test_health(url: str) -> None:

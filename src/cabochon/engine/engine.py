@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.guide import Guide
-from cabochon.engine.reader import Read, Reader
+from cabochon.engine.reader import Read, Reader, delta_of
 from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams, TokenLogprob
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.sampler import Sampling, logprob, sample
@@ -362,16 +362,10 @@ class Engine:
             self._end(number, reason)
         self._emit(
             request,
-            Delta(
-                tokens=(token,),
-                text="".join(read.text for read in reads),
-                finish_reason=reason,
-                reasoning="".join(read.reasoning for read in reads),
-                calls=tuple(call for read in reads for call in read.calls),
-                broken_call=any(read.broken_call for read in reads),
-                stop=next((read.stop for read in reads if read.stop is not None), None),
-                logprobs=logprobs,
+            replace(
+                delta_of(token, reads, reason, logprobs),
                 prompt_logprobs=request.told(),
+                cached_tokens=request.sequence.cached,
             ),
         )
 

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 MAX_SOURCE = 200_000  # characters of one grammar
 
-# A model that may write white space without end does so at times.
+# One space, or one line's indentation: a model that may write more does so without end at times.
 _JSON_OPTIONS: JsonCompileOptions = {
     "lenient": False,
     "coerce_one_of": False,
-    "whitespace_pattern": r"[ \n\t\r]{0,20}",
+    "whitespace_pattern": r"(?: |\n {0,32})?",
 }
 
 

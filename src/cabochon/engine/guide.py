@@ -89,8 +89,10 @@ class Guide:
         budget = self.rules.thinking_budget
         if budget is not None and self._thoughts >= budget:
             return self._only(self._tokens.channel_end)
-        # A turn that owes something more does not end here.
-        return self._without(*self._ends, self._tokens.call) if self._bound else self._no_calls()
+        tokens = self._tokens
+        if self._bound:  # a turn that owes something more does not end here
+            return self._without(*self._ends, tokens.call, tokens.channel)
+        return self._without(tokens.channel, *([] if self.rules.calls else [tokens.call]))
 
     def _content(self) -> Allowed | None:
         rules, tokens = self.rules, self._tokens

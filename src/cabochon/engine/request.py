@@ -144,6 +144,8 @@ class Delta:
     stop: str | None = None  # the stop string that ended it
     logprobs: tuple[TokenLogprob, ...] = ()  # of tokens that are text
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # from the second token on; once
+    reasoning_tokens: int = 0  # those of `tokens` that stand in a channel
+    cached_tokens: int = 0  # of the prompt, whose keys and values were there already
 
     @property
     def last(self) -> bool:

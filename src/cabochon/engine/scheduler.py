@@ -28,6 +28,7 @@ class TokenSequence:
     whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
     computed: int = 0  # tokens whose keys and values are in the cache
     soft: dict[int, Tensor] = field(default_factory=dict)  # soft tokens by first position
+    cached: int = 0  # tokens of the prompt whose keys and values were there already
     scored: bool = False  # every position's logits are wanted, not the last one's alone
 
     @property

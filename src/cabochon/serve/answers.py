@@ -1,36 +1,50 @@
-"""What the engine says about a request, in OpenAI's shapes: one answer, or server-sent events."""
+"""What the engine says about a chat, in OpenAI's shapes: one answer, or server-sent events."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from starlette.requests import ClientDisconnect
-
-from cabochon.engine.request import FinishReason
+from cabochon.engine.request import Delta, TokenLogprob
+from cabochon.errors import CabochonError
 from cabochon.serve.bridge import Deltas
 from cabochon.serve.errors import describe
-from cabochon.serve.protocol import (
+from cabochon.serve.protocol import ChatRequest
+from cabochon.serve.shapes import (
     AnswerMessage,
+    Called,
+    CalledDelta,
+    CalledFunction,
     ChatChunk,
     ChatCompletion,
-    ChatRequest,
+    ChatFinish,
     Choice,
     ChunkChoice,
     ChunkDelta,
+    ContentLogprob,
+    Logprobs,
+    TopLogprob,
     Usage,
 )
+from cabochon.serve.spoken import Spoken, checked, listen, new_id, usage
+from cabochon.text.calls import ToolCall
+from cabochon.text.tokenizer import Tokenizer
 
 
-class Answer:
-    """The answer to one request while it is made."""
+class ChatAnswer:
+    """The answer to one chat while it is made."""
 
-    def __init__(self, chat: ChatRequest, prompt_tokens: int, fingerprint: str) -> None:
+    def __init__(
+        self, chat: ChatRequest, prompt_tokens: int, fingerprint: str, tokenizer: Tokenizer
+    ) -> None:
         self.prompt_tokens = prompt_tokens
-        self.with_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+        self.runs = chat.n or 1
+        self.with_usage = chat.with_usage
+        self.with_logprobs = bool(chat.logprobs)
+        self.tokenizer = tokenizer
         self.head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -38,62 +52,110 @@ class Answer:
             "system_fingerprint": fingerprint,
         }
 
-    async def collect(self, deltas: Deltas) -> ChatCompletion:
+    async def collect(self, deltas: Deltas) -> dict[str, Any]:
         """The whole answer.
 
         Raises:
             CabochonError: the engine could not finish it.
             ClientDisconnect: the deltas were closed before the last one.
         """
-        text: list[str] = []
-        tokens = 0
-        finish_reason: FinishReason | None = None
-        async for delta in deltas:
-            if delta.error is not None:
-                raise delta.error
-            text.append(delta.text)
-            tokens += len(delta.tokens)
-            finish_reason = delta.finish_reason
-        if finish_reason is None:
-            raise ClientDisconnect
-        message = AnswerMessage(content="".join(text))
+        spoken = await listen(deltas, self.runs)
         return ChatCompletion(
             **self.head,
-            choices=[Choice(message=message, finish_reason=finish_reason)],
-            usage=self._usage(tokens),
-        )
+            choices=[self._whole(i, one) for i, one in enumerate(spoken)],
+            usage=self._usage(spoken),
+        ).model_dump(by_alias=True)
 
     async def events(self, deltas: Deltas) -> AsyncIterator[str]:
         """The answer as server-sent events; the last one is `[DONE]` or an error."""
-        tokens = 0
-        yield self._choice(ChunkDelta(role="assistant", content=""))
-        async for delta in deltas:
-            if delta.error is not None:
-                yield _event(json.dumps(describe(delta.error)))
-                return
-            tokens += len(delta.tokens)
-            if delta.text:
-                yield self._choice(ChunkDelta(content=delta.text))
-            if delta.finish_reason is not None:
-                yield self._choice(ChunkDelta(), delta.finish_reason)
-                if self.with_usage:
-                    yield self._chunk([], self._usage(tokens))
-                yield _event("[DONE]")
+        spoken = [Spoken() for _ in range(self.runs)]
+        for i in range(self.runs):
+            yield self._choice(i, ChunkDelta(role="assistant", content=""))
+        try:
+            async for i, delta in checked(deltas):
+                if delta.reasoning:
+                    yield self._choice(i, ChunkDelta(reasoning_content=delta.reasoning))
+                if delta.text or delta.logprobs:
+                    told = self._logprobs(delta.logprobs)
+                    yield self._choice(i, ChunkDelta(content=delta.text), logprobs=told)
+                for call in self._called(delta, len(spoken[i].calls)):
+                    yield self._choice(i, ChunkDelta(tool_calls=[call]))
+                spoken[i].add(delta)
+                if delta.finish_reason is not None:
+                    yield self._choice(i, ChunkDelta(), _finish(spoken[i]))
+        except CabochonError as error:
+            yield event(json.dumps(describe(error)))
+            return
+        if all(one.finish is not None for one in spoken):
+            if self.with_usage:
+                yield self._chunk([], self._usage(spoken))
+            yield event("[DONE]")
 
-    def _choice(self, delta: ChunkDelta, finish_reason: FinishReason | None = None) -> str:
-        return self._chunk([ChunkChoice(delta=delta, finish_reason=finish_reason)])
+    def _called(self, delta: Delta, before: int) -> list[CalledDelta]:
+        """The calls of `delta`, each whole: half of one may still turn out to be none."""
+        return [
+            CalledDelta(index=before + i, **_function(call).model_dump())
+            for i, call in enumerate(delta.calls)
+        ]
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> str:
-        chunk = ChatChunk(**self.head, choices=choices, usage=usage)
-        return _event(chunk.model_dump_json(exclude=None if self.with_usage else {"usage"}))
-
-    def _usage(self, tokens: int) -> Usage:
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=tokens,
-            total_tokens=self.prompt_tokens + tokens,
+    def _whole(self, index: int, one: Spoken) -> Choice:
+        content = one.text if one.text or not (one.calls or one.reasoning) else None
+        message = AnswerMessage(
+            content=content,
+            reasoning_content=one.reasoning or None,
+            tool_calls=[_function(call) for call in one.calls] or None,
+        )
+        return Choice(
+            index=index,
+            message=message,
+            logprobs=self._logprobs(one.logprobs),
+            finish_reason=_finish(one),
         )
 
+    def _logprobs(self, told: Sequence[TokenLogprob]) -> Logprobs | None:
+        if not self.with_logprobs:
+            return None
+        return Logprobs(content=[self._content_logprob(one) for one in told])
 
-def _event(data: str) -> str:
+    def _content_logprob(self, told: TokenLogprob) -> ContentLogprob:
+        top = [self._top(token, logprob) for token, logprob in told.top]
+        return ContentLogprob(**self._top(told.token, told.logprob).model_dump(), top_logprobs=top)
+
+    def _top(self, token: int, logprob: float) -> TopLogprob:
+        piece = self.tokenizer.piece(token)
+        return TopLogprob(token=piece.decode(errors="replace"), logprob=logprob, bytes=list(piece))
+
+    def _choice(
+        self,
+        index: int,
+        delta: ChunkDelta,
+        finish_reason: ChatFinish | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> str:
+        choice = ChunkChoice(
+            index=index, delta=delta, finish_reason=finish_reason, logprobs=logprobs
+        )
+        return self._chunk([choice])
+
+    def _chunk(self, choices: list[ChunkChoice], total: Usage | None = None) -> str:
+        chunk = ChatChunk(**self.head, choices=choices, usage=total)
+        return event(chunk.model_dump_json(exclude=None if self.with_usage else {"usage"}))
+
+    def _usage(self, spoken: Sequence[Spoken]) -> Usage:
+        return usage(self.prompt_tokens, [one.tally for one in spoken])
+
+
+def event(data: str) -> str:
     return f"data: {data}\n\n"
+
+
+def _finish(one: Spoken) -> ChatFinish:
+    """OpenAI's word for the end: calls are to be made only if all of them could be read."""
+    assert one.finish is not None
+    return "tool_calls" if one.called else one.finish
+
+
+def _function(call: ToolCall) -> CalledFunction:
+    return CalledFunction(
+        id=new_id("call_"), function=Called(name=call.name, arguments=call.arguments)
+    )

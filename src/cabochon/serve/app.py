@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 from cabochon.engine.engine import Limits
 from cabochon.errors import CabochonError
 from cabochon.llm import LLM
+from cabochon.serve.api import api_routes
 from cabochon.serve.auth import Gatekeeper
-from cabochon.serve.completions import Chat, unknown_model
 from cabochon.serve.errors import error_body, error_response
 from cabochon.serve.guard import Guard, Traffic
 from cabochon.serve.metrics import Metrics
 from cabochon.serve.pages import page_routes
-from cabochon.serve.protocol import ModelCard, ModelList
+from cabochon.serve.service import Service
 from cabochon.settings import Settings
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,7 +37,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(CabochonError, _answer_error)
     _add_operation(app, llm)
-    _add_api(app, llm, settings)
+    app.include_router(api_routes(Service(llm, settings)))
     return app
 
 
@@ -66,26 +65,6 @@ def _add_operation(app: FastAPI, llm: LLM) -> None:
     async def plan() -> dict[str, Any]:
         """How the checkpoint was loaded: what `inspect --json` prints, and the certificate."""
         return loaded
-
-
-def _add_api(app: FastAPI, llm: LLM, settings: Settings) -> None:
-    """What OpenAI's clients ask."""
-    chat = Chat(llm, settings)
-    card = ModelCard(id=llm.name, created=int(time.time()))
-
-    @app.get("/v1/models")
-    async def models() -> ModelList:
-        return ModelList(data=[card])
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> ModelCard:
-        if model != card.id:
-            raise unknown_model(model, card.id)
-        return card
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(request: Request) -> Response:
-        return await chat.respond(request)
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

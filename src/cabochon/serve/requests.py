@@ -1,73 +1,69 @@
-"""From the bytes of a body to a `ChatRequest`, or to an error that names the field.
+"""From the bytes of a body to a request, or to an error that names the field.
 
-Nothing a client sends is ignored in silence. A field is served (`ChatRequest`), known and not
-served (`_NOT_SERVED`: refused unless its value asks for nothing), without effect by its meaning
-(`_NO_EFFECT`), or unknown, which is refused.
+Nothing a client sends is ignored in silence. A field is served (it is of the model), known and not
+served (refused unless its value asks for nothing), without effect by its meaning, or unknown, which
+is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from cabochon.errors import RequestError
 from cabochon.serve.protocol import ChatRequest
 
 Neutral = tuple[Any, ...]  # values that ask for nothing; None, which is absence, always is one
+Model = TypeVar("Model", bound=BaseModel)
 
-_NOT_SERVED: Mapping[str, Neutral] = {
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n": (1,),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-# Labels of a request, and permissions for what never happens here: they change no answer.
-_NO_EFFECT = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "user",
-    }
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What an endpoint knows of fields that its model does not have."""
+
+    not_served: Mapping[str, Neutral]
+    no_effect: Set[str] = frozenset()
+
+
+# Labels of a request: they change no answer.
+LABELS = frozenset(
+    {"metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "user"}
+)
+_CHAT = Fields(
+    not_served={
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+    },
+    no_effect=LABELS,
 )
 _MESSAGE_NOT_SERVED: Mapping[str, Neutral] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),  # the chat template has no place for it
     "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
-_ROLES_NOT_SERVED = ("tool", "function")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 _PARTS_NOT_SERVED = ("audio_url", "file", "refusal")
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """The request in `body`.
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`.
 
     Raises:
-        RequestError: no JSON object, a field that is unknown or not served, a value out of range.
+        RequestError: there is none.
     """
     try:
         raw = from_json(body, allow_inf_nan=False)
@@ -75,27 +71,54 @@ def parse_request(body: bytes) -> ChatRequest:
         raise RequestError(f"the body is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError("the body is JSON, but not an object")
-    fields = _served_fields(raw)
-    if isinstance(raw.get("messages"), list):
-        fields["messages"] = [_served_message(m, i) for i, m in enumerate(raw["messages"])]
+    return raw
+
+
+def parse(raw: Mapping[str, Any], model: type[Model], known: Fields) -> Model:
+    """The request in `raw`.
+
+    Raises:
+        RequestError: a field that is unknown or not served, or a value out of range.
+    """
+    served = {
+        name for n, f in model.model_fields.items() for name in (n, f.alias) if name is not None
+    }
+    fields = _served_fields(raw, served, known)
     try:
-        request = ChatRequest.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
-        raise _as_request_error(error) from None
+        raise as_request_error(error) from None
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """The chat completion that `body` asks for.
+
+    Raises:
+        RequestError: no JSON object, a field that is unknown or not served, a value out of range.
+    """
+    raw = parse_json(body)
+    if isinstance(raw.get("messages"), list):
+        raw["messages"] = [_served_message(m, i) for i, m in enumerate(raw["messages"])]
+    request = parse(raw, ChatRequest, _CHAT)
     _check_together(request)
     return request
 
 
-def _served_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+def check_stream(stream: bool | None, options: object) -> None:
+    if options is not None and not stream:
+        raise RequestError("stream_options needs stream to be true", "stream_options")
+
+
+def _served_fields(raw: Mapping[str, Any], served: Set[str], known: Fields) -> dict[str, Any]:
     for name, value in raw.items():
-        if name in _NOT_SERVED:
-            _refuse_unless(_NOT_SERVED[name], value, name)
-        elif name not in ChatRequest.model_fields and name not in _NO_EFFECT:
-            known = [*ChatRequest.model_fields, *_NOT_SERVED, *_NO_EFFECT]
-            close = get_close_matches(name, known, n=1)
+        if name in known.not_served:
+            refuse_unless(known.not_served[name], value, name)
+        elif name not in served and name not in known.no_effect:
+            names = [*served, *known.not_served, *known.no_effect]
+            close = get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise RequestError(f"unknown field {_short(name)!r}{hint}", _short(name))
-    return {name: value for name, value in raw.items() if name in ChatRequest.model_fields}
+    return {name: value for name, value in raw.items() if name in served}
 
 
 def _served_message(message: Any, index: int) -> Any:
@@ -104,12 +127,18 @@ def _served_message(message: Any, index: int) -> Any:
         return message
     where = f"messages[{index}]"
     for name, neutral in _MESSAGE_NOT_SERVED.items():
-        _refuse_unless(neutral, message.get(name), f"{where}.{name}")
-    if message.get("role") in _ROLES_NOT_SERVED:
+        refuse_unless(neutral, message.get(name), f"{where}.{name}")
+    role = message.get("role")
+    if role not in _ROLES:
         raise RequestError(
-            f"role {message['role']!r} is not supported: this version calls no tools",
-            f"{where}.role",
+            f"role is {str(role)[:64]!r}, expected one of {', '.join(_ROLES)}", f"{where}.role"
         )
+    if role != "tool":  # the chat template has no place for the name of a person
+        refuse_unless((), message.get("name"), f"{where}.name")
+        message = {name: value for name, value in message.items() if name != "name"}
+    if role != "assistant":
+        refuse_unless(([],), message.get("tool_calls"), f"{where}.tool_calls")
+        message = {name: value for name, value in message.items() if name != "tool_calls"}
     content = message.get("content")
     for i, part in enumerate(content if isinstance(content, list) else ()):
         if isinstance(part, dict) and part.get("type") in _PARTS_NOT_SERVED:
@@ -121,7 +150,7 @@ def _served_message(message: Any, index: int) -> Any:
     return {name: value for name, value in message.items() if name not in _MESSAGE_NOT_SERVED}
 
 
-def _refuse_unless(neutral: Neutral, value: Any, name: str) -> None:
+def refuse_unless(neutral: Neutral, value: Any, name: str) -> None:
     # 1 == True in Python, but not in JSON
     if value is None or any(type(value) is type(n) and value == n for n in neutral):
         return
@@ -134,11 +163,12 @@ def _check_together(request: ChatRequest) -> None:
         raise RequestError(
             "max_tokens and max_completion_tokens differ; send one of them", "max_completion_tokens"
         )
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options needs stream to be true", "stream_options")
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+    check_stream(request.stream, request.stream_options)
 
 
-def _as_request_error(error: ValidationError) -> RequestError:
+def as_request_error(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     where = ""
     for step in first["loc"]:
@@ -150,7 +180,7 @@ def _as_request_error(error: ValidationError) -> RequestError:
         return RequestError(f"unknown field {where!r}", where)
     if first["type"] == "missing":
         return RequestError(f"{where} is missing", where)
-    return RequestError(f"{where}: {first['msg']}", where)
+    return RequestError(f"{where}: {first['msg'][:300]}", where)
 
 
 def _short(name: str) -> str:

@@ -237,7 +237,9 @@ class _Writer:
             member = f'{_key(name)} ":" {value} {rest[True]}'
             needed = name in required
             rest = {
-                some: self._rule(f"{comma}{member}" if needed else f"{comma}{member} | {rest[some]}")
+                some: self._rule(
+                    f"{comma}{member}" if needed else f"{comma}{member} | {rest[some]}"
+                )
                 for some, comma in ((False, ""), (True, '"," '))
             }
         return f'"{{" {rest[False]} "}}"'

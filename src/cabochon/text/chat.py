@@ -27,6 +27,11 @@ class ChatTemplate:
                 " prompts would start without it"
             )
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """What the template takes from outside: `tools` and `enable_thinking`, if it knows them."""
+        return self._renderer.variables if self._renderer else frozenset()
+
     @classmethod
     def open(cls, folder: Path) -> ChatTemplate:
         """Read `chat_template.jinja`, else `chat_template.json`, else `tokenizer_config.json`.

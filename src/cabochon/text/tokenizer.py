@@ -16,6 +16,8 @@ import tokenizers
 
 from cabochon.errors import ConfigError, RequestError
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
 DECODER_STEPS = ("Replace", "ByteFallback", "Fuse")
 
 
@@ -98,6 +100,13 @@ class Tokenizer:
         """The token with this id as the vocabulary writes it, if there is one."""
         token: str | None = self._inner.id_to_token(id_)
         return token
+
+    def piece(self, id_: int) -> bytes:
+        """The bytes that a token stands for; a special one for its name."""
+        token = self.token(id_) or ""
+        if _BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return (token if id_ in self.special else token.replace("▁", " ")).encode()
 
     def token_id(self, token: str) -> int | None:
         """The id of a token written as in the vocabulary, if there is one."""

@@ -1,0 +1,62 @@
+"""The routes of the API: which function answers which path."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from cabochon.llm import LLM
+from cabochon.serve.completions import chat_job, rendered
+from cabochon.serve.service import Service, unknown_model
+from cabochon.serve.shapes import Capabilities, ModelCard, ModelList
+
+
+def api_routes(service: Service) -> APIRouter:
+    """Everything under `/v1`, and the tokenizer."""
+    routes = APIRouter()
+    card = model_card(service.llm)
+
+    @routes.get("/v1/models")
+    async def models() -> ModelList:
+        """The model that this server has."""
+        return ModelList(data=[card])
+
+    @routes.get("/v1/models/{model:path}")
+    async def model(model: str) -> ModelCard:
+        """What is known of the model."""
+        if model != card.id:
+            raise unknown_model(model, card.id)
+        return card
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(request: Request) -> Response:
+        """The answer to a conversation."""
+        return await service.respond(request, partial(chat_job, service))
+
+    @routes.post("/v1/chat/completions/render", response_model=None)
+    async def render(request: Request) -> Response:
+        """The prompt that a conversation becomes."""
+        return await service.tell(request, partial(rendered, service))
+
+    return routes
+
+
+def model_card(llm: LLM) -> ModelCard:
+    config, known = llm.config, llm.prompts.template.variables
+    return ModelCard(
+        id=llm.name,
+        created=int(time.time()),
+        context_length=llm.max_context,
+        quantization=llm.report.as_dict()["groups"],
+        plan_hash=llm.report.hash,
+        capabilities=Capabilities(
+            vision=config.vision is not None,
+            audio=config.audio is not None,
+            video=config.vision is not None,
+            tools="tools" in known,
+            thinking="enable_thinking" in known,
+        ),
+    )

@@ -1,0 +1,122 @@
+"""From an HTTP request to its answer: the path that every endpoint which runs the model takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from cabochon import __version__
+from cabochon.llm import LLM
+from cabochon.serve.bridge import Deltas, Run
+from cabochon.serve.errors import ApiError
+from cabochon.serve.limits import Gate, read_body
+from cabochon.serve.media import Fetcher
+from cabochon.settings import Settings
+
+PREPARING = 2  # requests whose JSON, media and tokens are worked on at once, off the event loop
+Prepared = TypeVar("Prepared")
+
+
+class Answer(Protocol):
+    """The shape of an endpoint's answers."""
+
+    async def collect(self, deltas: Deltas) -> dict[str, Any]:
+        """The whole answer."""
+
+    def events(self, deltas: Deltas) -> AsyncIterator[str]:
+        """The answer as server-sent events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a request asks the engine for, and the shape of its answer."""
+
+    runs: Sequence[Run]
+    answer: Answer
+    stream: bool
+
+
+class Service:
+    """One model, its settings, and the places for requests at work."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.gate = Gate(settings.max_batch + settings.max_queue)
+        self.fingerprint = fingerprint(llm)
+        self.fetch = Fetcher(settings.media_hosts).fetch if settings.media_urls else None
+        self._pool = ThreadPoolExecutor(PREPARING, thread_name_prefix="cabochon-prepare")
+
+    async def respond(self, request: Request, prepare: Callable[[bytes], Job]) -> Response:
+        """The answer to one HTTP request: JSON, or a stream of events.
+
+        Raises:
+            CabochonError: the request is refused, or failed before its answer began.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.gate.slot())
+            body = await read_body(request, self.settings.max_body_bytes)
+            job = await self._aside(prepare, body)
+            deltas = Deltas(self.llm.engine, job.runs)
+            stack.callback(deltas.close)
+            watcher = asyncio.create_task(_await_disconnect(request, deltas))
+            stack.callback(watcher.cancel)
+            if job.stream:
+                return EventStream(job.answer.events(deltas), stack.pop_all())
+            return JSONResponse(await job.answer.collect(deltas))
+
+    async def tell(self, request: Request, prepare: Callable[[bytes], dict[str, Any]]) -> Response:
+        """The answer to a request that the model need not run for."""
+        with self.gate.slot():
+            body = await read_body(request, self.settings.max_body_bytes)
+            return JSONResponse(await self._aside(prepare, body))
+
+    async def _aside(self, prepare: Callable[[bytes], Prepared], body: bytes) -> Prepared:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, prepare, body)
+
+    def check_model(self, name: str) -> None:
+        if name != self.llm.name:
+            raise unknown_model(name, self.llm.name)
+
+
+def unknown_model(asked: str, served: str) -> ApiError:
+    return ApiError(
+        404,
+        f"there is no model {asked[:128]!r} here; this server has {served!r}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def fingerprint(llm: LLM) -> str:
+    """Changes when the version, or what was read from the checkpoint and how, changes."""
+    plan = llm.report.hash or "unplanned"
+    return f"fp_{plan[:16]}_{__version__}"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that let go of what they hold however the sending ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], held: ExitStack) -> None:
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _await_disconnect(request: Request, deltas: Deltas) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    deltas.close()
