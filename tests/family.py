@@ -342,6 +342,7 @@ def claim(form: str, weights: Mapping[str, Any], activations: Any = None) -> dic
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+LOCAL = FP4 | {"dynamic": "local"}
 
 
 def nbytes(tensors: Layout) -> int:

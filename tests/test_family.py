@@ -202,12 +202,23 @@ def test_26b_per_expert_nvfp4_in_500_megabytes(tmp_path: Path) -> None:
     assert peak < 500e6
 
 
-def test_26b_nvfp4_with_quantized_activations_is_refused_in_few_lines(tmp_path: Path) -> None:
-    claimed = family.claim("nvfp4-pack-quantized", FP4, activations={"num_bits": 4})
+def test_26b_nvfp4_with_quantized_activations(tmp_path: Path) -> None:
+    claimed = family.claim("nvfp4-pack-quantized", FP4, family.LOCAL)
+    report = plan(tmp_path, "26B-A4B", calibrated_26b(), quantization_config=claimed)
+    assert report.loads, report.text()
+    assert report.nbytes == family.nbytes(calibrated_26b())
+    stored = {row["scheme"] for row in report.as_dict()["groups"]}
+    assert stored == {"bf16", "nvfp4, inputs fp4 g16 e4m3"}
+
+
+def test_26b_with_activations_that_are_not_supported_is_refused_in_few_lines(
+    tmp_path: Path,
+) -> None:
+    claimed = family.claim("nvfp4-pack-quantized", FP4, {"num_bits": 6, "type": "float"})
     report = plan(tmp_path, "26B-A4B", calibrated_26b(), quantization_config=claimed)
     assert not report.loads
     assert len(report.text().splitlines()) <= 24
-    assert "input_activations are not supported" in report.text()
+    assert "input_activations of 6-bit float are not supported" in report.text()
 
 
 def test_26b_nvfp4_by_modelopt(tmp_path: Path) -> None:

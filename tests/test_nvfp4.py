@@ -216,12 +216,6 @@ def test_scales_of_activations_that_are_not_quantized_are_dropped(tmp_path: Path
     assert all("input_global_scale" in where for where in dropped.where)
 
 
-def claiming_activations(config: Config) -> None:
-    group = config["quantization_config"]["config_groups"]["group_0"]
-    scheme = preset_name_to_scheme("NVFP4", ["Linear"])
-    group["input_activations"] = scheme.model_dump(mode="json")["input_activations"]
-
-
 def algorithm(name: str) -> Callable[[Config], object]:
     def change(config: Config) -> None:
         described_by_modelopt(config)
@@ -230,11 +224,12 @@ def algorithm(name: str) -> Callable[[Config], object]:
     return change
 
 
-def test_quantized_activations_are_refused_by_name(tmp_path: Path) -> None:
-    silent = refused(altered(tmp_path / "silent", E2B, with_activations, claiming_nothing))
-    assert "NVFP4 with quantized activations" in silent
-    claimed = refused(altered(tmp_path / "claimed", E2B, with_activations, claiming_activations))
-    assert "input_activations are not supported" in claimed
+def test_scales_of_activations_need_a_claim(tmp_path: Path) -> None:
+    text = refused(altered(tmp_path, E2B, with_activations, claiming_nothing))
+    assert "input_global_scale rounds activations, and config.json does not say how" in text
+
+
+def test_modelopts_algorithms_that_change_activations_are_refused(tmp_path: Path) -> None:
     for name in ("NVFP4", "NVFP4_AWQ", "MIXED_PRECISION"):
         text = refused(altered(tmp_path / name, E2B, modelopt, algorithm(name)))
         assert f"quant_algo {name!r} is not supported" in text

@@ -100,13 +100,6 @@ STORED = {
         GATE,
         "weight_scale is not part of bf16",
     ),
-    "activation order": (
-        W4A16,
-        put(f"{GATE}.weight_g_idx", torch.zeros(64, dtype=torch.int32)),
-        GATE,
-        "weight_g_idx",
-        "activation reordering",
-    ),
     "GPTQ": (
         DENSE,
         lambda t: t.update({f"{GATE}.qweight": t.pop(f"{GATE}.weight").int()}),
@@ -181,13 +174,15 @@ def quantization(**changes: object) -> Callable[[Config], object]:
     return lambda c: c["quantization_config"].update(changes)
 
 
+SIX = {"num_bits": 6, "type": "float", "strategy": "group", "group_size": 32, "dynamic": True}
+
 CLAIMED = {
     "another method": (quantization(quant_method="awq"), "quant_method 'awq'"),
     "another format": (group(format="marlin-24"), "format 'marlin-24'"),
-    "3 bits": (weights(num_bits=3), "3-bit int"),
+    "16 bits": (weights(num_bits=16), "16-bit int"),
     "floats": (weights(type="float"), "4-bit float"),
     "blocks": (weights(strategy="block"), "strategy 'block'"),
-    "quantized activations": (group(input_activations={"num_bits": 8}), "input_activations"),
+    "6-bit activations": (group(input_activations=SIX), "input_activations of 6-bit float"),
     "rotations": (quantization(transform_config={"R1": {}}), "transform_config"),
     "no group size": (weights(group_size=None), "group_size is None"),
 }
@@ -310,26 +305,3 @@ def test_any_single_tensor_lost_or_bent_is_noticed() -> None:
         lost = {other: stored[other] for other in stored if other != name}
         for metas in (bent, lost):
             assert build_plan(Checkpoint(ASYMMETRIC, metas), config, raw).problems, name
-
-
-def test_other_quantizers_own_layouts_are_named(tmp_path: Path) -> None:
-    """compressed-tensors' other formats, as its own compressors write one matrix."""
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization import preset_name_to_scheme
-
-    formats = {"FP8_DYNAMIC": "float-quantized", "W8A8": "int-quantized"}
-    for preset, name in formats.items():
-        scheme = preset_name_to_scheme(preset, ["Linear"])
-        weight = {"weight": torch.randn(96, 64), "weight_scale": torch.ones(96, 1)}
-        stored = BaseCompressor.get_value_from_registry(name).compress(weight, scheme)
-
-        def change(tensors: Tensors, stored: Tensors = stored) -> None:
-            del tensors[f"{GATE}.weight"]
-            tensors |= {f"{GATE}.{leaf}": tensor for leaf, tensor in stored.items()}
-
-        described = scheme.model_dump(mode="json") | {"format": name}
-        claim = {"quant_method": "compressed-tensors", "config_groups": {"group_0": described}}
-        claiming = partial(dict.update, quantization_config=claim)
-        text = refusal(altered(tmp_path / preset, DENSE, change, claiming))
-        assert GATE in text
-        assert f"format {name!r}" in text

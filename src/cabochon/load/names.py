@@ -58,7 +58,16 @@ _RENAMES = (
         ),
         r"\1.weight_\2",
     ),
+    (
+        re.compile(
+            r"(\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj)"
+            r"_((?:input|output)_(?:scale|zero_point|global_scale))$"
+        ),
+        r"\1.\2",
+    ),
 )
+
+KV_SCALES = "scales of a quantized KV cache; keys and values are kept in the compute dtype"
 
 # One expert's matrix: layer, expert, projection, leaf.
 _EXPERT = re.compile(r"(.+\.layers\.\d+)\.experts\.(\d+)\.(gate|up|down)_proj\.(.+)")
@@ -140,8 +149,9 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
             "a vestige that upstream's model does not read either",
         ),
         (
-            r"model\.language_model\.layers\.\d+\.self_attn\.[kv]_(cache_)?scale",
-            "scales of a quantized KV cache; keys and values are kept in the compute dtype",
+            r"model\.language_model\.layers\.\d+\.self_attn\.[qkv]_"
+            r"(cache_scale|scale|zero_point|global_scale)",
+            KV_SCALES,
         ),
         (r"rope_freqs\.weight", "which pairs of a head rotate, read with the configuration"),
     ]

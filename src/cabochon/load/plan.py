@@ -16,10 +16,11 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import Gemma4Config
 from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
-from cabochon.load.names import Named, absences, canonical, drops, locate
+from cabochon.load.names import KV_SCALES, Named, absences, canonical, drops, locate
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
 from cabochon.quant.activations import ACTIVATION_LEAVES
+from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.configs import read_rules
 from cabochon.quant.packed_int import PackedInt
@@ -140,7 +141,7 @@ def build_plan(
     tree = needed(config, has_head=has_head)
     inside = _inside(tree) if checkpoint.gguf is None else None
     placed = _place(named, config, tree, inside)
-    sites, notes, problems = _resolve_all(tree, placed, rules)
+    sites, notes, problems = _resolve_all(tree, placed, rules, weights_only=weights_only)
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
@@ -214,7 +215,7 @@ def _flat(meta: TensorMeta, site: Site) -> TensorMeta:
 
 
 def _resolve_all(
-    tree: Tree, placed: _Placed, rules: Rules
+    tree: Tree, placed: _Placed, rules: Rules, *, weights_only: bool
 ) -> tuple[list[SiteRead], list[Note], list[Problem]]:
     reads: list[SiteRead] = []
     notes: list[Note] = []
@@ -226,7 +227,9 @@ def _resolve_all(
         for part, found in parts.items():
             site = whole if part is None else whole.part
             claim = claims[site.name] = rules.claim(site, _spellings(site, found))
-            stored = _without_idle(found, claim, placed)
+            stored = found
+            if weights_only or claim.scheme is not None or claim.deferred:
+                stored = _without_idle(site, found, claim, placed)
             verdict = resolve(site, stored, claim)
             if isinstance(verdict, Refusal):
                 where = site.name if part is None else next(iter(stored.values())).name
@@ -244,16 +247,17 @@ def _resolve_all(
 
 
 def _without_idle(
-    stored: dict[str, TensorMeta], claim: Claim, placed: _Placed
+    site: Site, stored: dict[str, TensorMeta], claim: Claim, placed: _Placed
 ) -> dict[str, TensorMeta]:
-    """`stored` without scales of activations that, by a claim of the weights, are not rounded."""
-    if claim.scheme is None and not claim.deferred:
-        return stored
+    """`stored` without scales of activations where the recipe rounds none."""
+    if site.kind == "embedding":  # its rows are looked up, not multiplied with anything
+        claim = replace(claim, activations=None)
     used = {slot.leaf for slot in claim.activations.slots} if claim.activations else set()
     idle = stored.keys() & ACTIVATION_LEAVES - used
     for leaf in sorted(idle):
         meta = stored[leaf]
-        reason = "a scale of activations, which are not quantized here"
+        cached = leaf.startswith("output_") and site.name.endswith((".k_proj", ".v_proj"))
+        reason = KV_SCALES if cached else "a scale of activations, which are not quantized here"
         placed.dropped.append(Dropped(meta, meta.name, reason))
     return {leaf: meta for leaf, meta in stored.items() if leaf not in idle}
 
@@ -290,10 +294,11 @@ def _partial_zero_points(
     """Optional tensors are there for all the sites of a config group or for none of them."""
     groups: dict[str, list[SiteRead]] = {}
     for read in reads:
-        if isinstance(read.scheme, PackedInt):
+        if isinstance(read.scheme, PackedInt | ByteCodes):
             groups.setdefault(claims[read.site.name].rule, []).append(read)
     for rule, members in groups.items():
-        lacking = [r for r in members if isinstance(r.scheme, PackedInt) and r.scheme.symmetric]
+        kinds = (PackedInt, ByteCodes)
+        lacking = [r for r in members if isinstance(r.scheme, kinds) and r.scheme.symmetric]
         if 0 < len(lacking) < len(members):
             detail = (
                 f"weight_zero_point is missing, but {len(members) - len(lacking)} of"

@@ -19,8 +19,10 @@ class ByteWeight(Weight):
 
     Args:
         codes: int8 `[out, in]`; or, if there is a table, uint8.
-        scales: float `[ceil(out / cell[0]), ceil(in / cell[1])]`.
+        scales: float `[ceil(out / cell[0]), ceil(in / cell[1])]`; or, if there are levels, uint8.
         table: float32 `[256]`, what each code stands for; None: itself.
+        zeros: int8 like `scales`, the code that stands for zero; None: zero does.
+        levels: float32 `[256]`, what each code of a scale stands for; None: itself.
         cell: rows and columns that share a scale.
         rounding: the dtype to which entries are rounded.
         factor: what entries are multiplied with at last.
@@ -32,6 +34,8 @@ class ByteWeight(Weight):
         scales: Tensor,
         table: Tensor | None = None,
         *,
+        zeros: Tensor | None = None,
+        levels: Tensor | None = None,
         cell: tuple[int, int],
         rounding: torch.dtype = torch.float32,
         factor: float = 1.0,
@@ -39,6 +43,8 @@ class ByteWeight(Weight):
         assert codes.dtype is (torch.int8 if table is None else torch.uint8)
         assert table is None or table.shape == (256,)
         assert scales.shape == (-(-codes.shape[0] // cell[0]), -(-codes.shape[1] // cell[1]))
+        assert levels is None or (scales.dtype is torch.uint8 and levels.shape == (256,))
+        assert zeros is None or zeros.shape == scales.shape
         super().__init__(*codes.shape)
         self.cell = cell
         self.rounding = rounding
@@ -46,10 +52,14 @@ class ByteWeight(Weight):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
         self.register_buffer("table", table)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("levels", levels)
 
     codes: Tensor
     scales: Tensor
     table: Tensor | None
+    zeros: Tensor | None
+    levels: Tensor | None
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         codes = self.codes[start:stop]
@@ -64,16 +74,23 @@ class ByteWeight(Weight):
     def _expand(self, codes: Tensor, numbers: Tensor) -> Tensor:
         """`codes [rows, in]` of the rows `numbers`, in the dtype that they are rounded to."""
         values = codes.float() if self.table is None else _look_up(codes, self.table)
-        scales = self.scales[numbers // self.cell[0]].float()  # [rows, cells]
+        cells = numbers // self.cell[0]
+        if self.zeros is not None:
+            values = values - self._spread(self.zeros[cells].float())
+        scales = self.scales[cells]
+        scales = scales.float() if self.levels is None else _look_up(scales, self.levels)
         if scales.shape[1] == 1:
             values *= scales
         elif self.in_features % self.cell[1] == 0:
             values.view(len(codes), -1, self.cell[1]).mul_(scales[..., None])
         else:  # the last cell is cut short
-            values *= scales.repeat_interleave(self.cell[1], dim=1)[:, : self.in_features]
+            values *= self._spread(scales)
         if self.factor != 1:
             values *= self.factor
         return values.to(self.rounding)
+
+    def _spread(self, grid: Tensor) -> Tensor:  # [rows, cells] -> [rows, in_features]
+        return grid.repeat_interleave(self.cell[1], dim=1)[:, : self.in_features]
 
 
 def _look_up(codes: Tensor, table: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Claim:
 
     rule: str  # text to show: "config group group_0"
     scheme: Scheme | None = None  # None: dense, or `unsupported`
+    variants: tuple[Scheme, ...] = ()  # other layouts of the same, between which the file decides
     activations: Activations | None = None  # None: they are not rounded
     unsupported: str | None = None  # why this version has no scheme for what is claimed
     deferred: bool = False  # to the tensors, whose own types say it all

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
+from cabochon.quant.byte_codes import ByteCodes, Cell
 from cabochon.quant.claims import Claim, Rules, Targets
+from cabochon.quant.ct_arguments import (
+    UnsupportedError,
+    form_of,
+    kind_of,
+    rounding_of,
+    scheme_of,
+    strategy_of,
+)
 from cabochon.quant.fields import KV_NOTE, mapping, targets
+from cabochon.quant.microscaled import BLOCK as MX_BLOCK
+from cabochon.quant.microscaled import Mxfp4
 from cabochon.quant.nvfp4 import Nvfp4
 from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.scheme import Scheme, Site
 
+DENSE_SINCE = (0, 18)  # before, each word held as many whole entries as went into it
+
 
 def candidates(site: Site, stored: Mapping[str, TensorMeta]) -> Iterator[Scheme]:
     """Schemes that leaves, dtypes and widths leave open."""
-    if "weight_global_scale" in stored:
-        yield Nvfp4("compressed-tensors")
-    elif "weight_packed" in stored:
+    scale = stored.get("weight_scale")
+    if "weight_packed" in stored:
+        if "weight_global_scale" in stored:
+            yield Nvfp4("compressed-tensors")
+        elif stored["weight_packed"].dtype == "U8":
+            yield Mxfp4()
+        else:
+            yield from _packed(site, stored)
+    elif "weight" in stored and scale is not None and len(scale.shape) < 3:
         symmetric = "weight_zero_point" not in stored
-        for bits in (4, 8):
-            for group in _groups(site, stored.get("weight_scale")):
-                yield PackedInt(bits, group, symmetric)
+        dtype = stored["weight"].dtype
+        if dtype == "F8_E4M3" and scale.dtype == "U8":
+            yield ByteCodes("mxfp8", (1, MX_BLOCK))
+        elif dtype in ("I8", "F8_E4M3"):
+            for cell in _cells(site, scale):
+                yield ByteCodes("int8" if dtype == "I8" else "fp8", cell, symmetric)
+
+
+def _packed(site: Site, stored: Mapping[str, TensorMeta]) -> Iterator[Scheme]:
+    """Not as old versions packed: their 7 bits are as wide as 8, and only a claim tells which."""
+    symmetric, reordered = "weight_zero_point" not in stored, "weight_g_idx" in stored
+    for bits in range(2, 9):
+        for group in _groups(site, stored.get("weight_scale")):
+            scheme = PackedInt(bits, group, symmetric, reordered=reordered)
+            if site.extent(scheme.width) == stored["weight_packed"].shape[-1]:
+                yield scheme
 
 
 def _groups(site: Site, scale: TensorMeta | None) -> list[int | None]:
@@ -35,6 +68,17 @@ def _groups(site: Site, scale: TensorMeta | None) -> list[int | None]:
     return sorted(sizes) or [None]
 
 
+def _cells(site: Site, scale: TensorMeta) -> Iterator[Cell]:
+    """What may share a scale, by how many of them there are."""
+    if len(scale.shape) < 2:
+        yield None, None
+    elif scale.shape[0] == site.out_features:
+        for group in _groups(site, scale):
+            yield 1, group
+    else:
+        yield 128, 128
+
+
 def rules(key: str, config: Mapping[str, Any]) -> Rules:
     """The rules of `config_groups`, whose targets and ignore entries name upstream's modules."""
     described = mapping(config.get("config_groups") or {}, f"{key}.config_groups")
@@ -42,73 +86,49 @@ def rules(key: str, config: Mapping[str, Any]) -> Rules:
         name: _group(name, mapping(group, f"{key}.config_groups.{name}"), config)
         for name, group in described.items()
     }
-    notes = [] if config.get("kv_cache_scheme") is None else [KV_NOTE]
     refusals = []
     if config.get("transform_config"):
         refusals.append(f"{key}.transform_config is not supported by this version")
     ignore = targets(config.get("ignore") or [], f"{key}.ignore")
-    return Rules(groups=groups, ignore=ignore, notes=tuple(notes), refusals=tuple(refusals))
+    notes = tuple(_notes(key, config))
+    return Rules(groups=groups, ignore=ignore, notes=notes, refusals=tuple(refusals))
+
+
+def _notes(key: str, config: Mapping[str, Any]) -> Iterator[str]:
+    scheme = config.get("kv_cache_scheme")
+    if scheme is not None:
+        scheme = mapping(scheme, f"{key}.kv_cache_scheme")
+        kind = f"{scheme.get('num_bits')}-bit {kind_of(scheme)} per {strategy_of(scheme)}"
+        yield f"{KV_NOTE} (claimed: {kind})"
 
 
 def _group(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Targets, Claim]:
     where = f"config_groups.{name}"
     wanted = targets(group.get("targets") or [], f"{where}.targets")
-    weights = group.get("weights")
     rule = f"config group {name!r}"
-    if weights is None:
-        return wanted, Claim(rule)
-    weights = mapping(weights, f"{where}.weights")
-    reason = _unsupported(group, weights, config)
-    if reason is not None:
-        return wanted, Claim(rule, unsupported=reason)
-    return wanted, Claim(rule, scheme=_scheme(weights))
+    if group.get("weights") is not None:
+        mapping(group["weights"], f"{where}.weights")
+    try:
+        return wanted, _claim(rule, group, config)
+    except UnsupportedError as error:
+        return wanted, Claim(rule, unsupported=str(error))
 
 
-def _scheme(weights: Mapping[str, Any]) -> Scheme:
-    """The scheme that `weights`, which this version supports, describes."""
-    if weights.get("type", "int") == "float":
-        return Nvfp4("compressed-tensors")
-    return PackedInt(
-        bits=weights["num_bits"],
-        group=weights.get("group_size") if weights.get("strategy") == "group" else None,
-        symmetric=weights.get("symmetric") is not False,
-    )
+def _claim(rule: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Claim:
+    activations = rounding_of(group)
+    weights = group.get("weights")
+    if weights is not None:
+        form, padded = form_of(group, config), _pads(config)
+        scheme = scheme_of(form, weights, padded=padded)
+        other = scheme_of(form, weights, padded=not padded)
+        variants = () if other == scheme else (other,)
+        return Claim(rule, scheme, variants, activations)
+    if activations is not None:
+        raise UnsupportedError("activations of unquantized matrices are not rounded")
+    return Claim(rule)
 
 
-def _unsupported(
-    group: Mapping[str, Any], weights: Mapping[str, Any], config: Mapping[str, Any]
-) -> str | None:
-    """Why this version cannot run what a config group claims; None if it can."""
-    form = group.get("format") or config.get("format")
-    if form == "nvfp4-pack-quantized":
-        reason = _unsupported_nvfp4(weights)
-    elif form == "pack-quantized":
-        reason = _unsupported_packed(weights)
-    else:
-        reason = f"compressed-tensors format {form!r} is not supported by this version"
-    for key in ("input_activations", "output_activations"):
-        if reason is None and group.get(key) is not None:
-            reason = f"{key} are not supported by this version: only weights may be quantized"
-    return reason
-
-
-def _unsupported_packed(weights: Mapping[str, Any]) -> str | None:
-    if weights.get("type", "int") != "int" or weights.get("num_bits") not in (4, 8):
-        kind = f"{weights.get('num_bits')}-bit {weights.get('type')}"
-        return f"{kind} weights are not supported by this version"
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    if strategy not in ("group", "channel"):
-        return f"weight strategy {strategy!r} is not supported by this version"
-    if strategy == "group" and (type(size) is not int or size < 1):
-        return f"group_size is {size!r}, expected a positive integer"
-    return None
-
-
-def _unsupported_nvfp4(weights: Mapping[str, Any]) -> str | None:
-    expected = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-    for key, value in expected.items():
-        if weights.get(key) != value:
-            return f"nvfp4-pack-quantized has {key} {weights.get(key)!r}, expected {value!r}"
-    if weights.get("symmetric") is False:
-        return "asymmetric nvfp4-pack-quantized weights are not supported by this version"
-    return None
+def _pads(config: Mapping[str, Any]) -> bool:
+    """Whether 3, 5, 6 and 7 bits are packed as older versions did."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("version") or ""))
+    return version is not None and (int(version[1]), int(version[2])) < DENSE_SINCE

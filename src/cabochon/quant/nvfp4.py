@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from cabochon.nn.weight import Weight
 
+BLOCK = 16  # entries that share a scale
+
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4:
@@ -40,17 +42,19 @@ class Nvfp4:
         whole = "weight_global_scale" if divides else "weight_scale_2"
         return (
             Slot(codes, frozenset({"U8"}), ("out", "in/2"), "codes"),
-            Slot("weight_scale", frozenset({"F8_E4M3"}), ("out", "in/16"), "scales"),
+            Slot("weight_scale", frozenset({"F8_E4M3"}), ("out", f"in/{BLOCK}"), "scales"),
             Slot(whole, frozenset({"F32"}), (), "divisor" if divides else "factor"),
         )
 
     def build(self, stored: Mapping[str, Tensor], site: Site) -> Weight:
         import torch
 
+        from cabochon.nn.float4 import Float4Weight
         from cabochon.nn.minifloat import E4M3
-        from cabochon.nn.nvfp4 import Nvfp4Weight
 
         codes, scales, whole = (stored[slot.leaf] for slot in self.slots)
         whole = whole.reshape(())
         levels = E4M3 / whole if self.layout == "compressed-tensors" else E4M3 * whole
-        return Nvfp4Weight(codes, scales.view(torch.uint8), levels, in_features=site.in_features)
+        return Float4Weight(
+            codes, scales.view(torch.uint8), levels, in_features=site.in_features, block=BLOCK
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cabochon.errors import LoadError
 from cabochon.quant.scheme import FLOATS, Site, Slot
 
 if TYPE_CHECKING:
@@ -13,48 +14,106 @@ if TYPE_CHECKING:
 
     from cabochon.nn.weight import Weight
 
+ALIGNED = (2, 4, 8)  # bits that fill a word whole, so that all versions pack them alike
+
+_I32 = frozenset({"I32"})
+
 
 @dataclass(frozen=True, slots=True)
 class PackedInt:
-    """compressed-tensors' `pack-quantized` (0.20): integers in int32 words along the input.
+    """Integers of 2 to 8 bits; zero points are packed in the same way, but along the output.
 
-    Zero points are packed along the output. For 4 and 8 bits all versions of the format agree.
+    Words are one stream of bits, or, as older versions wrote 3, 5, 6 and 7 bits, `padded`: each
+    holds as many whole entries as go into it.
     """
 
     bits: int
     group: int | None  # None: one scale a row ("channel")
     symmetric: bool
+    padded: bool = False
+    reordered: bool = False  # a tensor says which group each column is in (actorder "group")
 
     @property
     def name(self) -> str:
-        grouping = "channel" if self.group is None else f"g{self.group}"
-        return f"int{self.bits} {grouping}" + ("" if self.symmetric else " asymmetric")
+        parts = [f"int{self.bits}", "channel" if self.group is None else f"g{self.group}"]
+        parts += [] if self.symmetric else ["asymmetric"]
+        parts += ["padded"] if self.padded else []
+        parts += ["reordered"] if self.reordered else []
+        return " ".join(parts)
+
+    @property
+    def width(self) -> str:
+        """Words of a row."""
+        return self._words("in")
+
+    def _words(self, axis: str) -> str:
+        return f"{axis}/{32 // self.bits}" if self.padded else f"{axis}*{self.bits}/32"
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        words = 32 // self.bits  # entries a word; 4 and 8 bits never straddle two
         groups = "1" if self.group is None else f"in/{self.group}"
-        required = (
-            Slot("weight_packed", frozenset({"I32"}), ("out", f"in/{words}"), "codes"),
+        slots = [
+            Slot("weight_packed", _I32, ("out", self.width), "codes"),
             Slot("weight_scale", FLOATS, ("out", groups), "scales"),
-            Slot("weight_shape", frozenset({"I64"}), ("2",), "shape"),
-        )
-        if self.symmetric:
-            return required
-        zeros = Slot("weight_zero_point", frozenset({"I32"}), (f"out/{words}", groups), "codes")
-        return (*required, zeros)
+            Slot("weight_shape", frozenset({"I64", "I32"}), ("2",), "shape"),
+        ]
+        if not self.symmetric:
+            slots.append(Slot("weight_zero_point", _I32, (self._words("out"), groups), "codes"))
+        if self.reordered:
+            slots.append(Slot("weight_g_idx", _I32, ("in",), "groups"))
+        return tuple(slots)
 
     def build(self, stored: Mapping[str, Tensor], site: Site) -> Weight:
         from cabochon.nn.packed_int import PackedIntWeight, unpack_columns
+        from cabochon.nn.permuted import Permuted
 
-        zeros = None
-        if not self.symmetric:
-            zeros = unpack_columns(stored["weight_zero_point"], self.bits, site.out_features)
-        return PackedIntWeight(
-            stored["weight_packed"],
+        words, zeros = stored["weight_packed"], stored.get("weight_zero_point")
+        if self.padded:
+            words = self._dense(words, site.in_features)
+            zeros = None if zeros is None else self._dense(zeros.T, site.out_features).T
+        if zeros is not None:
+            zeros = unpack_columns(zeros, self.bits, site.out_features)
+        order = self._order(stored, site)
+        if order is not None:
+            words = self._taken(words, order)
+        weight = PackedIntWeight(
+            words,
             stored["weight_scale"],
             zeros,
             in_features=site.in_features,
             bits=self.bits,
             group=self.group or site.in_features,
         )
+        return weight if order is None else Permuted(weight, order)
+
+    def _dense(self, words: Tensor, entries: int) -> Tensor:
+        """Words that hold whole entries only, as one stream of bits."""
+        import torch
+
+        from cabochon.nn.bits import pack
+
+        shifts = torch.arange(0, 33 - self.bits, self.bits, dtype=torch.int32)
+        codes = words[:, :, None] >> shifts & (1 << self.bits) - 1
+        return pack(codes.flatten(1)[:, :entries].to(torch.uint8), self.bits)
+
+    def _order(self, stored: Mapping[str, Tensor], site: Site) -> Tensor | None:
+        """Columns by their groups; None if they are so already."""
+        if not self.reordered or bool((stored["weight_g_idx"] < 0).any()):
+            return None  # -1, as upstream initializes it: not reordered
+        groups, size = stored["weight_g_idx"], self.group or site.in_features
+        counts = groups.bincount()
+        if len(counts) * size != site.in_features or bool((counts != size).any()):
+            raise LoadError(
+                f"{site.name}.weight_g_idx does not put {size} columns into each of"
+                f" {site.in_features // size} groups; the checkpoint is damaged"
+            )
+        return None if bool((groups.diff() >= 0).all()) else groups.argsort(stable=True)
+
+    def _taken(self, words: Tensor, order: Tensor) -> Tensor:
+        """`words` with their columns in another order."""
+        import torch
+
+        from cabochon.nn.bits import pack, unpack
+
+        codes = unpack(words.contiguous().view(torch.uint8), self.bits, len(order))
+        return pack(codes[:, order], self.bits)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cabochon.checkpoint.headers import TensorMeta
+from cabochon.quant.activations import ACTIVATION_LEAVES
+from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim
 from cabochon.quant.families import FAMILIES
 from cabochon.quant.packed_int import PackedInt
@@ -19,11 +21,8 @@ from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site, diff
 
 # Leaves that give another format away, so that a refusal can name it.
 _FOREIGN = (
-    ("weight_g_idx", "activation reordering (actorder group)"),
     ("qweight", "GPTQ or AWQ"),
     ("weight_scale_inv", "block-wise fp8"),
-    ("input_global_scale", "NVFP4 with quantized activations (compressed-tensors)"),
-    ("input_scale", "a fixed scale of activations, which are then quantized too,"),
     ("pre_quant_scale", "AWQ smoothing of activations (ModelOpt)"),
     ("scales", "MLX"),
 )
@@ -57,8 +56,9 @@ def resolve(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> Verdi
         return Verdict(fitting[0], note=_dense_note(claim))
     if claim.unsupported is not None:
         return Refusal("SCHEME", f"{claim.unsupported} ({claim.rule}); {_stored_as(stored)}")
-    if claim.scheme in fitting:
-        return Verdict(claim.scheme, activations)
+    for scheme in (claim.scheme, *claim.variants):
+        if scheme in fitting:
+            return Verdict(scheme, activations)
     if not fitting:
         return _nearest(site, stored, candidates, activations)
     if len(fitting) > 1:
@@ -71,7 +71,7 @@ def _candidates(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> l
     """Schemes worth trying, likeliest first."""
     if set(stored) == {"weight"} and stored["weight"].dtype in FLOATS:
         return [Dense(stored["weight"].dtype)]
-    found = {} if claim.scheme is None else {claim.scheme: None}
+    found = {} if claim.scheme is None else dict.fromkeys((claim.scheme, *claim.variants))
     for family in FAMILIES:
         found |= dict.fromkeys(family.candidates(site, stored))
     weight = stored.get("weight")
@@ -100,9 +100,10 @@ def _against_claim(
 
 
 def _lacks_zero_points(scheme: Scheme, claimed: Scheme | None) -> bool:
+    kinds = (PackedInt, ByteCodes)
     return (
-        isinstance(scheme, PackedInt)
-        and isinstance(claimed, PackedInt)
+        isinstance(scheme, kinds)
+        and isinstance(claimed, kinds)
         and scheme.symmetric
         and not claimed.symmetric
     )
@@ -114,6 +115,10 @@ def _nearest(
     candidates: Sequence[Scheme],
     activations: Activations | None,
 ) -> Refusal:
+    unclaimed = min(stored.keys() & ACTIVATION_LEAVES, default=None)
+    if unclaimed is not None and activations is None:
+        detail = f"{unclaimed} rounds activations, and config.json does not say how"
+        return Refusal("SCHEME", f"{detail} (--weights-only ignores it); {_stored_as(stored)}")
     foreign = next((name for leaf, name in _FOREIGN if leaf in stored), None)
     if foreign is not None:
         detail = f"{foreign} is not supported by this version; {_stored_as(stored)}"
