@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 FLOATS = frozenset({"BF16", "F16", "F32"})
 
 # Scales of bytes are exponents of two, E8M0. A divisor or a factor is one number for the whole
-# matrix; a table is looked up by codes; groups say to which column of the scales a column belongs. A
-# scale is one of activations, a single number, and may be 0.0 where that says that there is none.
+# matrix; a table is looked up by codes; groups say which scales a column belongs to. A scale is one
+# of activations, a single number, and may be 0.0 where that says that there is none.
 Holds = Literal[
     "matrix", "codes", "scales", "shape", "divisor", "factor", "table", "header", "groups",
     "scale", "scale or none", "blocks",
