@@ -344,7 +344,7 @@ def test_options_of_no_use_are_named(options: dict[str, Any]) -> None:
 
 
 def test_a_machine_too_small_is_told_before_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cabochon.llm._memory", lambda: 500_000)
+    monkeypatch.setattr("cabochon.llm.machine_memory", lambda: 500_000)
     with pytest.raises(ResourceError, match=r"take 0\.00 GB of memory"):
         LLM(TINY)
 

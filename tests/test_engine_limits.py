@@ -89,6 +89,7 @@ def test_an_answer_that_takes_too_long_is_ended(llm: LLM) -> None:
         with pytest.raises(DeadlineError, match=r"longer than 0\.3 seconds"):
             list(stream)
     assert settled(llm)
+    llm.engine.limits = Limits()
     assert len(llm.generate(prompt(llm, 300), GREEDY)[0].tokens) == 12
 
 
@@ -119,3 +120,14 @@ def test_a_cancelled_request_gives_its_pages_back_at_once(llm: LLM) -> None:
     assert not idle(llm)
     llm.engine.cancel(number)
     assert settled(llm, 1.0)
+
+
+def test_closing_ends_the_templates_process() -> None:
+    with LLM(dtype="float32", kv_cache_bytes=8 * 2**20) as llm:
+        renderer = llm.prompts.template._renderer
+        assert renderer is not None
+        process = renderer._process
+        assert process.poll() is None
+    assert process.poll() is not None
+    assert llm.prompts.chat([{"role": "user", "content": "Hello"}]).tokens  # it comes back
+    llm.prompts.close()

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from cabochon.gemma4.sounds import Wave
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.plan import LoadPlan
-from cabochon.load.report import plan_checkpoint
+from cabochon.load.report import Report, plan_checkpoint
 from cabochon.prompts import Message, Prompts
 
 AnyPrompt = str | Sequence[int] | Prompt
@@ -85,40 +84,24 @@ class LLM:
             "max_context": max_context,
         }
         _check_options(dtype, sizes)
-        folder = DEMO if model is None else Path(model)
-        self.name = DEMO_NAME if model is None else folder.resolve().name.removesuffix(".gguf")
+        path = DEMO if model is None else Path(model)
+        self.name = DEMO_NAME if model is None else path.resolve().name.removesuffix(".gguf")
         if threads is not None:
             torch.set_num_threads(threads)
         compute = _DTYPES[dtype]
-        self.report = plan_checkpoint(folder, weights_only=weights_only)
+        self.report = plan_checkpoint(path, weights_only=weights_only)
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
-        gguf = self.report.checkpoint.gguf
-        if gguf is None:
-            self.prompts = Prompts(folder, self.config)
-            generation = GenerationDefaults.open(folder, self.prompts.tokenizer)
-        else:  # one file says it all; others beside it are not looked at
-            self.prompts = Prompts(gguf.path, self.config, gguf.metadata)
-            generation = GenerationDefaults.of_gguf(gguf.metadata, self.prompts.tokenizer)
+        self.prompts, generation = _open_text(path, self.report, self.config)
         self.defaults = generation.sampling
-        self.grammars = Grammars(
-            self.prompts.tokenizer, self.config.text.vocab_size, generation.ends
-        )
+        vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
+        self.grammars = Grammars(tokenizer, vocab, generation.ends)
         self.prefill_chunk = prefill_chunk
         # A picture that must stay whole may make a step longer than the chunk.
-        self._longest_step = max(
-            prefill_chunk,
-            self.prompts.pictures.max_soft_tokens,
-            self.prompts.videos.frames.max_soft_tokens,
-        )
-        memory = machine_memory()
-        if plan.nbytes > memory:
-            raise ResourceError(
-                f"the weights of {folder} take {plan.nbytes / 1e9:.2f} GB of memory, and there are"
-                f" {memory / 1e9:.2f} GB in all"
-            )
+        self._longest_step = max(prefill_chunk, self.prompts.longest_picture)
+        memory = _memory_for(plan, path)
         budget = kv_cache_bytes or memory // 8
         cache = CachePlan.fit(
             self.config.text, compute, budget, max_batch, self._longest_step, max_context
@@ -128,13 +111,9 @@ class LLM:
         logger.info("%s", self.capacity)
         gemma, self.certificate = _load(plan, compute, progress)
         self.runner = Runner(gemma, compute, torch.device("cpu"))
+        ends, never = generation.ends, generation.suppressed
         self.engine = Engine(
-            self.runner,
-            cache,
-            self.prompts.tokenizer,
-            ends=generation.ends,
-            suppressed=generation.suppressed,
-            prefill_chunk=prefill_chunk,
+            self.runner, cache, tokenizer, ends=ends, suppressed=never, prefill_chunk=prefill_chunk
         )
 
     @property
@@ -205,17 +184,14 @@ class LLM:
         return logits
 
     def close(self) -> None:
+        """End the engine's thread and the template's process; requests that run get an error."""
         self.engine.close()
+        self.prompts.close()
 
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _generation_prompt(self, prompt: AnyPrompt) -> Prompt:
@@ -224,6 +200,33 @@ class LLM:
         if isinstance(prompt, str) and not prompt.startswith("<bos>"):
             prompt = "<bos>" + prompt
         return self.prompts.raw(prompt)
+
+
+def _open_text(
+    path: Path, report: Report, config: Gemma4Config
+) -> tuple[Prompts, GenerationDefaults]:
+    gguf = report.checkpoint.gguf
+    if gguf is None:
+        prompts = Prompts(path, config)
+        return prompts, GenerationDefaults.open(path, prompts.tokenizer)
+    # One file says it all; others beside it are not looked at.
+    prompts = Prompts(gguf.path, config, gguf.metadata)
+    return prompts, GenerationDefaults.of_gguf(gguf.metadata, prompts.tokenizer)
+
+
+def _memory_for(plan: LoadPlan, path: Path) -> int:
+    """Bytes of this machine's memory, which hold the weights at the least.
+
+    Raises:
+        ResourceError: they do not.
+    """
+    memory = machine_memory()
+    if plan.nbytes > memory:
+        raise ResourceError(
+            f"the weights of {path} take {plan.nbytes / 1e9:.2f} GB of memory, and there are"
+            f" {memory / 1e9:.2f} GB in all"
+        )
+    return memory
 
 
 def _load(plan: LoadPlan, dtype: torch.dtype, progress: Progress | None) -> Loaded:

@@ -126,6 +126,15 @@ class Prompts:
             self._within_table(frame)
         return video
 
+    @property
+    def longest_picture(self) -> int:
+        """Soft tokens of the largest picture or frame."""
+        return max(self.pictures.max_soft_tokens, self.videos.frames.max_soft_tokens)
+
+    def close(self) -> None:
+        """End the template's process; it comes back if it is needed after all."""
+        self.template.close()
+
     def check_sense(self, kind: MediaKind) -> None:
         """Say what the model lacks, before anything is decoded or counted.
 

@@ -72,6 +72,10 @@ class ChatTemplate:
         }
         return self._renderer.render(given)
 
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+
 
 def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"

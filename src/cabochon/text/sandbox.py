@@ -60,6 +60,12 @@ class Renderer:
             raise RequestError(f"the chat template cannot be used: {answer['error']}", "messages")
         return text
 
+    def close(self) -> None:
+        """End the process, unless it is rendering: then it ends with this object."""
+        if self._lock.acquire(timeout=TIME_LIMIT):
+            self._end()
+            self._lock.release()
+
     def _start(self) -> None:
         try:
             self._process = subprocess.Popen(
