@@ -102,7 +102,10 @@ class Copy:
         (self.folder / "config.json").write_text(json.dumps(config))
 
 
-Wound = Callable[[Copy, random.Random], str]  # returns what a refusal must mention
+Words = tuple[str, ...]
+
+# Returns words of which a refusal must have one.
+Wound = Callable[[Copy, random.Random], Words]
 
 
 @cache
@@ -151,21 +154,26 @@ def some(found: list[Stored]) -> list[Stored]:
     return found
 
 
-def header_byte(copy: Copy, chance: random.Random) -> str:
+def place(tensor: Stored) -> Words:
+    """Its module or its leaf: reports write the numbers of layers and experts as ranges."""
+    return tuple([part for part in tensor.name.split(".") if not part.isdecimal()][-2:])
+
+
+def header_byte(copy: Copy, chance: random.Random) -> Words:
     raw = bytearray(copy.file.read_bytes())
     (length,) = struct.unpack("<Q", raw[:8])
     raw[chance.randrange(8 + length)] = chance.choice(b'aZ09"[]{},:_.\x00\xff')
     copy.file.write_bytes(raw)
-    return ""
+    return (WEIGHTS, "model.")  # the file, or a tensor
 
 
-def cut(copy: Copy, chance: random.Random) -> str:
+def cut(copy: Copy, chance: random.Random) -> Words:
     raw = copy.file.read_bytes()
     copy.file.write_bytes(raw[: chance.randrange(len(raw))])
-    return WEIGHTS
+    return (WEIGHTS,)
 
 
-def overlap(copy: Copy, chance: random.Random) -> str:
+def overlap(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     at = chance.randrange(1, len(tensors))
 
@@ -174,10 +182,10 @@ def overlap(copy: Copy, chance: random.Random) -> str:
         entries[at]["data_offsets"] = [max(0, o - step) for o in entries[at]["data_offsets"]]
 
     copy.write(tensors, change)
-    return WEIGHTS
+    return (WEIGHTS,)
 
 
-def past_the_end(copy: Copy, chance: random.Random) -> str:
+def past_the_end(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
 
     def change(entries: list[dict[str, Any]]) -> None:
@@ -186,68 +194,69 @@ def past_the_end(copy: Copy, chance: random.Random) -> str:
         entry["data_offsets"] = [offset + step for offset in entry["data_offsets"]]
 
     copy.write(tensors, change)
-    return WEIGHTS
+    return (WEIGHTS,)
 
 
-def duplicate(copy: Copy, chance: random.Random) -> str:
+def duplicate(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     twice = chance.choice(tensors)
     copy.write([*tensors, twice])
-    return twice.name
+    return (twice.name,)
 
 
-def renamed(copy: Copy, chance: random.Random) -> str:
+def renamed(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     tensor = chance.choice(tensors)
-    at = chance.randrange(len(tensor.name))
+    words, at = place(tensor), chance.randrange(len(tensor.name))
     tensor.name = f"{tensor.name[:at]}{chance.choice('xq_9')}{tensor.name[at:]}"
     copy.write(tensors)
-    return ""  # a scale's new name may be that of a module the report sums up
+    return (*words, *place(tensor))
 
 
-def dropped(copy: Copy, chance: random.Random) -> str:
+def dropped(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
-    copy.write([*tensors[: (at := chance.randrange(len(tensors)))], *tensors[at + 1 :]])
-    return ""
+    gone = tensors.pop(chance.randrange(len(tensors)))
+    copy.write(tensors)
+    return place(gone)
 
 
-def doubled(copy: Copy, chance: random.Random) -> str:
+def doubled(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     prefix, other = "model.language_model.", "language_model.model."
     found = some([tensor for tensor in tensors if tensor.name.startswith(prefix)])
     twin = chance.choice(found)
     name = other + twin.name.removeprefix(prefix)
     copy.write([*tensors, Stored(name, twin.dtype, twin.shape, twin.data)])
-    return ""
+    return place(twin)
 
 
-def transposed(copy: Copy, chance: random.Random) -> str:
+def transposed(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     found = some([t for t in tensors if len(set(t.shape)) > 1])  # a square shows nothing
     tensor = chance.choice(found)
     tensor.shape = tensor.shape[::-1]
     copy.write(tensors)
-    return ""
+    return place(tensor)
 
 
-def retyped(copy: Copy, chance: random.Random) -> str:
+def retyped(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     tensor = chance.choice(tensors)
     alike = next(kinds for kinds in _ALIKE if tensor.dtype in kinds)
     tensor.dtype = chance.choice([kind for kind in alike if kind != tensor.dtype])
     copy.write(tensors)
-    return ""
+    return place(tensor)
 
 
-def zeroed(copy: Copy, chance: random.Random) -> str:
+def zeroed(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     tensor = chance.choice(scales(copy, tensors))
     tensor.data = bytes(len(tensor.data))
     copy.write(tensors)
-    return ""
+    return place(tensor)
 
 
-def not_a_number(copy: Copy, chance: random.Random) -> str:
+def not_a_number(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     tensor = chance.choice(some([t for t in tensors if t.dtype in _FLOATS and t.data]))
     values = floats(tensor).copy()
@@ -255,19 +264,19 @@ def not_a_number(copy: Copy, chance: random.Random) -> str:
     values[chance.randrange(len(values))] = np.nan if bound else chance.choice((np.nan, np.inf))
     tensor.data = as_bytes(tensor, values)
     copy.write(tensors)
-    return tensor.name
+    return (tensor.name,)
 
 
-def enlarged(copy: Copy, chance: random.Random) -> str:
+def enlarged(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     tensor = chance.choice(scales(copy, tensors))
     with np.errstate(over="ignore"):
         tensor.data = as_bytes(tensor, floats(tensor) * 1000)
     copy.write(tensors)
-    return ""
+    return place(tensor)
 
 
-def regrouped(copy: Copy, chance: random.Random) -> str:
+def regrouped(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     found = [t for t in scales(copy, tensors) if len(t.shape) > 1 and t.shape[-1] > 1]
     tensor = chance.choice(some(found))
@@ -278,10 +287,10 @@ def regrouped(copy: Copy, chance: random.Random) -> str:
     tensor.data = b"".join((row + row[-width:])[: count * width] for row in rows)
     tensor.shape = [*tensor.shape[:-1], count]
     copy.write(tensors)
-    return ""
+    return place(tensor)
 
 
-def wrong_method(copy: Copy, chance: random.Random) -> str:
+def wrong_method(copy: Copy, chance: random.Random) -> Words:
     def change(config: dict[str, Any]) -> None:
         described = config.get("quantization_config")
         if described is None:
@@ -290,10 +299,10 @@ def wrong_method(copy: Copy, chance: random.Random) -> str:
         described["quant_method"] = chance.choice(others)
 
     copy.config(change)
-    return ""
+    return ("config.json", "quant", "config group")
 
 
-def strange_config(copy: Copy, chance: random.Random) -> str:
+def strange_config(copy: Copy, chance: random.Random) -> Words:
     """What another producer said of its files, of the same architecture."""
     own = config_of(copy.source)
 
@@ -309,10 +318,10 @@ def strange_config(copy: Copy, chance: random.Random) -> str:
         config["quantization_config"] = chance.choice(others)
 
     copy.config(change)
-    return ""
+    return ("config.json", "quant", "config group")
 
 
-def strange_shard(copy: Copy, chance: random.Random) -> str:
+def strange_shard(copy: Copy, chance: random.Random) -> Words:
     """Half of the tensors come from another checkpoint, whose own half has other names or sizes."""
     tensors = copy.read()
     other = chance.choice([folder for folder in sound(folders=True) if folder != copy.source])
@@ -329,14 +338,14 @@ def strange_shard(copy: Copy, chance: random.Random) -> str:
         copy.write(held, file=copy.folder / name)
     copy.file.unlink()
     (copy.folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return "b.safetensors"
+    return ("b.safetensors",)
 
 
-def traversal(copy: Copy, chance: random.Random) -> str:
+def traversal(copy: Copy, chance: random.Random) -> Words:
     tensors = copy.read()
     shard = chance.choice(("../model.safetensors", "/etc/passwd", "..\\x.safetensors", "a\0.safe"))
     (copy.folder / INDEX).write_text(json.dumps({"weight_map": {t.name: shard for t in tensors}}))
-    return INDEX
+    return (INDEX,)
 
 
 WOUNDS: Mapping[str, Wound] = {

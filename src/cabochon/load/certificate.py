@@ -31,6 +31,8 @@ class SiteStatistics:
     largest_scale: float
     median_scale: float
     far_scales: bool  # the largest is beyond FAR medians
+    parts: int = 1  # stored one by one, such as experts
+    far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +95,9 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
         if site.far_scales:
             times = site.largest_scale / site.median_scale
             yield "", site.name, 1, f"the largest scale is {times:.0f} times the median of them"
+        if site.far_parts:
+            parts = f"{site.far_parts} of its {site.parts} parts"
+            yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
         if site.seen and not site.largest:
             yield "", site.name, 1, "every entry that was looked at is zero"
     yield from _strangers(sites)
@@ -134,6 +139,8 @@ def _layerless(name: str) -> str:
 def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatistics]:
     """One for each matrix: those of its parts, such as experts, put together."""
     for name, found in parts.items():
+        scale = _usual([part.median_scale for part in found])
+        entry = _usual([part.largest for part in found])
         yield SiteStatistics(
             name=name,
             scheme=found[0].scheme,
@@ -146,4 +153,8 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             largest_scale=max(part.largest_scale for part in found),
             median_scale=statistics.median(part.median_scale for part in found),
             far_scales=any(part.far_scales for part in found),
+            parts=len(found),
+            far_parts=sum(
+                _far(part.median_scale, scale) or _far(part.largest, entry) for part in found
+            ),
         )
