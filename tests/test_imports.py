@@ -22,7 +22,7 @@ _FILES = {"errors", "files"}
 _MODEL = {*_FILES, "config", "nn", "gemma4"}
 _LOAD = {*_MODEL, "checkpoint", "quant"}
 _ENGINE = {*_MODEL, "text"}
-_LLM = {*_ENGINE, *_LOAD, "load", "engine", "prompts"}
+_LLM = {*_ENGINE, *_LOAD, "load", "engine", "prompts", "kernels"}
 _APP = {*_LLM, "llm", "settings", "flags", "console", "cabochon"}
 
 MAY_NEED = {
@@ -33,6 +33,7 @@ MAY_NEED = {
     "checkpoint": _FILES,
     "text": _FILES,
     "nn": {*_FILES, "config"},
+    "kernels": {*_FILES, "config", "nn"},
     "quant": {*_FILES, "config", "nn", "checkpoint"},
     "gemma4": _MODEL - {"gemma4"},
     "load": _LOAD,

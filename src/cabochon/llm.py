@@ -25,6 +25,9 @@ from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError, ResourceError
 from cabochon.files import DEMO
 from cabochon.gemma4.sounds import Wave
+from cabochon.kernels.choose import Kernels
+from cabochon.kernels.library import library
+from cabochon.kernels.packed import ACTIVATIONS, Activations
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.plan import LoadPlan
@@ -48,6 +51,8 @@ class LLM:
         model: A checkpoint folder or a GGUF file; None for the demo.
         dtype: What activations are computed in. "auto" is float32, the faster and exacter one on
             processors without bfloat16 arithmetic.
+        activations: What the inputs of quantized matrices are rounded to, 32 at a time, "float32"
+            for not at all. "auto" is "int8", the fastest; "float32" if `dtype` is named.
         threads: Of torch; None leaves its own choice.
         kv_cache_bytes: For keys and values; None takes at most an eighth of the machine's memory.
         max_batch: Requests computed together.
@@ -68,6 +73,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: Dtype = "auto",
+        activations: Activations | Literal["auto"] = "auto",
         threads: int | None = None,
         kv_cache_bytes: int | None = None,
         max_batch: int = 16,
@@ -83,7 +89,7 @@ class LLM:
             "prefill_chunk": prefill_chunk,
             "max_context": max_context,
         }
-        _check_options(dtype, sizes)
+        _check_options(dtype, activations, sizes)
         path = DEMO if model is None else Path(model)
         self.name = DEMO_NAME if model is None else path.resolve().name.removesuffix(".gguf")
         if threads is not None:
@@ -109,7 +115,13 @@ class LLM:
         self.max_context = cache.max_context
         self.capacity = cache.describe(compute, asked=max_batch)
         logger.info("%s", self.capacity)
-        gemma, self.certificate = _load(plan, compute, progress)
+        if activations == "auto":
+            activations = "int8" if dtype == "auto" else "float32"
+        self.kernels = Kernels(library(), activations)
+        gemma, self.certificate = _load(plan, compute, self.kernels, progress)
+        logger.log(
+            logging.INFO if self.kernels.built else logging.WARNING, "%s", self.kernels.describe()
+        )
         self.runner = Runner(gemma, compute, torch.device("cpu"))
         ends, never = generation.ends, generation.suppressed
         self.engine = Engine(
@@ -229,9 +241,11 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
     return memory
 
 
-def _load(plan: LoadPlan, dtype: torch.dtype, progress: Progress | None) -> Loaded:
+def _load(
+    plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress | None
+) -> Loaded:
     try:
-        return execute(plan, dtype=dtype, progress=progress)
+        return execute(plan, dtype=dtype, progress=progress, prepare=kernels.for_weight)
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise ResourceError(
@@ -241,9 +255,12 @@ def _load(plan: LoadPlan, dtype: torch.dtype, progress: Progress | None) -> Load
         raise
 
 
-def _check_options(dtype: str, sizes: Mapping[str, int | None]) -> None:
+def _check_options(dtype: str, activations: str, sizes: Mapping[str, int | None]) -> None:
     if dtype not in _DTYPES:
         raise CabochonError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    if activations not in ("auto", *ACTIVATIONS):
+        expected = ", ".join(("auto", *ACTIVATIONS))
+        raise CabochonError(f"activations is {activations!r}, expected one of {expected}")
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise CabochonError(f"{name} is {size}, expected at least 1")

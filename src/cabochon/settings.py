@@ -75,6 +75,11 @@ class EngineSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="What activations are computed in: auto, float32 or bfloat16"
     )
+    activations: Literal["auto", "int8", "int16", "float32"] = Field(
+        "auto",
+        description="What the inputs of quantized matrices are rounded to, 32 at a time: int8,"
+        " int16, or float32 for not at all; int8 without it, float32 where dtype is named",
+    )
     threads: int | None = Field(
         None, ge=1, le=1024, description="Threads that compute; torch's own choice without it"
     )

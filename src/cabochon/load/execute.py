@@ -34,6 +34,7 @@ def execute(
     dtype: torch.dtype,
     progress: Progress | None = None,
     thorough: bool = False,
+    prepare: Callable[[Weight], Weight] | None = None,
 ) -> Loaded:
     """The model that `plan`, which has no problems, describes, and what was seen on the way.
 
@@ -45,6 +46,8 @@ def execute(
             it.
         progress: called with bytes done and bytes in all.
         thorough: look at every entry for the certificate, not at a sample of quantized matrices.
+        prepare: called with each weight that is multiplied with, as soon as it is built; what it
+            returns takes the weight's place.
 
     Raises:
         UnreadableError: a file ended early.
@@ -61,6 +64,8 @@ def execute(
     for read in sorted(reads, key=_position):
         if isinstance(read, SiteRead):
             weight = build_weight(read, dtype, measure)
+            if prepare is not None and _multiplied(read, plan):
+                weight = prepare(weight)
             if read.part is None:
                 _fill_site(model, read.site.name, weight)
             else:
@@ -74,6 +79,12 @@ def execute(
     for name, stored in parts.items():
         _fill_site(model, name, Stack([stored[part] for part in sorted(stored)]))
     return Loaded(model.eval(), measure.certificate(plan, _filled(model, plan)))
+
+
+def _multiplied(read: SiteRead, plan: LoadPlan) -> bool:
+    """Of a table that is no head, only rows are looked up."""
+    tokens = read.site.name.endswith(".embed_tokens")
+    return read.site.kind != "embedding" or (tokens and not plan.has_head)
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

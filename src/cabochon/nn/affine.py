@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cabochon.nn.packed_int import codes_of
-from cabochon.nn.weight import Weight
+from cabochon.nn.packed_int import codes_of, packed_codes
+from cabochon.nn.weight import Coded, Weight
 
 
 class AffineWeight(Weight):
@@ -47,6 +47,21 @@ class AffineWeight(Weight):
     words: Tensor
     scales: Tensor
     biases: Tensor
+
+    def description(self) -> Coded | None:
+        if self.bits in (1, 7):
+            return None
+        octets = self.words.view(torch.uint8)
+        return Coded(
+            bits=self.bits,
+            codes=lambda start, stop: packed_codes(octets[start:stop], self.bits, self.in_features),
+            nibbles=self.bits == 4,
+            group=self.group,
+            scales=self.scales,
+            minima=-self.biases,
+            rounded=self.scales.dtype,
+            exact=self.scales.dtype is torch.float32,
+        )
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         return self._expand(slice(start, stop), dtype)

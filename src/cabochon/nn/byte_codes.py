@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cabochon.nn.weight import Weight
+from cabochon.nn.minifloat import E4M3
+from cabochon.nn.weight import Coded, StoredFloats, Weight
 
 
 class ByteWeight(Weight):
@@ -60,6 +61,29 @@ class ByteWeight(Weight):
     table: Tensor | None
     zeros: Tensor | None
     levels: Tensor | None
+
+    def description(self) -> Coded | StoredFloats | None:
+        scales = self.scales.float() * self.factor
+        if self.table is None:
+            each_row = scales.repeat_interleave(self.cell[0], dim=0)[: self.out_features]
+            return Coded(
+                bits=8,
+                codes=lambda start, stop: self.codes[start:stop].view(torch.uint8) ^ 128,
+                group=self.cell[1],
+                scales=each_row,
+                zero=128,
+                rounded=self.rounding,
+                exact=self.factor == 1,
+            )
+        if not torch.equal(self.table.nan_to_num(), E4M3.nan_to_num()):
+            return None
+        return StoredFloats(
+            data=self.codes,
+            scales=scales,
+            scale_rows=self.cell[0],
+            scale_columns=self.cell[1],
+            rounded=self.rounding,
+        )
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         codes = self.codes[start:stop]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cabochon.nn.weight import Weight
+from cabochon.nn.weight import Coded, Weight
 
 NESTED = 256  # scales that share a scale of their own
 
@@ -97,6 +97,21 @@ class CodebookWeight(Weight):
     table: Tensor
     pairs: Tensor
 
+    def description(self) -> Coded | None:
+        if self.in_features % self.block:
+            return None
+        across = self.in_features // self.block
+        blocks = torch.arange(self.out_features * across, device=self.codes.device)
+        return Coded(
+            bits=4,
+            codes=lambda start, stop: _swapped(self.codes[start:stop]),
+            nibbles=True,
+            group=self.block,
+            scales=self.scales(blocks).view(-1, across),
+            values=tuple(self.table.tolist()),
+            rounded=self.rounding,
+        )
+
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         codes = self.codes[start:stop]
         numbers = torch.arange(start, start + len(codes), device=codes.device)
@@ -120,3 +135,7 @@ class CodebookWeight(Weight):
             entries = numbers[:, None] * width + torch.arange(width, device=codes.device)
             values *= self.scales(entries // block)
         return values.to(self.rounding)
+
+
+def _swapped(octets: Tensor) -> Tensor:  # the halves of each byte
+    return octets << 4 | octets >> 4

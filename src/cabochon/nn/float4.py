@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cabochon.nn.minifloat import E2M1_PAIRS
-from cabochon.nn.weight import Weight
+from cabochon.nn.minifloat import E2M1, E2M1_PAIRS
+from cabochon.nn.weight import Coded, Weight
 
 
 class Float4Weight(Weight):
@@ -43,6 +43,18 @@ class Float4Weight(Weight):
     codes: Tensor
     scales: Tensor
     levels: Tensor
+
+    def description(self) -> Coded:
+        return Coded(
+            bits=4,
+            codes=lambda start, stop: self.codes[start:stop],
+            nibbles=True,
+            group=BLOCK,
+            scales=self.scales,
+            levels=self.levels,
+            values=tuple(E2M1.tolist()),
+            rounded=torch.bfloat16,
+        )
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         return self._expand(slice(start, stop), dtype)

@@ -6,13 +6,49 @@ the dtype of the activation. This is what keeps a storage type from becoming a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 TILE_BYTES = 8 << 20  # of a tile turned into the compute dtype, so that no dense copy ever exists
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coded:
+    """What `dense` computes, said so that a kernel can compute it: codes, and what they count.
+
+    An entry is `(code - zero) * scale`, or `code * scale - minimum`, or `values[code] * scale`.
+    The scale of a group is `scales`, or `levels[scales]`, or `shared * scales`.
+    """
+
+    bits: int  # of a code: 2, 3, 4, 5, 6 or 8
+    codes: Callable[[int, int], Tensor]  # rows start to stop: uint8 [rows, in_features]
+    nibbles: bool = False  # `codes` gives two to a byte instead, the even column in the low half
+    group: int  # entries of a row that share a scale; the last group may be cut short
+    scales: Tensor  # [out, groups] float16, bfloat16, float32; of `levels` or `shared`: bytes
+    levels: Tensor | None = None  # float32 [256]
+    shared: Tensor | None = None  # float16 [out, groups / n]
+    zero: int = 0
+    zeros: Tensor | None = None  # uint8 [out, groups], instead of `zero`
+    minima: Tensor | None = None  # float16 or float32 [out, groups]; of `shared_minima`: uint8
+    shared_minima: Tensor | None = None  # float16 like `shared`
+    values: tuple[float, ...] | None = None  # of the 16 codes
+    rounded: torch.dtype = torch.float32  # what an entry is rounded to, once, in the end
+    exact: bool = True  # or `dense` rounds on the way too, which is not said here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFloats:
+    """The same for entries that are floats: what is stored, times a scale."""
+
+    data: Tensor  # [out, in] bfloat16, float16, float32; float8_e4m3fn as uint8
+    scales: Tensor | None = None  # float32 [ceil(out / scale_rows), ceil(in / scale_columns)]
+    scale_rows: int = 1
+    scale_columns: int | None = None  # None: all
+    rounded: torch.dtype = torch.float32  # what products with scales are rounded to
 
 
 class Weight(nn.Module):
@@ -29,6 +65,10 @@ class Weight(nn.Module):
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows `start` to `stop` in `dtype`: `[stop - start, in_features]`."""
         raise NotImplementedError
+
+    def description(self) -> Coded | StoredFloats | None:
+        """How a kernel may compute it; None: only as this class does."""
+        return None
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows `ids` (any shape) in `dtype`: `[*ids.shape, in_features]`."""
@@ -55,6 +95,9 @@ class DenseWeight(Weight):
         self.register_buffer("data", data)
 
     data: Tensor  # [out_features, in_features]
+
+    def description(self) -> StoredFloats:
+        return StoredFloats(data=self.data)
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         return self.data[start:stop].to(dtype)

@@ -1,0 +1,88 @@
+"""Which kernel computes each matrix: decided once, when it is built, and told."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from cabochon.kernels.floats import FloatsWeight
+from cabochon.kernels.library import Library
+from cabochon.kernels.packed import Activations, PackedWeight, unsupported
+from cabochon.nn.weight import Coded, StoredFloats, Weight
+
+
+class Kernels:
+    """Puts kernels in the place of weights that describe themselves.
+
+    Args:
+        library: the compiled kernels; None: everything stays as `nn` computes it.
+        activations: how inputs of quantized matrices are rounded.
+    """
+
+    def __init__(self, library: Library | None, activations: Activations) -> None:
+        self.activations = activations
+        self._library = library
+        self._chosen: Counter[str] = Counter()
+
+    @property
+    def built(self) -> bool:
+        return self._library is not None
+
+    def for_weight(self, weight: Weight) -> Weight:
+        """A weight that computes the same faster, or `weight` itself."""
+        kernel = self._kernel(weight)
+        if kernel is not None:
+            return kernel
+        if not self._inside(weight):
+            self._chosen["PyTorch"] += 1
+        return weight
+
+    def _inside(self, module: nn.Module) -> bool:
+        """Do the same for the weights that `module` is made of; whether there are any."""
+        found = False
+        for name, child in list(module.named_children()):
+            if isinstance(child, Weight):
+                setattr(module, name, self.for_weight(child))
+                found = True
+            else:
+                found |= self._inside(child)
+        return found
+
+    def _kernel(self, weight: Weight) -> Weight | None:
+        library, described = self._library, weight.description()
+        if library is None or described is None:
+            return None
+        exact = self.activations == "float32"
+        if isinstance(described, StoredFloats):
+            if exact and described.rounded is not torch.float32:
+                return None
+            self._chosen["stored floats"] += 1
+            return FloatsWeight(library, weight, described)
+        if unsupported(described) is not None or (exact and not described.exact):
+            return None
+        self._chosen[f"{_name(described)}, activations {self.activations}"] += 1
+        return PackedWeight(
+            library,
+            described,
+            self.activations,
+            out_features=weight.out_features,
+            in_features=weight.in_features,
+        )
+
+    def describe(self) -> str:
+        """What was chosen, for people."""
+        if self._library is None:
+            return (
+                "the kernels were not built when cabochon was installed, for lack of a C++"
+                " compiler: everything is computed in PyTorch, many times slower"
+            )
+        chosen = ", ".join(f"{count} of {kind}" for kind, count in self._chosen.most_common())
+        return f"kernels for {self._library.isa}: {chosen}"
+
+
+def _name(coded: Coded) -> str:
+    kind = "int" if coded.values is None else "table"
+    group = "row" if coded.scales.shape[1] == 1 else f"{coded.group}"
+    return f"{kind}{coded.bits} by {group}"

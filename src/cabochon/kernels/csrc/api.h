@@ -1,0 +1,51 @@
+// What Python and the kernels agree on: plain structs and a C ABI, no headers of either.
+//
+// A packed matrix consists of blocks of 32 rows. A block is one aligned stream: its scales, what
+// belongs to them, and its codes, a unit of 32 columns after the other. Within a unit, four bytes
+// of a row stand together (a quad), and the 32 rows of a quad follow each other, so that a vector
+// of any width holds quads of consecutive rows. Quad 2d + p holds columns 8d + 2j + p, j < 4:
+// two codes a byte, as checkpoints store them, then are a quad's low and the next one's high half.
+#pragma once
+#include <cstdint>
+
+constexpr int ROWS = 32;  // of a block
+constexpr int UNIT = 32;  // columns of a unit
+
+enum Codes : int32_t { U4 = 0, U8 = 1, TABLE = 2, TABLE2 = 3, U2 = 4, U3 = 5, U5 = 6, U6 = 7 };
+
+// How a scale is stored. LEVEL: a byte that a table of 256 explains. SUB: a byte times a float16
+// that several groups share.
+enum Scales : int32_t { F16 = 0, BF16 = 1, F32 = 2, LEVEL = 3, SUB_U8 = 4, SUB_I8 = 5 };
+
+// What is taken away: nothing but a constant code; the code of each group; a number of each group.
+enum Mins : int32_t { CONSTANT = 0, ZERO_POINT = 1, MIN_F16 = 2, MIN_F32 = 3, MIN_SUB_U8 = 4, MIN_BF16 = 5 };
+
+enum Floats : int32_t { ROW_BF16 = 0, ROW_F16 = 1, ROW_F32 = 2, ROW_E4M3 = 3 };
+
+struct Matrix {
+  const uint8_t* data;
+  const float* levels;   // [256] of LEVEL
+  int64_t stride;        // bytes from block to block
+  int64_t shared_at, minima_at, shared_minima_at, codes_at;  // in a block; scales are at 0
+  int32_t rows, columns, units;
+  int32_t codes, scales, minima;
+  int32_t groups;        // scales of a row
+  int32_t halves;        // 16 columns that share a scale, counted; 1, or even
+  int32_t per_shared;    // groups that share a float16
+  int32_t digits;        // of activations: 1 (`int8`), 2 (`int16`), 0 (`float32`)
+  int32_t round;         // products of code and scale: 0 as they are, 1 to bfloat16, 2 to float16
+  float zero;            // the code that stands for zero, where it is the same everywhere
+  float gain;            // times every scale
+  float fine;            // what an entry of the second table counts beside one of the first
+  uint8_t table[2][16];  // of TABLE and TABLE2: the value of a code, plus `zero` to be unsigned
+  float values[16];      // the same exactly
+};
+
+// A matrix of floats as a checkpoint stores it, row by row.
+struct Rows {
+  const uint8_t* data;
+  const float* scales;   // [ceil(rows / scale_rows), ceil(columns / scale_columns)], or null
+  int32_t rows, columns, type, scale_rows, scale_columns;
+};
+
+struct Column;  // activations, quantized

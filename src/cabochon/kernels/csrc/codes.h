@@ -1,0 +1,95 @@
+// How the codes of each quad are stored, and made bytes again. Written once over simd.h.
+#pragma once
+#include "api.h"
+#include "simd.h"
+
+namespace {
+
+template <int T> INL V four_bits(const uint8_t* p) {
+  V x = load(p + (T / 2) * 128);
+  return both(T & 1 ? right<4>(x) : x, splat8(15));
+}
+template <int T> INL V two_bits(const uint8_t* p) {
+  return both(right<2 * (T % 4)>(load(p + (T / 4) * 128)), splat8(3));
+}
+template <int T, int TO> INL V one_bit(const uint8_t* p) {  // bit T of each byte, moved to bit TO
+  V x = load(p);
+  if constexpr (T > TO) x = right<T - TO>(x);
+  if constexpr (T < TO) x = left<TO - T>(x);
+  return both(x, splat8(1 << TO));
+}
+
+// `get` is what is multiplied, `raw` the code itself; BYTES are those of a unit.
+struct CodesU8 {
+  static constexpr int BITS = 8, BYTES = 1024, TABLES = 1;
+  static constexpr bool TABLED = false;
+  INL_MEMBER explicit CodesU8(const Matrix&) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const { return load(p + T * 128); }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+};
+struct CodesU4 {
+  static constexpr int BITS = 4, BYTES = 512, TABLES = 1;
+  static constexpr bool TABLED = false;
+  INL_MEMBER explicit CodesU4(const Matrix&) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
+    return four_bits<T>(p);
+  }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+};
+struct CodesU2 {
+  static constexpr int BITS = 2, BYTES = 256, TABLES = 1;
+  static constexpr bool TABLED = false;
+  INL_MEMBER explicit CodesU2(const Matrix&) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
+    return two_bits<T>(p);
+  }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+};
+struct CodesU3 {
+  static constexpr int BITS = 3, BYTES = 384, TABLES = 1;
+  static constexpr bool TABLED = false;
+  INL_MEMBER explicit CodesU3(const Matrix&) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
+    return either(two_bits<T>(p), one_bit<T, 2>(p + 256));
+  }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+};
+struct CodesU5 {
+  static constexpr int BITS = 5, BYTES = 640, TABLES = 1;
+  static constexpr bool TABLED = false;
+  INL_MEMBER explicit CodesU5(const Matrix&) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
+    return either(four_bits<T>(p), one_bit<T, 4>(p + 512));
+  }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+};
+struct CodesU6 {
+  static constexpr int BITS = 6, BYTES = 768, TABLES = 1;
+  static constexpr bool TABLED = false;
+  INL_MEMBER explicit CodesU6(const Matrix&) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
+    return either(four_bits<T>(p), left<4>(two_bits<T>(p + 512)));
+  }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+};
+struct CodesTable {  // 16 values of at most five bits
+  static constexpr int BITS = 5, BYTES = 512, TABLES = 1;
+  static constexpr bool TABLED = true;
+  V table;
+  INL_MEMBER explicit CodesTable(const Matrix& m) : table(table16(m.table[0])) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const { return four_bits<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return lookup(table, raw<T>(p)); }
+};
+struct CodesTable2 {  // 16 values of two digits
+  static constexpr int BITS = 8, BYTES = 512, TABLES = 2;
+  static constexpr bool TABLED = true;
+  V coarse, fine;
+  INL_MEMBER explicit CodesTable2(const Matrix& m)
+      : coarse(table16(m.table[0])), fine(table16(m.table[1])) {}
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const { return four_bits<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p, int digit) const {
+    return lookup(digit ? fine : coarse, raw<T>(p));
+  }
+};
+
+}  // namespace

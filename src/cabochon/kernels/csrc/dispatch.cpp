@@ -1,0 +1,70 @@
+// Chooses the instruction set, and is what Python calls.
+#include <cstring>
+
+#include "table.h"
+
+extern "C" {
+const Table* cabochon_scalar();
+#if defined(__x86_64__)
+const Table* cabochon_avx2();
+const Table* cabochon_avxvnni();
+const Table* cabochon_avx512vnni();
+#elif defined(__aarch64__)
+const Table* cabochon_neon();
+#endif
+}
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+static bool has_dotprod() { return getauxval(AT_HWCAP) & (1 << 20); }
+#endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+static bool has_avxvnni() {  // gcc 12 knows no name for it
+  unsigned a = 0, b, c, d;
+  return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+#endif
+
+static const Table* table;
+
+extern "C" {
+// Whether `name` exists on this machine; if so it is what runs from now on.
+int cabochon_choose(const char* name) {
+  const Table* found = nullptr;
+  if (!strcmp(name, "scalar")) found = cabochon_scalar();
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (!strcmp(name, "avx2") && avx2) found = cabochon_avx2();
+  if (!strcmp(name, "avxvnni") && avx2 && has_avxvnni()) found = cabochon_avxvnni();
+  if (!strcmp(name, "avx512vnni") && avx2 && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    found = cabochon_avx512vnni();
+#elif defined(__aarch64__)
+#if defined(__linux__)
+  if (!strcmp(name, "neon") && has_dotprod()) found = cabochon_neon();
+#else
+  if (!strcmp(name, "neon")) found = cabochon_neon();
+#endif
+#endif
+  if (found) table = found;
+  return found != nullptr;
+}
+
+void cabochon_times(const Matrix* m, const float* x, int64_t ldx, int n, int start, int stop,
+                    float* y, int64_t ldy, int threads) {
+  table->times(m, x, ldx, n, start, stop, y, ldy, threads);
+}
+
+void cabochon_times_rows(const Rows* m, const float* x, int64_t ldx, int n, int start, int stop,
+                         float* y, int64_t ldy, int threads) {
+  table->times_rows(m, x, ldx, n, start, stop, y, ldy, threads);
+}
+
+void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,
+                    int threads) {
+  table->dense(m, rows, start, n, out, threads);
+}
+}

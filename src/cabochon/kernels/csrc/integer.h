@@ -1,0 +1,264 @@
+// Products with packed matrices: integer dot products of codes with quantized activations.
+// Written once over the vectors of simd.h.
+#pragma once
+#include <algorithm>
+#include <cstdlib>
+#include <omp.h>
+
+#include "api.h"
+#include "codes.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int VECTORS = ROWS / LANES;
+#if defined(CABOCHON_AVX512)
+constexpr int WIDEST = 8;  // columns at once: what the registers hold
+#elif defined(CABOCHON_AVX2) || defined(CABOCHON_NEON)
+constexpr int WIDEST = 6;
+#else
+constexpr int WIDEST = 1;
+#endif
+constexpr int64_t CHUNK = 1 << 17;           // bytes of weights that a thread takes at a time
+constexpr int AHEAD = 2048;                  // bytes to fetch before they are needed
+
+// Activations of n columns: codes in the order of a unit, a scale a unit, and sums of the codes
+// times their scale, of whole units and of halves.
+struct Quantized {
+  int8_t* codes;   // [n, units * 32]
+  float* scales;   // [n, units]
+  float* sums;     // [n, units]
+  float* halves;   // [n, units, 2]
+};
+
+// ------------------------------------------------------------------- scales of a whole block
+struct Room {  // a thread's own, grown to the largest that was asked for
+  float* data = nullptr;
+  size_t size = 0;
+  float* of(size_t n) {
+    if (n > size) {
+      free(data);
+      data = (float*)aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
+      size = n;
+    }
+    return data;
+  }
+  ~Room() { free(data); }
+};
+
+INL F stored_scale(int kind, const uint8_t* p, int i, const float* levels) {
+  switch (kind) {
+    case F16: return fload_f16((const uint16_t*)p + i);
+    case BF16: return fload_bf16((const uint16_t*)p + i);
+    case F32: return fload((const float*)p + i);
+    case LEVEL: return fgather(levels, p + i);
+    case SUB_U8: return fload_u8(p + i);
+    default: return fload_i8(p + i);
+  }
+}
+
+// Scales `S` and what is taken away, `Z`, of each group and row, `[groups, 32]` each: an entry is
+// S * code - Z. With `exact`, where a code stands for zero, Z is that code.
+static void expand(const Matrix& m, const uint8_t* block, float* S, float* Z, float bias,
+                   bool exact) {
+  const F gain = fsplat(exact ? 1.0f : m.gain), moved = fsplat(bias);
+  for (int g = 0; g < m.groups; g++)
+    for (int i = g * ROWS; i < (g + 1) * ROWS; i += LANES) {
+      const int above = g / m.per_shared * ROWS + i % ROWS;
+      F s = stored_scale(m.scales, block, i, m.levels);
+      if (m.scales >= SUB_U8) s = fmul(fload_f16((const uint16_t*)(block + m.shared_at) + above), s);
+      s = fmul(s, gain);
+      fstore(S + i, s);
+      const uint8_t* p = block + m.minima_at;
+      F z;
+      switch (m.minima) {
+        case CONSTANT:
+          z = fsplat(m.zero);
+          if (!exact) z = fmul(s, z);
+          break;
+        case ZERO_POINT:
+          z = fload_u8(p + i);
+          if (!exact) z = fmul(s, z);
+          break;
+        case MIN_F16: z = fload_f16((const uint16_t*)p + i); break;
+        case MIN_F32: z = fload((const float*)p + i); break;
+        case MIN_BF16: z = fload_bf16((const uint16_t*)p + i); break;
+        default:
+          z = fmul(fload_f16((const uint16_t*)(block + m.shared_minima_at) + above), fload_u8(p + i));
+      }
+      fstore(Z + i, fnma(moved, s, z));
+    }
+}
+
+// ---------------------------------------------------------------- a block with a few columns
+template <class C, int MR, bool MINS, bool HALVES> struct Tile {
+  static constexpr int N = HALVES ? 4 : 8;  // quads until scales change
+  typedef Dot<C::BITS> D;
+
+  // Steps T to N of one run of quads.
+  template <int T, int FIRST>
+  INL_MEMBER static void dots(const C& codes, const uint8_t* unit, const int8_t* const* q,
+                              int64_t at, D (&d)[C::TABLES][MR][VECTORS]) {
+    if constexpr (T < N) {
+      for (int t = 0; t < C::TABLES; t++) {
+        V w[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++)
+          w[v] = codes.template get<FIRST + T>(unit + v * LANES * 4, t);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; m++) {
+          V a = quad(q[m] + at + (FIRST + T) * 4);
+#pragma GCC unroll 8
+          for (int v = 0; v < VECTORS; v++) d[t][m][v].template add<T, N>(w[v], a);
+        }
+      }
+      dots<T + 1, FIRST>(codes, unit, q, at, d);
+    }
+  }
+
+  template <int FIRST>
+  INL_MEMBER static void part(const Matrix& m, const C& codes, const uint8_t* unit,
+                              const int8_t* const* q, int u, const float* const* scales,
+                              const float* const* sums, int64_t sum_at, const float* S,
+                              const float* Z, F (&acc)[MR][VECTORS]) {
+    D d[C::TABLES][MR][VECTORS];
+    dots<0, FIRST>(codes, unit, q, (int64_t)u * UNIT, d);
+    const float constant = (m.zero - D::BIAS) * (C::TABLES == 2 ? 1 + m.fine : 1);
+#pragma GCC unroll 8
+    for (int c = 0; c < MR; c++) {
+      const F scale = fsplat(scales[c][u]);
+      const F sum = fsplat(MINS ? sums[c][sum_at] : constant * sums[c][sum_at]);
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; v++) {
+        F dot = d[0][c][v].total();
+        if (C::TABLES == 2) dot = fma(d[C::TABLES - 1][c][v].total(), fsplat(m.fine), dot);
+        const F s = fload(S + v * LANES);
+        if (MINS) {
+          acc[c][v] = fma(fmul(dot, scale), s, acc[c][v]);
+          acc[c][v] = fnma(fload(Z + v * LANES), sum, acc[c][v]);
+        } else {
+          acc[c][v] = fma(fsub(fmul(dot, scale), sum), s, acc[c][v]);
+        }
+      }
+    }
+  }
+
+  // The last of fewer than MR columns is computed several times.
+  static void run(const Matrix& m, const uint8_t* p, const float* S, const float* Z,
+                  const Quantized& x, int column, int count, float* out) {
+    const C codes(m);
+    const int8_t* q[MR];
+    const float *scales[MR], *sums[MR];
+    for (int c = 0; c < MR; c++) {
+      const int64_t at = (int64_t)(column + std::min(c, count - 1)) * m.units;
+      q[c] = x.codes + at * UNIT;
+      scales[c] = x.scales + at;
+      sums[c] = HALVES ? x.halves + at * 2 : x.sums + at;
+    }
+    F acc[MR][VECTORS];
+    for (int c = 0; c < MR; c++)
+      for (int v = 0; v < VECTORS; v++) acc[c][v] = fzero();
+    const int each = m.halves / 2;  // units of a group
+    int left = each;
+    for (int u = 0; u < m.units; u++, p += C::BYTES) {
+      if (column == 0)
+        for (int i = 0; i < C::BYTES; i += 64) __builtin_prefetch(p + AHEAD + i);
+      if (HALVES) {
+        part<0>(m, codes, p, q, u, scales, sums, 2 * u, S, Z, acc);
+        part<4>(m, codes, p, q, u, scales, sums, 2 * u + 1, S + ROWS, Z + ROWS, acc);
+        S += 2 * ROWS;
+        Z += 2 * ROWS;
+      } else {
+        part<0>(m, codes, p, q, u, scales, sums, u, S, Z, acc);
+        if (--left == 0) {
+          left = each;
+          S += ROWS;
+          Z += ROWS;
+        }
+      }
+    }
+    for (int c = 0; c < MR; c++)
+      for (int v = 0; v < VECTORS; v++) fstore(out + c * ROWS + v * LANES, acc[c][v]);
+  }
+};
+
+// Rows `start` to `stop` of the output of `count` columns; digits of the same column are added.
+static void put(const Matrix& m, const float* made, int count, int column, int block, int start,
+                int stop, float* y, int64_t ldy) {
+  const int first = std::max(start, block * ROWS), last = std::min(stop, (block + 1) * ROWS);
+  for (int c = 0; c < count; c++, column++) {
+    const float* from = made + c * ROWS + first - block * ROWS;
+    float* to = y + (column / m.digits) * ldy + first - start;
+    if (column % m.digits == 0)
+      memcpy(to, from, (last - first) * sizeof(float));
+    else
+      for (int i = 0; i < last - first; i++) to[i] += from[i];
+  }
+}
+
+template <class C, bool MINS, bool HALVES>
+static void block_of(const Matrix& m, int block, const Quantized& x, int columns, int start,
+                     int stop, float* y, int64_t ldy) {
+  thread_local Room room;
+  float* S = room.of((size_t)m.groups * ROWS * 2);
+  float* Z = S + (size_t)m.groups * ROWS;
+  const uint8_t* p = m.data + block * m.stride;
+  expand(m, p, S, Z, Dot<C::BITS>::BIAS, false);
+  p += m.codes_at;
+  alignas(64) float made[WIDEST * ROWS];
+  for (int column = 0; column < columns;) {
+    const int count = std::min(columns - column, WIDEST);
+    const auto run = [&](auto tile) { tile.run(m, p, S, Z, x, column, count, made); };
+    if (count == 1) run(Tile<C, 1, MINS, HALVES>());
+    else if (count == 2) run(Tile<C, std::min(2, WIDEST), MINS, HALVES>());
+    else if (count <= 4) run(Tile<C, std::min(4, WIDEST), MINS, HALVES>());
+    else if (count <= 6) run(Tile<C, std::min(6, WIDEST), MINS, HALVES>());
+    else run(Tile<C, WIDEST, MINS, HALVES>());
+    put(m, made, count, column, block, start, stop, y, ldy);
+    column += count;
+  }
+}
+
+// y [n, stop - start] = x [n, columns] times rows `start` to `stop`.
+template <class C, bool MINS, bool HALVES>
+static void multiply_as(const Matrix& m, const Quantized& x, int columns, int start, int stop,
+                        float* y, int64_t ldy, int threads) {
+  const int first = start / ROWS, last = (stop + ROWS - 1) / ROWS;
+  const int each = columns > WIDEST ? 1 : std::max<int>(1, (int)(CHUNK / m.stride));
+#pragma omp parallel for num_threads(threads) schedule(dynamic, each) if (last - first > each)
+  for (int b = first; b < last; b++) block_of<C, MINS, HALVES>(m, b, x, columns, start, stop, y, ldy);
+}
+
+static void multiply(const Matrix& m, const Quantized& x, int columns, int start, int stop, float* y,
+                     int64_t ldy, int threads) {
+  const bool halves = m.halves == 1, minus = m.minima != CONSTANT;
+#define AS(codes, MINS, HALVES)                                                                \
+  return multiply_as<codes, MINS, HALVES>(m, x, columns, start, stop, y, ldy, threads)
+  switch (m.codes) {
+    case U4:
+      if (halves) AS(CodesU4, true, true);
+      if (minus) AS(CodesU4, true, false);
+      AS(CodesU4, false, false);
+    case U8:
+      if (halves) AS(CodesU8, true, true);
+      if (minus) AS(CodesU8, true, false);
+      AS(CodesU8, false, false);
+    case TABLE:
+      if (halves) AS(CodesTable, false, true);
+      AS(CodesTable, false, false);
+    case TABLE2:
+      if (halves) AS(CodesTable2, false, true);
+      AS(CodesTable2, false, false);
+    case U2:
+      if (halves) AS(CodesU2, true, true);
+      AS(CodesU2, true, false);
+    case U3:
+      if (halves) AS(CodesU3, true, true);
+      AS(CodesU3, true, false);
+    case U5: AS(CodesU5, true, false);
+    case U6: AS(CodesU6, false, true);
+  }
+#undef AS
+}
+
+}  // namespace

@@ -1,0 +1,31 @@
+// The kernels for one instruction set, which the build chooses. Each gives a table.
+#include "exact.h"
+#include "quantize.h"
+#include "rows.h"
+#include "table.h"
+
+static void times(const Matrix* m, const float* x, int64_t ldx, int n, int start, int stop, float* y,
+                  int64_t ldy, int threads) {
+  if (m->digits == 0) return multiply_exactly(*m, x, ldx, n, start, stop, y, ldy, threads);
+  static thread_local Room room;
+  const int columns = n * m->digits;
+  const Quantized q =
+      quantized_in(room.of(quantized_bytes(columns, m->units) / sizeof(float) + 1), columns, m->units);
+  quantize(x, ldx, n, m->columns, m->units, m->digits, q, threads);
+  multiply(*m, q, columns, start, stop, y, ldy, threads);
+}
+
+static void times_rows(const Rows* m, const float* x, int64_t ldx, int n, int start, int stop,
+                       float* y, int64_t ldy, int threads) {
+  multiply_rows(*m, x, ldx, n, start, stop, y, ldy, threads);
+}
+
+static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,
+                    int threads) {
+  dense(*m, rows, start, n, out, threads);
+}
+
+extern "C" const Table* CABOCHON_TABLE() {
+  static const Table table = {times, times_rows, entries};
+  return &table;
+}

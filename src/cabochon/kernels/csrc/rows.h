@@ -1,0 +1,111 @@
+// Products with matrices that stay as a checkpoint stores them, row by row, in 8-, 16- or 32-bit
+// floats: what is memory-mapped, and what few columns are multiplied with.
+#pragma once
+#include "integer.h"
+
+namespace {
+
+constexpr int TOGETHER = 4;  // rows
+
+template <int TYPE> INL F entry(const uint8_t* row, int k) {
+  if (TYPE == ROW_BF16) return fload_bf16((const uint16_t*)row + k);
+  if (TYPE == ROW_F16) return fload_f16((const uint16_t*)row + k);
+  if (TYPE == ROW_E4M3) return fload_e4m3(row + k);
+  return fload((const float*)row + k);
+}
+
+template <int TYPE> INL float entry_alone(const uint8_t* row, int k) {
+  if (TYPE == ROW_BF16) return bf16_to_float(((const uint16_t*)row)[k]);
+  if (TYPE == ROW_F16) return half_to_float(((const uint16_t*)row)[k]);
+  if (TYPE == ROW_E4M3)
+    return half_to_float((uint16_t)((row[k] & 0x80) << 8 | (row[k] & 0x7f) << 7));
+  return ((const float*)row)[k];
+}
+
+// Products of columns `from` to `to` only: those that share a scale.
+template <int TYPE, int MR>
+INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, int to,
+                  float (*out)[MR]) {
+  constexpr int STEP = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;  // bytes
+  F a[TOGETHER][MR];
+  for (int r = 0; r < TOGETHER; r++)
+    for (int c = 0; c < MR; c++) a[r][c] = fzero();
+  int k = from;
+  for (; k + LANES <= to; k += LANES) {
+    F in[MR];
+#pragma GCC unroll 8
+    for (int c = 0; c < MR; c++) in[c] = fload(x[c] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < TOGETHER; r++) {
+      if (k * STEP % 64 == 0) __builtin_prefetch(rows[r] + (int64_t)k * STEP + 1024);
+      const F w = entry<TYPE>(rows[r], k);
+#pragma GCC unroll 8
+      for (int c = 0; c < MR; c++) a[r][c] = fma(w, in[c], a[r][c]);
+    }
+  }
+  for (int r = 0; r < TOGETHER; r++)
+    for (int c = 0; c < MR; c++) {
+      float sum = fsum(a[r][c]);
+      for (int i = k; i < to; i++) sum += entry_alone<TYPE>(rows[r], i) * x[c][i];
+      out[r][c] = sum;
+    }
+}
+
+template <int TYPE, int MR>
+static void some_rows(const Rows& m, int first, int last, const float* const* x, float* const* y) {
+  constexpr int64_t SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;
+  const float unit = TYPE == ROW_E4M3 ? 256.0f : 1.0f;  // see fload_e4m3
+  const int across = (m.columns + m.scale_columns - 1) / m.scale_columns;
+  for (int n = first; n < last; n += TOGETHER) {
+    const uint8_t* rows[TOGETHER];
+    for (int r = 0; r < TOGETHER; r++)
+      rows[r] = m.data + std::min(n + r, last - 1) * (int64_t)m.columns * SIZE;
+    float sums[TOGETHER][MR] = {};
+    for (int part = 0; part < across; part++) {
+      const int from = part * m.scale_columns;
+      float made[TOGETHER][MR];
+      dot_rows<TYPE, MR>(rows, x, from, std::min(from + m.scale_columns, m.columns), made);
+      for (int r = 0; r < TOGETHER; r++) {
+        const int64_t at = (int64_t)(std::min(n + r, last - 1) / m.scale_rows) * across + part;
+        const float scale = m.scales ? m.scales[at] * unit : unit;
+        for (int c = 0; c < MR; c++) sums[r][c] += made[r][c] * scale;
+      }
+    }
+    for (int r = 0; r < TOGETHER && n + r < last; r++)
+      for (int c = 0; c < MR; c++) y[c][n + r] = sums[r][c];
+  }
+}
+
+template <int TYPE>
+static void multiply_rows_as(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,
+                             float* y, int64_t ldy, int threads) {
+  constexpr int64_t SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;
+  const int each = std::max<int64_t>(TOGETHER, CHUNK / (m.columns * SIZE) / TOGETHER * TOGETHER);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (stop - start > each)
+  for (int first = start; first < stop; first += each) {
+    const int last = std::min(first + each, stop);
+    for (int c = 0; c < n; c += 4) {
+      const float* in[4];
+      float* out[4];
+      for (int i = 0; i < 4; i++) {
+        in[i] = x + std::min(c + i, n - 1) * ldx;
+        out[i] = y + std::min(c + i, n - 1) * ldy - start;
+      }
+      if (n - c == 1) some_rows<TYPE, 1>(m, first, last, in, out);
+      else if (n - c == 2) some_rows<TYPE, 2>(m, first, last, in, out);
+      else some_rows<TYPE, 4>(m, first, last, in, out);
+    }
+  }
+}
+
+static void multiply_rows(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,
+                          float* y, int64_t ldy, int threads) {
+  switch (m.type) {
+    case ROW_BF16: return multiply_rows_as<ROW_BF16>(m, x, ldx, n, start, stop, y, ldy, threads);
+    case ROW_F16: return multiply_rows_as<ROW_F16>(m, x, ldx, n, start, stop, y, ldy, threads);
+    case ROW_F32: return multiply_rows_as<ROW_F32>(m, x, ldx, n, start, stop, y, ldy, threads);
+    default: return multiply_rows_as<ROW_E4M3>(m, x, ldx, n, start, stop, y, ldy, threads);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,11 @@
+// What each instruction set offers.
+#pragma once
+#include "api.h"
+
+struct Table {
+  void (*times)(const Matrix*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
+                int64_t ldy, int threads);
+  void (*times_rows)(const Rows*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
+                     int64_t ldy, int threads);
+  void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
+};

@@ -1,0 +1,58 @@
+"""`FloatsWeight`: a matrix of stored floats, multiplied without a copy in another dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cabochon.kernels.library import Library, Rows, address, threads
+from cabochon.nn.weight import StoredFloats, Weight
+
+FEW = 16  # inputs; for more, a tile as float32 and a dense product are faster
+
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
+
+
+class FloatsWeight(Weight):
+    """`stored`, whose entries are `floats`; everything but few products is left to it."""
+
+    def __init__(self, library: Library, stored: Weight, floats: StoredFloats) -> None:
+        super().__init__(stored.out_features, stored.in_features)
+        self.stored = stored
+        self._library = library
+        self._floats = floats  # keeps alive what the kernels look at
+        self.matrix = Rows(
+            data=address(floats.data),
+            scales=address(floats.scales),
+            rows=self.out_features,
+            columns=self.in_features,
+            type=_TYPES[floats.data.dtype],
+            scale_rows=floats.scale_rows,
+            scale_columns=floats.scale_columns or self.in_features,
+        )
+
+    def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.stored.dense(dtype, start, stop)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.stored.rows(ids, dtype)
+
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.out_features if stop is None else stop
+        flat = x.reshape(-1, self.in_features)
+        if len(flat) > FEW:
+            return self.stored.linear(x, start, stop)
+        flat = flat.float().contiguous()
+        y = torch.empty(len(flat), stop - start)
+        self._library.times_rows(
+            self.matrix,
+            address(flat),
+            self.in_features,
+            len(flat),
+            start,
+            stop,
+            address(y),
+            stop - start,
+            threads(),
+        )
+        return y.to(x.dtype).view(*x.shape[:-1], stop - start)

@@ -1,0 +1,141 @@
+"""The compiled kernels: a library without Python in it, called through ctypes.
+
+It is built when the package is installed. Where there was no compiler it is missing, and everything
+runs as `nn` computes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch  # first, so that the library finds torch's OpenMP and brings no second one
+from torch import Tensor
+
+from cabochon.errors import CabochonError
+
+VARIABLE = "CABOCHON_ISA"
+INSTRUCTION_SETS = ("avx512vnni", "avxvnni", "avx2", "neon", "scalar")  # the fastest first
+
+_FILE = Path(__file__).with_name("libcabochon.so")
+
+
+class Matrix(ctypes.Structure):
+    """`struct Matrix` of csrc/api.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("levels", c_void_p),
+        ("stride", c_int64),
+        ("shared_at", c_int64),
+        ("minima_at", c_int64),
+        ("shared_minima_at", c_int64),
+        ("codes_at", c_int64),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("units", c_int32),
+        ("codes", c_int32),
+        ("scales", c_int32),
+        ("minima", c_int32),
+        ("groups", c_int32),
+        ("halves", c_int32),
+        ("per_shared", c_int32),
+        ("digits", c_int32),
+        ("round", c_int32),
+        ("zero", c_float),
+        ("gain", c_float),
+        ("fine", c_float),
+        ("table", c_uint8 * 32),
+        ("values", c_float * 16),
+    )
+
+
+class Rows(ctypes.Structure):
+    """`struct Rows` of csrc/api.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_int32),
+        ("columns", c_int32),
+        ("type", c_int32),
+        ("scale_rows", c_int32),
+        ("scale_columns", c_int32),
+    )
+
+
+_SIGNATURES = {
+    "choose": (c_int, [c_char_p]),
+    "times": (
+        None,
+        [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
+    ),
+    "times_rows": (
+        None,
+        [POINTER(Rows), c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
+    ),
+    "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
+    "pack_codes": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_int]),
+    "pack_scales": (None, [POINTER(Matrix), c_int64, c_void_p, c_int, c_int, c_int]),
+    "advise": (None, [c_void_p, c_int64]),
+}
+
+
+class Library:
+    """The functions of the library, and the instruction set that they use."""
+
+    def __init__(self, file: Path) -> None:
+        self._dll = ctypes.CDLL(str(file))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._dll, f"cabochon_{name}")
+            function.restype = result
+            function.argtypes = arguments
+        self.times = self._dll.cabochon_times
+        self.times_rows = self._dll.cabochon_times_rows
+        self.dense = self._dll.cabochon_dense
+        self.pack_codes = self._dll.cabochon_pack_codes
+        self.pack_scales = self._dll.cabochon_pack_scales
+        self.advise = self._dll.cabochon_advise
+        self.isa = ""
+
+    def available(self) -> tuple[str, ...]:
+        """The instruction sets that this machine has; the last that was tried is in use."""
+        before = self.isa
+        found = tuple(name for name in INSTRUCTION_SETS if self._dll.cabochon_choose(name.encode()))
+        if before:
+            self.choose(before)
+        return found
+
+    def choose(self, isa: str) -> None:
+        """Compute with `isa` from now on.
+
+        Raises:
+            CabochonError: this machine does not have it.
+        """
+        if not self._dll.cabochon_choose(isa.encode()):
+            have = ", ".join(self.available())
+            raise CabochonError(f"{VARIABLE} is {isa!r}, but this machine has {have}")
+        self.isa = isa
+
+
+@cache
+def library() -> Library | None:
+    """The library, or None where it was not built."""
+    if not _FILE.is_file():
+        return None
+    found = Library(_FILE)
+    found.choose(os.environ.get(VARIABLE) or found.available()[0])
+    return found
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where the kernels find a tensor, which must be contiguous and stay alive."""
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    return torch.get_num_threads()

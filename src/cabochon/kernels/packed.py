@@ -1,0 +1,235 @@
+"""`PackedWeight`: a matrix of codes, repacked into the order in which the kernels read it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cabochon.kernels.library import Library, Matrix, address, threads
+from cabochon.nn.weight import Coded, Weight
+
+Activations = Literal["int8", "int16", "float32"]
+
+ROWS, UNIT = 32, 32  # of a block, and columns of its units; csrc/api.h
+_ALIGNMENT = 64
+
+_DIGITS: dict[Activations, int] = {"int8": 1, "int16": 2, "float32": 0}
+ACTIVATIONS = tuple(_DIGITS)
+_CODES = {4: 0, 8: 1, 2: 4, 3: 5, 5: 6, 6: 7}
+_TABLE, _TABLE2 = 2, 3
+_FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_LEVEL, _SUB_U8, _SUB_I8 = 3, 4, 5
+_ZERO_POINT, _SUB_MINIMUM = 1, 4
+_MINIMA = {torch.float16: 2, torch.float32: 3, torch.bfloat16: 5}
+_ROUND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Table(NamedTuple):
+    """Sixteen values as bytes that sum up to them: `(first + fine * second - zero) * gain`."""
+
+    kind: int
+    digits: list[int]  # 16 of the first, 16 of the second
+    zero: int
+    gain: float
+    fine: float
+
+
+def unsupported(coded: Coded) -> str | None:
+    """Why the kernels cannot compute this; None if they can."""
+    if coded.group % 16 and coded.scales.shape[1] > 1:
+        return f"groups of {coded.group} are no multiple of 16"
+    if coded.rounded not in _ROUND:
+        return f"entries are rounded to {coded.rounded}"
+    return None
+
+
+class PackedWeight(Weight):
+    """What `coded` describes; `dense` gives the same numbers, bit for bit.
+
+    Args:
+        coded: the matrix, which is not needed any more afterwards.
+        activations: `int8` rounds each 32 inputs to 8 bits, `int16` to two times 8, `float32` not
+            at all.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        coded: Coded,
+        activations: Activations,
+        *,
+        out_features: int,
+        in_features: int,
+    ) -> None:
+        assert unsupported(coded) is None
+        super().__init__(out_features, in_features)
+        self.activations = activations
+        self._library = library
+        self.register_buffer("levels", coded.levels)
+        halves = -(-coded.group // 16)
+        if coded.scales.shape[1] == 1:  # a row is a group
+            halves = 2 * -(-in_features // UNIT)
+        elif halves > 1 and halves % 2:  # a scale may change within a unit: one for each half
+            coded, halves = _by_halves(coded, halves), 1
+        self.matrix = self._describe(coded, halves)
+        self._pack(coded)
+
+    data: Tensor  # uint8 [bytes]
+    levels: Tensor | None
+
+    def _describe(self, coded: Coded, halves: int) -> Matrix:
+        units = -(-self.in_features // UNIT)
+        groups = coded.scales.shape[1]
+        if halves == 1:
+            groups += groups % 2  # a cut unit's second half reads a scale too
+        matrix = Matrix(
+            rows=self.out_features,
+            columns=self.in_features,
+            units=units,
+            groups=groups,
+            halves=halves,
+            per_shared=1
+            if coded.shared is None
+            else coded.scales.shape[1] // coded.shared.shape[1],
+            digits=_DIGITS[self.activations],
+            round=_ROUND[coded.rounded],
+            levels=address(self.levels),
+            scales=_kind_of_scales(coded),
+            minima=_kind_of_minima(coded),
+            codes=_CODES[coded.bits],
+            zero=coded.zero,
+            gain=1.0,
+        )
+        if coded.values is not None:
+            table = _table(coded.values)
+            matrix.codes, matrix.zero = table.kind, table.zero
+            matrix.gain, matrix.fine = table.gain, table.fine
+            matrix.table = (ctypes.c_uint8 * 32)(*table.digits)
+            matrix.values = (ctypes.c_float * 16)(*coded.values)
+        return matrix
+
+    def _pack(self, coded: Coded) -> None:
+        matrix, library = self.matrix, self._library
+        stored = {
+            0: coded.scales,
+            1: coded.shared,
+            2: coded.zeros if coded.minima is None else coded.minima,
+            3: coded.shared_minima,
+        }
+        at = 0
+        places: dict[int, int] = {}
+        for index, tensor in stored.items():
+            places[index] = at
+            if tensor is not None:
+                per_row = matrix.groups if index in (0, 2) else tensor.shape[1]
+                at += -(-per_row * ROWS * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+        matrix.shared_at, matrix.minima_at, matrix.shared_minima_at = (places[i] for i in (1, 2, 3))
+        matrix.codes_at = at
+        matrix.stride = at + matrix.units * _UNIT_BYTES[matrix.codes]
+        blocks = -(-self.out_features // ROWS)
+        # What is fetched ahead of the last block need not exist; a margin to align is all it takes.
+        room = torch.empty(blocks * matrix.stride + _ALIGNMENT, dtype=torch.uint8)
+        skip = -room.data_ptr() % _ALIGNMENT
+        self.register_buffer("data", room[skip : skip + blocks * matrix.stride])
+        library.advise(address(self.data), self.data.numel())
+        matrix.data = address(self.data)
+        for index, tensor in stored.items():
+            if tensor is not None:
+                if index in (0, 2) and tensor.shape[1] < matrix.groups:
+                    tensor = torch.nn.functional.pad(tensor, (0, 1))
+                self._pack_scales(places[index], tensor.contiguous())
+        step = ROWS * max(1, (8 << 20) // (ROWS * self.in_features))
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            codes = coded.codes(start, stop).contiguous()
+            nibbles = int(coded.nibbles)
+            library.pack_codes(
+                matrix, address(codes), codes.stride(0), nibbles, start, stop, threads()
+            )
+
+    def _pack_scales(self, place: int, tensor: Tensor) -> None:
+        self._library.pack_scales(
+            self.matrix, place, address(tensor), tensor.shape[1], tensor.element_size(), threads()
+        )
+
+    def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.out_features if stop is None else stop
+        out = torch.empty(stop - start, self.in_features)
+        self._library.dense(self.matrix, None, start, len(out), address(out), threads())
+        return out.to(dtype)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        wanted = ids.flatten().contiguous()
+        out = torch.empty(len(wanted), self.in_features)
+        self._library.dense(self.matrix, address(wanted), 0, len(out), address(out), threads())
+        return out.to(dtype).view(*ids.shape, self.in_features)
+
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.out_features if stop is None else stop
+        flat = x.reshape(-1, self.in_features).float().contiguous()
+        y = torch.empty(len(flat), stop - start)
+        self._library.times(
+            self.matrix,
+            address(flat),
+            self.in_features,
+            len(flat),
+            start,
+            stop,
+            address(y),
+            stop - start,
+            threads(),
+        )
+        return y.to(x.dtype).view(*x.shape[:-1], stop - start)
+
+
+_UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes
+
+
+def _kind_of_scales(coded: Coded) -> int:
+    if coded.levels is not None:
+        return _LEVEL
+    if coded.shared is not None:
+        return _SUB_I8 if coded.scales.dtype is torch.int8 else _SUB_U8
+    return _FLOATS[coded.scales.dtype]
+
+
+def _kind_of_minima(coded: Coded) -> int:
+    if coded.zeros is not None:
+        return _ZERO_POINT
+    if coded.minima is None:
+        return 0
+    if coded.shared_minima is not None:
+        return _SUB_MINIMUM
+    return _MINIMA[coded.minima.dtype]
+
+
+def _by_halves(coded: Coded, halves: int) -> Coded:
+    """The same with groups of 16."""
+
+    def spread(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat_interleave(halves, dim=1)
+
+    scales = spread(coded.scales)
+    assert scales is not None
+    return replace(
+        coded, group=16, scales=scales, zeros=spread(coded.zeros), minima=spread(coded.minima)
+    )
+
+
+def _table(values: tuple[float, ...]) -> _Table:
+    """Sixteen values as multiples of one step, if that can be exact, or else as two digits."""
+    step = min(abs(value) for value in values if value)
+    multiples = [value / step for value in values]
+    low, high = round(min(multiples)), round(max(multiples))
+    if all(multiple.is_integer() for multiple in multiples) and high - low <= 31:
+        return _Table(_TABLE, [int(m) - low for m in multiples] + [0] * 16, -low, step, 0.0)
+    largest = max(abs(value) for value in values)
+    scaled = [value / largest * 127 for value in values]
+    coarse = [round(value) for value in scaled]
+    fine = [round((value - near) * 254) for value, near in zip(scaled, coarse, strict=True)]
+    digits = [digit + 128 for digit in coarse + fine]
+    return _Table(_TABLE2, digits, 128, largest / 127, 1 / 254)
