@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cabochon.nn.nvfp4 import Nvfp4Weight
 from torch import Tensor
 
 from cabochon.errors import CabochonError
@@ -23,7 +24,6 @@ from cabochon.nn.bits import pack
 from cabochon.nn.byte_codes import ByteWeight
 from cabochon.nn.codebook import CodebookWeight, PlainScales
 from cabochon.nn.minifloat import E4M3
-from cabochon.nn.nvfp4 import Nvfp4Weight
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import Coded, DenseWeight, Stack, StoredFloats, Weight
 
