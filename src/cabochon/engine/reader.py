@@ -39,7 +39,9 @@ class Reader:
         return self._parser.state if self._parser else State.CONTENT
 
     def is_text(self, token: int) -> bool:
-        """Whether `token`, which comes next, is of the text of the answer."""
+        """Whether `token`, which comes next, is of the answer's text; outside of turns all are."""
+        if self._parser is None:
+            return True
         return self.state is State.CONTENT and token not in self._special
 
     def push(self, token: int) -> Read:

@@ -12,6 +12,8 @@ from cabochon.llm import LLM
 from cabochon.serve.completions import chat_job, rendered
 from cabochon.serve.service import Service, unknown_model
 from cabochon.serve.shapes import Capabilities, ModelCard, ModelList
+from cabochon.serve.text_completions import completion_job
+from cabochon.serve.tokens import detokenized, tokenized
 
 
 def api_routes(service: Service) -> APIRouter:
@@ -40,6 +42,21 @@ def api_routes(service: Service) -> APIRouter:
     async def render(request: Request) -> Response:
         """The prompt that a conversation becomes."""
         return await service.tell(request, partial(rendered, service))
+
+    @routes.post("/v1/completions", response_model=None)
+    async def completions(request: Request) -> Response:
+        """A text continued, or scored."""
+        return await service.respond(request, partial(completion_job, service))
+
+    @routes.post("/tokenize", response_model=None)
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text or a conversation."""
+        return await service.tell(request, partial(tokenized, service))
+
+    @routes.post("/detokenize", response_model=None)
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids."""
+        return await service.tell(request, partial(detokenized, service))
 
     return routes
 
