@@ -100,12 +100,6 @@ STORED = {
         GATE,
         "weight_scale is not part of bf16",
     ),
-    "GPTQ": (
-        DENSE,
-        lambda t: t.update({f"{GATE}.qweight": t.pop(f"{GATE}.weight").int()}),
-        GATE,
-        "GPTQ or AWQ",
-    ),
     "one zero point missing": (
         ASYMMETRIC,
         drop(f"{GATE}.weight_zero_point"),

@@ -139,7 +139,7 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
         tensors["weight"] = transform(tensors["weight"], read.transform, shape)
     slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
     floats: dict[str, Floats] = {}
-    for slot in slots:
+    for slot in (slot for slot in slots if slot.leaf in tensors):
         leaf = slot.leaf
         found = check(slot, tensors[leaf], read.stored[leaf], read.site, dtype)
         if found is not None:

@@ -34,6 +34,7 @@ class Claim:
     activations: Activations | None = None  # None: they are not rounded
     unsupported: str | None = None  # why this version has no scheme for what is claimed
     deferred: bool = False  # to the tensors, whose own types say it all
+    selective: bool = True  # says which matrices are quantized, not only how those are that are
 
     @property
     def dense(self) -> bool:
@@ -126,8 +127,13 @@ def _matches(rule: str) -> Matches | None:
         text = rf"(?:{text})(?:(?<=\.)|(?=\.|$))|.*{regex.escape(text)}$"
     elif kind != "re":
         return None
+    return partial(_match, compiled(rule, text), rule)
+
+
+def compiled(rule: str, text: str) -> regex.Pattern[str]:
+    """`text`, the regular expression in `rule`."""
     try:
-        return partial(_match, regex.compile(text), rule)
+        return regex.compile(text)
     except (regex.error, RecursionError, OverflowError) as error:
         raise ConfigError(
             f"config.json: {rule[:200]!r} is no regular expression: {error}"

@@ -21,10 +21,8 @@ from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site, diff
 
 # Leaves that give another format away, so that a refusal can name it.
 _FOREIGN = (
-    ("qweight", "GPTQ or AWQ"),
     ("weight_scale_inv", "block-wise fp8"),
     ("pre_quant_scale", "AWQ smoothing of activations (ModelOpt)"),
-    ("scales", "MLX"),
 )
 
 
@@ -80,7 +78,7 @@ def _candidates(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> l
 
 
 def _dense_note(claim: Claim) -> str | None:
-    if claim.dense:
+    if claim.dense or not claim.selective:
         return None
     said = f" says {claim.scheme.name}" if claim.scheme is not None else f": {claim.unsupported}"
     return f"{claim.rule}{said}; the file stores it dense: loaded dense"

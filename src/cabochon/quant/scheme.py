@@ -56,12 +56,14 @@ class Slot:
     """A tensor of a scheme: its leaf name, the dtypes it may have, its axes, and what it holds.
 
     Axes are named after those of the matrix, in the order they are stored; None: any shape.
+    Without an optional tensor the others mean the same as with one that says nothing new.
     """
 
     leaf: str
     dtypes: frozenset[str]
     axes: tuple[str, ...] | None
     holds: Holds
+    optional: bool = False
 
 
 class Scheme(Protocol):
@@ -155,7 +157,7 @@ def differences(
 
 def _difference(slot: Slot, meta: TensorMeta | None, site: Site) -> Difference | None:
     if meta is None:
-        return Difference("MISSING", f"{slot.leaf} is missing")
+        return None if slot.optional else Difference("MISSING", f"{slot.leaf} is missing")
     if meta.dtype not in slot.dtypes:
         expected = " or ".join(sorted(slot.dtypes))
         return Difference("DTYPE", f"{slot.leaf} is {meta.dtype}, expected {expected}")

@@ -1,0 +1,104 @@
+"""Checkpoints of other producers, kept without what they left as it was.
+
+`fixtures/thin/e2b-gptq4` holds what GPTQModel made of `fixtures/e2b-bf16`: its configuration, the
+tensors that it wrote anew, and `decoded.json`, digests of what its own reader makes of each matrix.
+What it copied is put back from the source, so that tests see the file as it was.
+
+    python tests/thin.py FOLDER...
+
+thins what producers wrote to `FOLDER` (named `member-anything`, with `decoded.json` in it) and
+checks that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from checkpoints import FIXTURES, Tensors, config_of, tensors_of, write
+from safetensors.torch import save_file
+from torch import Tensor
+
+THIN = FIXTURES / "thin"
+
+
+def source_of(folder: Path) -> Path:
+    return FIXTURES / f"{folder.name.partition('-')[0]}-bf16"
+
+
+def mlx(name: str) -> str:
+    """How mlx-vlm names what transformers calls `name`."""
+    inner = name.removeprefix("model.")
+    return inner.replace("language_model.", "language_model.model.", 1)
+
+
+def saved_again(name: str) -> str:
+    """How transformers itself saves the encoder-free embedder, since it has loaded it."""
+    projection = "model.embed_vision.multimodal_embedder.embedding_projection"
+    name = name.replace("model.embed_vision.embedding_projection", projection)
+    return name.replace("model.vision_embedder.", "model.embed_vision.")
+
+
+def spelling(folder: Path) -> Callable[[str], str]:
+    if "-mlx" in folder.name:
+        return mlx
+    return saved_again if folder.name.startswith("12b-gptq") else str
+
+
+def restored(folder: Path, kept: Tensors) -> Tensors:
+    """`kept` and, of the source, what belongs to no module that has anything in `kept`."""
+    spelled = spelling(folder)
+    modules = {name.rpartition(".")[0] for name in kept}
+    experts = {name.partition(".experts.")[0] for name in kept if ".experts." in name}
+    found = dict(kept)
+    for name, tensor in tensors_of(source_of(folder)).items():
+        full = spelled(name)
+        layer, inside, _ = full.partition(".experts.")
+        if full.rpartition(".")[0] not in modules and not (inside and layer in experts):
+            found[full] = tensor
+    return found
+
+
+def whole(name: str, folder: Path) -> Path:
+    """The checkpoint `name`, with tokenizer and all, as its producer wrote it."""
+    thin = THIN / name
+    shutil.copytree(source_of(thin), folder, dirs_exist_ok=True)
+    return write(folder, restored(thin, tensors_of(thin)), config_of(thin))
+
+
+def decoded(name: str) -> dict[str, tuple[torch.dtype, str]]:
+    """The dtype and the digest of what the producer makes of each matrix, by its stored name."""
+    digests = json.loads((THIN / name / "decoded.json").read_text())
+    return {matrix: (getattr(torch, dtype), text) for matrix, (dtype, text) in digests.items()}
+
+
+def digest(tensor: Tensor) -> str:
+    octets = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(octets).hexdigest()[:16]
+
+
+def thin(folder: Path) -> None:
+    made, source = tensors_of(folder), tensors_of(source_of(folder))
+    spelled = {spelling(folder)(name): tensor for name, tensor in source.items()}
+    same = {n for n, t in spelled.items() if n in made and torch.equal(made[n], t)}
+    kept = {name: tensor for name, tensor in made.items() if name not in same}
+    again = restored(folder, kept)
+    kept |= {name: made[name] for name in same if name not in again}
+    again = restored(folder, kept)
+    assert again.keys() == made.keys(), again.keys() ^ made.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in made.items())
+    out = THIN / folder.name
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in kept.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config_of(folder), indent=1) + "\n")
+    shutil.copy(folder / "decoded.json", out)
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        thin(Path(given))
