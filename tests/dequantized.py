@@ -28,7 +28,7 @@ def check_matrices(name: str, folder: Path) -> dict[str, Weight]:
     """Every matrix that the producer quantized is its own; every other tensor is the source's."""
     report = plan_checkpoint(folder)
     assert report.plan is not None
-    model = execute(report.plan, dtype=torch.float32)
+    model = execute(report.plan, dtype=torch.float32).model
     expected, found = thin.decoded(name), weights(report.plan, model)
     assert not expected.keys() - found.keys()
     for matrix, (dtype, text) in expected.items():
@@ -74,7 +74,7 @@ def reference(folder: Path, source: Path, room: Path) -> Any:
 
     report = plan_checkpoint(folder)
     assert report.plan is not None
-    model = execute(report.plan, dtype=torch.float32)
+    model = execute(report.plan, dtype=torch.float32).model
     tensors = {name: tensor.float() for name, tensor in tensors_of(source).items()}
     tensors |= matrices(report.plan, model, tensors)
     write(room, tensors, config_of(source))
