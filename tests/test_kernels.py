@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cabochon.nn.nvfp4 import Nvfp4Weight
 from torch import Tensor
 
 from cabochon.errors import CabochonError
@@ -23,6 +22,7 @@ from cabochon.nn.affine import AffineWeight
 from cabochon.nn.bits import pack
 from cabochon.nn.byte_codes import ByteWeight
 from cabochon.nn.codebook import CodebookWeight, PlainScales
+from cabochon.nn.float4 import Float4Weight
 from cabochon.nn.minifloat import E4M3
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import Coded, DenseWeight, Stack, StoredFloats, Weight
@@ -63,10 +63,10 @@ def integers(
     return PackedIntWeight(words, scales, zeros, in_features=columns, bits=bits, group=group)
 
 
-def nvfp4(rows: int, columns: int) -> Nvfp4Weight:
+def float4(rows: int, columns: int, block: int) -> Float4Weight:
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
-    scales = torch.randint(0, 127, (rows, -(-columns // 16)), dtype=torch.uint8)
-    return Nvfp4Weight(codes, scales, E4M3 * 0.001, in_features=columns)
+    scales = torch.randint(0, 127, (rows, -(-columns // block)), dtype=torch.uint8)
+    return Float4Weight(codes, scales, E4M3 * 0.001, in_features=columns, block=block)
 
 
 def nf4(rows: int, columns: int, rounding: torch.dtype) -> CodebookWeight:
@@ -104,7 +104,8 @@ CODED: dict[str, Callable[[], Weight]] = {
     "int3": lambda: integers(33, 100, 3, 64, symmetric=False),
     "int5": lambda: integers(64, 128, 5, 128, torch.float16),
     "int6, groups of 16": lambda: integers(33, 96, 6, 16),
-    "nvfp4": lambda: nvfp4(70, 208),
+    "nvfp4": lambda: float4(70, 208, 16),
+    "mxfp4": lambda: float4(35, 160, 32),
     "nf4": lambda: nf4(48, 192, torch.float32),
     "nf4, bfloat16": lambda: nf4(33, 128, torch.bfloat16),
     "int8 codes": lambda: ByteWeight(

@@ -49,7 +49,7 @@ class Float4Weight(Weight):
             bits=4,
             codes=lambda start, stop: self.codes[start:stop],
             nibbles=True,
-            group=BLOCK,
+            group=self.block,
             scales=self.scales,
             levels=self.levels,
             values=tuple(E2M1.tolist()),
