@@ -122,6 +122,9 @@ def test_a_log_has_a_line_for_each_request_and_no_words_of_it() -> None:
     ]
     assert lines[0]["request_id"] == "mine-1"
     assert all(e["seconds"] >= 0 for e in lines)
+    assert lines[0]["completion_tokens"] == 3
+    assert lines[0]["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert lines[0]["finish_reason"] == "length"
 
 
 def test_the_first_signal_drains_and_the_second_ends() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -113,15 +113,17 @@ class Prompts:
             )
         return sound
 
-    def video(self, data: bytes) -> Video:
+    def video(self, data: bytes, check: Callable[[], None] | None = None) -> Video:
         """What the model sees of the bytes of an untrusted video file.
+
+        `check` is called for each packet and frame; what it raises ends the decoding.
 
         Raises:
             RequestError: the model does not see, the file cannot be decoded, or its frames have a
                 shape that the model has no positions for.
         """
         self.check_sense("video")
-        video = self.videos(data)
+        video = self.videos(data, check)
         for frame in video.frames:
             self._within_table(frame)
         return video

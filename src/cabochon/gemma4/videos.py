@@ -7,7 +7,7 @@ knows formats that read other files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -77,6 +77,7 @@ class VideoProcessor:
     def __call__(
         self,
         data: bytes,
+        check: Callable[[], None] | None = None,
         *,
         max_bytes: int = MAX_VIDEO_BYTES,
         max_seconds: float = MAX_VIDEO_SECONDS,
@@ -84,7 +85,8 @@ class VideoProcessor:
     ) -> Video:
         """Decode and preprocess one untrusted MP4, QuickTime, Matroska or WebM file.
 
-        Limits hold before a frame is decoded. `max_pixels` are of one frame.
+        Limits hold before a frame is decoded. `max_pixels` are of one frame. `check` is called for
+        each packet and frame, and may raise to end it.
 
         Raises:
             RequestError: not such a file, damaged, larger than a limit, without a frame rate, or
@@ -93,27 +95,34 @@ class VideoProcessor:
         with _opened(data, max_bytes) as (container, stream):
             rate = _frame_rate(stream)
             _check_size(stream.width, stream.height, max_pixels)
-            total = _count_frames(container, stream)
+            check = check or _go_on
+            total = _count_frames(container, stream, check)
             if total > max_seconds * rate:
                 raise RequestError(
                     f"a video of {total / rate:.0f} seconds is too long;"
                     f" at most {max_seconds:g} are accepted"
                 )
             indices = self.sample(total, rate)
-            pictures, shown = self._take(container, stream, indices, max_pixels)
+            pictures, shown = self._take(container, stream, indices, max_pixels, check)
             if len(pictures) < len(indices):  # packets that show nothing, at a cut
                 indices = self.sample(shown, rate)
-                pictures, shown = self._take(container, stream, indices, max_pixels)
+                pictures, shown = self._take(container, stream, indices, max_pixels, check)
         return Video(tuple(pictures), tuple(index / rate for index in indices))
 
     def _take(
-        self, container: Any, stream: Any, indices: Sequence[int], max_pixels: int
+        self,
+        container: Any,
+        stream: Any,
+        indices: Sequence[int],
+        max_pixels: int,
+        check: Callable[[], None],
     ) -> tuple[list[Picture], int]:
         """The frames at `indices` that there are, and how many frames were decoded for them."""
         pictures: list[Picture] = []
         shown = 0
         container.seek(0)
         for frame in container.decode(stream):
+            check()
             shown += 1
             if shown - 1 == indices[len(pictures)]:
                 _check_size(frame.width, frame.height, max_pixels)
@@ -220,10 +229,15 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _count_frames(container: Any, stream: Any) -> int:
+def _go_on() -> None:
+    """Nobody has asked to be asked."""
+
+
+def _count_frames(container: Any, stream: Any, check: Callable[[], None]) -> int:
     """Frames by their packets: many containers do not say how many there are, and any may lie."""
     total = 0
     for packet in container.demux(stream):
+        check()
         if packet.is_corrupt:
             raise _unreadable()
         total += packet.size > 0 and not packet.is_discard

@@ -5,11 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 
 from cabochon.engine.engine import Engine
 from cabochon.engine.request import Delta, Prompt, SamplingParams
+from cabochon.errors import CabochonError
+from cabochon.serve.journal import note
 
 Run = tuple[Prompt, SamplingParams]
+
+MOST_UNREAD = 2048  # deltas that wait for a client before it is given up
+
+
+def _too_slow() -> CabochonError:
+    return CabochonError("the answer is read more slowly than it is written; it was cut off here")
 
 
 class Deltas:
@@ -25,15 +34,16 @@ class Deltas:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
+        self._behind = False
+        self._tokens = 0
         self._running: dict[int, int] = {}  # the engine's number of each run that has not ended
         try:
             for index, (prompt, params) in enumerate(runs):
-                self._running[index] = engine.submit(
-                    prompt, params, _Sink(self._loop, self._queue, index)
-                )
+                self._running[index] = engine.submit(prompt, params, partial(self._hear, index))
         except BaseException:
             self.close()
             raise
+        note(prompt_tokens=sum(len(prompt.tokens) for prompt, _ in runs))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         """Until the last delta of each run, or until `close`."""
@@ -42,8 +52,11 @@ class Deltas:
             if said is None:
                 return
             index, delta = said
+            self._tokens += len(delta.tokens)
             if delta.last:
                 self._running.pop(index, None)
+                ended = delta.finish_reason or "error"
+                note(completion_tokens=self._tokens, finish_reason=ended)
             yield index, delta
 
     def close(self) -> None:
@@ -54,19 +67,17 @@ class Deltas:
             self._engine.cancel(number)
         self._running = {}
 
-
-class _Sink:
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        queue: asyncio.Queue[tuple[int, Delta] | None],
-        index: int,
-    ) -> None:
-        self._loop = loop
-        self._queue = queue
-        self._index = index
-
-    def __call__(self, delta: Delta) -> None:
+    def _hear(self, index: int, delta: Delta) -> None:
+        """Called by the engine's thread."""
         # The loop may be closed already when a server is torn down while the engine still runs.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (self._index, delta))
+            self._loop.call_soon_threadsafe(self._take, index, delta)
+
+    def _take(self, index: int, delta: Delta) -> None:
+        if self._queue.qsize() < MOST_UNREAD:
+            self._queue.put_nowait((index, delta))
+        elif not self._behind:
+            self._behind = True
+            for run, number in self._running.items():
+                self._engine.cancel(number)
+                self._queue.put_nowait((run, Delta(error=_too_slow())))

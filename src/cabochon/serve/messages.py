@@ -13,6 +13,7 @@ from typing import Any
 from cabochon.errors import RequestError
 from cabochon.prompts import Prompts
 from cabochon.serve.fields import AudioPart, ImagePart, TextPart, VideoPart
+from cabochon.serve.presence import check_wanted
 from cabochon.serve.protocol import (
     AssistantMessage,
     ChatMessage,
@@ -135,6 +136,7 @@ def _part(
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     where += f".{part.type}"
+    check_wanted()
     try:
         match part:
             case ImagePart():
@@ -145,7 +147,7 @@ def _part(
                 return {"type": "audio", "audio": media.prompts.sound(data)}
             case VideoPart():
                 data = _from_url(part.video_url.url, "video/mp4", media.fetch)
-                return {"type": "video", "video": media.prompts.video(data)}
+                return {"type": "video", "video": media.prompts.video(data, check_wanted)}
     except RequestError as error:
         raise RequestError(f"{where}: {error}", where) from None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -19,9 +20,11 @@ from cabochon.serve.bridge import Deltas, Run
 from cabochon.serve.errors import ApiError
 from cabochon.serve.limits import Gate, read_body
 from cabochon.serve.media import Fetcher
+from cabochon.serve.presence import Presence, work_for
 from cabochon.settings import Settings
 
 PREPARING = 2  # requests whose JSON, media and tokens are worked on at once, off the event loop
+FETCHING = 8  # more of them where they may wait for media from elsewhere
 Prepared = TypeVar("Prepared")
 
 
@@ -53,7 +56,8 @@ class Service:
         self.gate = Gate(settings.max_batch + settings.max_queue)
         self.fingerprint = fingerprint(llm)
         self.fetch = Fetcher(settings.media_hosts).fetch if settings.media_urls else None
-        self._pool = ThreadPoolExecutor(PREPARING, thread_name_prefix="cabochon-prepare")
+        threads = PREPARING + (FETCHING if settings.media_urls else 0)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cabochon-prepare")
 
     async def respond(self, request: Request, prepare: Callable[[bytes], Job]) -> Response:
         """The answer to one HTTP request: JSON, or a stream of events.
@@ -64,11 +68,10 @@ class Service:
         with ExitStack() as stack:
             stack.enter_context(self.gate.slot())
             body = await read_body(request, self.settings.max_body_bytes)
-            job = await self._aside(prepare, body)
-            deltas = Deltas(self.llm.engine, job.runs)
-            stack.callback(deltas.close)
-            watcher = asyncio.create_task(_await_disconnect(request, deltas))
-            stack.callback(watcher.cancel)
+            presence = stack.enter_context(closing(Presence(request)))
+            job = await self._aside(prepare, body, presence)
+            deltas = stack.enter_context(closing(Deltas(self.llm.engine, job.runs)))
+            presence.on_leave(deltas.close)
             if job.stream:
                 return EventStream(job.answer.events(deltas), stack.pop_all())
             return JSONResponse(await job.answer.collect(deltas))
@@ -77,10 +80,14 @@ class Service:
         """The answer to a request that the model need not run for."""
         with self.gate.slot():
             body = await read_body(request, self.settings.max_body_bytes)
-            return JSONResponse(await self._aside(prepare, body))
+            with closing(Presence(request)) as presence:
+                return JSONResponse(await self._aside(prepare, body, presence))
 
-    async def _aside(self, prepare: Callable[[bytes], Prepared], body: bytes) -> Prepared:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, prepare, body)
+    async def _aside(
+        self, prepare: Callable[[bytes], Prepared], body: bytes, presence: Presence
+    ) -> Prepared:
+        work = partial(work_for, presence.preparing(), partial(prepare, body))
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def check_model(self, name: str) -> None:
         if name != self.llm.name:
@@ -114,9 +121,3 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._held:
             await super().__call__(scope, receive, send)
-
-
-async def _await_disconnect(request: Request, deltas: Deltas) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    deltas.close()
