@@ -55,7 +55,7 @@ def collapse(names: Iterable[str]) -> tuple[str, ...]:
     plain: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+        at = next((i for i, part in enumerate(parts) if _is_number(part)), None)
         if at is None:
             plain[name] = None
         else:
@@ -66,6 +66,11 @@ def collapse(names: Iterable[str]) -> tuple[str, ...]:
         for (before, after), numbers in templates.items()
     ]
     return (*plain, *collapsed)
+
+
+def _is_number(part: str) -> bool:
+    """Written as numbers are: `01` is a name of its own."""
+    return part.isdecimal() and (part == "0" or part[0] != "0")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ named transform. Nothing here matches a part of a component.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -127,6 +128,9 @@ _NO_TOWER: Mapping[str, tuple[str, Transform | None]] = {
 }
 
 
+_IN_LAYER = re.compile(r"\.layers\.(\d+)")
+
+
 class GgufNames:
     """The names of one model's tensors."""
 
@@ -134,6 +138,23 @@ class GgufNames:
         self._config = config
         unified = config.architecture.startswith("Gemma4Unified")
         self._tensors = {**_TENSORS, **(_NO_TOWER if unified else _TOWER)}
+        self._stored = {name: stored for stored, name in _MODULES.items()}
+        for stored, name in _CLIPPABLE.items():
+            self._stored |= {name: stored, f"{name}.linear": stored}
+        for stored, (name, _) in self._tensors.items():
+            self._stored |= {name: stored, name.removesuffix(".weight"): stored}
+
+    def stored(self, name: str) -> str:
+        """What the file would call the model's `name`, a module or a tensor, if that is known."""
+        number = _IN_LAYER.search(name)
+        layer = number[1] if number else ""
+        template = _IN_LAYER.sub(".layers.#", name, count=1)
+        module, _, leaf = template.rpartition(".")
+        if template in self._stored:
+            return _in_layer(self._stored[template], layer)
+        if module in self._stored:
+            return _in_layer(f"{self._stored[module]}.{leaf}", layer)
+        return name
 
     def read(self, meta: TensorMeta) -> Iterator[Named]:
         """What the stored tensor `meta` holds; a name that is not known stays as it is."""

@@ -155,6 +155,9 @@ def build_plan(
         found = contradictions(config, placed.stored)
         where = "config.json" if checkpoint.gguf is None else "metadata"
         problems = [*(Problem("CONFIG", where, str(c)) for c in found), *problems]
+    if checkpoint.gguf is not None:
+        names = GgufNames(config)
+        problems = [replace(problem, where=names.stored(problem.where)) for problem in problems]
     return LoadPlan(
         config=config,
         has_head=has_head,
