@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from cabochon.errors import RequestError
 
@@ -26,6 +26,10 @@ class Presence:
         self._on_leave: Callable[[], None] | None = None
         self._task = asyncio.create_task(self._watch(request))
 
+    @property
+    def left(self) -> bool:
+        return self._left.is_set()
+
     async def _watch(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -36,7 +40,7 @@ class Presence:
     def on_leave(self, action: Callable[[], None]) -> None:
         """Do this when the client leaves, or now if it has."""
         self._on_leave = action
-        if self._left.is_set():
+        if self.left:
             action()
 
     def close(self) -> None:
@@ -45,13 +49,13 @@ class Presence:
     def preparing(self) -> Callable[[], None]:
         """What a thread that works for the client calls now and then.
 
-        It raises ClientDisconnect or RequestError when there is no use in going on.
+        It raises RequestError when there is no use in going on.
         """
         end = time.monotonic() + PREPARE_SECONDS
 
         def check() -> None:
-            if self._left.is_set():
-                raise ClientDisconnect
+            if self.left:
+                raise RequestError("the client has left")
             if time.monotonic() > end:
                 raise RequestError(
                     f"what the request brings took longer than {PREPARE_SECONDS:g} seconds to"

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cabochon import __version__
+from cabochon.errors import RequestError
 from cabochon.llm import LLM
 from cabochon.serve.bridge import Deltas, Run
 from cabochon.serve.errors import ApiError
@@ -87,7 +88,12 @@ class Service:
         self, prepare: Callable[[bytes], Prepared], body: bytes, presence: Presence
     ) -> Prepared:
         work = partial(work_for, presence.preparing(), partial(prepare, body))
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except RequestError:
+            if presence.left:
+                raise ClientDisconnect from None
+            raise
 
     def check_model(self, name: str) -> None:
         if name != self.llm.name:
