@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cabochon.engine.request import SamplingParams
     from cabochon.llm import LLM
-    from cabochon.load.report import inspect_checkpoint as inspect
+    from cabochon.load.obtain import inspect_model as inspect
 
 __all__ = ["LLM", "SamplingParams", "__version__", "inspect"]
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "LLM": ("cabochon.llm", "LLM"),
     "SamplingParams": ("cabochon.engine.request", "SamplingParams"),
-    "inspect": ("cabochon.load.report", "inspect_checkpoint"),
+    "inspect": ("cabochon.load.obtain", "inspect_model"),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cabochon.checkpoint.source import Source
 from cabochon.config import Gemma4Config
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.defaults import GenerationDefaults
@@ -23,13 +24,13 @@ from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError, ResourceError
-from cabochon.files import DEMO
 from cabochon.gemma4.sounds import Wave
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import library
 from cabochon.kernels.packed import ACTIVATIONS, Activations
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.forecast import machine_memory
+from cabochon.load.obtain import obtain
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
 from cabochon.prompts import Message, Prompts
@@ -39,8 +40,6 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
 
-DEMO_NAME = "cabochon-demo"
-
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,7 +47,7 @@ class LLM:
     """A Gemma 4 checkpoint behind an engine.
 
     Args:
-        model: A checkpoint folder or a GGUF file; None for the demo.
+        model: A folder or file, an id on the hub, or what `obtain` made of it; None: the demo.
         dtype: What activations are computed in. "auto" is float32, the faster and exacter one on
             processors without bfloat16 arithmetic.
         activations: What the inputs of quantized matrices are rounded to, 32 at a time, "float32"
@@ -70,7 +69,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | Path | Source | None = None,
         *,
         dtype: Dtype = "auto",
         activations: Activations | Literal["auto"] = "auto",
@@ -90,24 +89,24 @@ class LLM:
             "max_context": max_context,
         }
         _check_options(dtype, activations, sizes)
-        path = DEMO if model is None else Path(model)
-        self.name = DEMO_NAME if model is None else path.resolve().name.removesuffix(".gguf")
+        source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+        self.name = source.name
         if threads is not None:
             torch.set_num_threads(threads)
         compute = _DTYPES[dtype]
-        self.report = plan_checkpoint(path, weights_only=weights_only)
+        self.report = plan_checkpoint(source.path, weights_only=weights_only)
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
-        self.prompts, generation = _open_text(path, self.report, self.config)
+        self.prompts, generation = _open_text(self.report.folder, self.report, self.config)
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)
         self.prefill_chunk = prefill_chunk
         # A picture that must stay whole may make a step longer than the chunk.
         self._longest_step = max(prefill_chunk, self.prompts.longest_picture)
-        memory = _memory_for(plan, path)
+        memory = _memory_for(plan, source.path)
         budget = kv_cache_bytes or memory // 8
         cache = CachePlan.fit(
             self.config.text, compute, budget, max_batch, self._longest_step, max_context
@@ -215,12 +214,12 @@ class LLM:
 
 
 def _open_text(
-    path: Path, report: Report, config: Gemma4Config
+    folder: Path, report: Report, config: Gemma4Config
 ) -> tuple[Prompts, GenerationDefaults]:
     gguf = report.checkpoint.gguf
     if gguf is None:
-        prompts = Prompts(path, config)
-        return prompts, GenerationDefaults.open(path, prompts.tokenizer)
+        prompts = Prompts(folder, config)
+        return prompts, GenerationDefaults.open(folder, prompts.tokenizer)
     # One file says it all; others beside it are not looked at.
     prompts = Prompts(gguf.path, config, gguf.metadata)
     return prompts, GenerationDefaults.of_gguf(gguf.metadata, prompts.tokenizer)

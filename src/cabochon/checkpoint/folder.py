@@ -62,7 +62,7 @@ class Checkpoint:
             raise UnreadableError(_not_a_folder(path))
         single, index = _stored(path / SINGLE), path / INDEX
         if index.is_file():
-            return cls._of(path, _read_shards(path, _weight_map(index), sizes))
+            return cls._of(path, _read_shards(path, weight_map(index), sizes))
         if single is not None:
             return cls._of(path, [_header(single, sizes)])
         file = gguf_in(path)
@@ -144,7 +144,7 @@ def _nothing_to_read(folder: Path) -> str:
     return f"{wanted}, so there are no weights to read"
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
+def weight_map(index: Path) -> Mapping[str, str]:
     """Tensor name to shard name, from the index; shard names are checked before any is opened."""
     shards: Any = read_json_object(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:

@@ -70,6 +70,27 @@ def read_gguf(path: Path, size: int | None = None) -> GgufFile:
     Raises:
         UnreadableError: no such file, or anything in it that is not exactly as the format wants it.
     """
+    reader, metadata, described, alignment = _opened(path)
+    start = -(-reader.at // alignment) * alignment
+    if path.suffix != HEADER_ONLY:
+        size = reader.size
+    elif not reader.at <= reader.size <= start:
+        raise UnreadableError(f"{path} goes on after byte {start}; a saved header ends there")
+    metas = _laid_out(path, described, start, alignment, size)
+    return GgufFile(path, metadata, metas)
+
+
+def header_length(path: Path) -> int:
+    """Bytes of the header that the file `path` begins with; its tensors need not be there.
+
+    Raises:
+        UnreadableError: as `read_gguf`, and where the file ends within the header.
+    """
+    return _opened(path)[0].at
+
+
+def _opened(path: Path) -> tuple[_Reader, Metadata, list[_Described], int]:
+    """The header's parts, the reader behind them, and the alignment of what follows."""
     try:
         with path.open("rb") as file:
             reader = _Reader(file, path)
@@ -83,14 +104,7 @@ def read_gguf(path: Path, size: int | None = None) -> GgufFile:
             described = [_Described.read(reader) for _ in range(tensors)]
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None
-    alignment = _alignment(path, metadata)
-    start = -(-reader.at // alignment) * alignment
-    if path.suffix != HEADER_ONLY:
-        size = reader.size
-    elif not reader.at <= reader.size <= start:
-        raise UnreadableError(f"{path} goes on after byte {start}; a saved header ends there")
-    metas = _laid_out(path, described, start, alignment, size)
-    return GgufFile(path, metadata, metas)
+    return reader, metadata, described, _alignment(path, metadata)
 
 
 class _Reader:

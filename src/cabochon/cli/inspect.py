@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cabochon.cli.model import folder
+from cabochon.cli.model import given
 from cabochon.cli.options import Debug, Model
 from cabochon.errors import CabochonError
 
@@ -42,9 +42,9 @@ def inspect(
         return
     if sum((tensors, card, certificate)) > 1 or (card and as_json):
         raise CabochonError("--tensors, --card and --certificate exclude each other")
-    from cabochon.load.report import inspect_checkpoint
+    from cabochon.load.obtain import inspect_model
 
-    report = inspect_checkpoint(folder(model), weights_only=weights_only)
+    report = inspect_model(given(model), weights_only=weights_only)
     seen = _certificate(report) if certificate and report.loads else None
     print(_json(report, seen, tensors) if as_json else _text(report, seen, tensors, card))
     if not report.loads:

@@ -1,4 +1,4 @@
-"""From the MODEL of a command line to a folder or a loaded `LLM`, with a word on how far it is."""
+"""From the MODEL of a command line to a loaded `LLM`, with a word on how far it is."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cabochon.console import tell
-from cabochon.files import DEMO
 from cabochon.settings import Settings
 
 if TYPE_CHECKING:
     from cabochon.llm import LLM
 
 
-def folder(model: Path | None) -> Path:
-    """The checkpoint folder that `model` means."""
-    if model is not None:
-        return model
-    tell("no MODEL given: using the demo that comes with cabochon")
-    return DEMO
+def given(model: str | None) -> str | None:
+    """`model`; what is used without one is told."""
+    if model is None:
+        tell("no MODEL given: using the demo that comes with cabochon")
+    return model
 
 
-def load(model: Path | None, settings: Settings) -> LLM:
-    """The model, ready; on the way a bar on stderr."""
+def load(model: str | None, settings: Settings) -> LLM:
+    """The model, ready; on the way bars on stderr."""
     from cabochon.llm import LLM
+    from cabochon.load.obtain import obtain
 
-    folder(model)
+    with progress_bar("downloading") as progress:
+        source = obtain(given(model), progress, weights_only=settings.weights_only)
     with progress_bar("loading") as progress:
-        return LLM(model, **settings.engine_options(), progress=progress)
+        return LLM(source, **settings.engine_options(), progress=progress)
 
 
 @contextmanager

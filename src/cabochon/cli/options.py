@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -24,9 +23,11 @@ def _set_debug(context: typer.Context, value: bool) -> None:
 
 
 Model = Annotated[
-    Path | None,
+    str | None,
     typer.Argument(
-        metavar="[MODEL]", help="Checkpoint folder; the demo without it", show_default=False
+        metavar="[MODEL]",
+        help="A checkpoint's folder or file, or org/name[@revision] on the hub; the demo without",
+        show_default=False,
     ),
 ]
 Debug = Annotated[
