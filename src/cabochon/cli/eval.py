@@ -49,7 +49,7 @@ def evaluate(
         models,
         task,
         data,
-        load=lambda path: load(path, settings),
+        load=lambda path: load(str(path), settings),
         params=SamplingParams(temperature=0.0, max_tokens=max_tokens),
         limit=limit,
         thinking=thinking,
