@@ -54,6 +54,14 @@ class BusyError(CabochonError):
         self.seconds = seconds
 
 
+class FaultError(CabochonError):
+    """A fault of ours that ended a request. The log has the whole of it."""
+
+
+class NumericalError(CabochonError):
+    """The model computed what is no number: for this prompt, or because its weights are damaged."""
+
+
 class DeadlineError(CabochonError):
     """A request took longer than one may take."""
 

@@ -22,7 +22,14 @@ from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.sampler import Sampling, logprob, sample
 from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
 from cabochon.engine.stats import Stats, Timeline
-from cabochon.errors import BusyError, CabochonError, DeadlineError, RequestError
+from cabochon.errors import (
+    BusyError,
+    CabochonError,
+    DeadlineError,
+    FaultError,
+    NumericalError,
+    RequestError,
+)
 from cabochon.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -341,7 +348,7 @@ class Engine:
         for number, row, fine in zip(numbers, logits, finite, strict=True):
             try:
                 if not fine:
-                    raise CabochonError("the model's logits are not finite for this prompt")
+                    raise NumericalError("the model's logits are not finite for this prompt")
                 token, logprobs = self._requests[number].draw(row)
             except CabochonError as error:
                 self._fail(number, error)
@@ -390,5 +397,5 @@ class Engine:
                 self._end(self._by_sequence[request.sequence], "abort")
 
 
-def _internal(error: Exception) -> CabochonError:
-    return CabochonError(f"the engine failed at this request: {type(error).__name__}: {error}")
+def _internal(error: Exception) -> FaultError:
+    return FaultError(f"the engine failed at this request: {type(error).__name__}: {error}")

@@ -55,7 +55,7 @@ class Deltas:
             self._tokens += len(delta.tokens)
             if delta.last:
                 self._running.pop(index, None)
-                ended = delta.finish_reason or "error"
+                ended = delta.finish_reason or type(delta.error).__name__
                 note(completion_tokens=self._tokens, finish_reason=ended)
             yield index, delta
 

@@ -7,7 +7,13 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from cabochon.errors import BusyError, CabochonError, RequestError
+from cabochon.errors import (
+    BusyError,
+    CabochonError,
+    FaultError,
+    NumericalError,
+    RequestError,
+)
 
 _KINDS: Mapping[int, tuple[str, str | None]] = {  # status → type and code, in OpenAI's words
     400: ("invalid_request_error", None),
@@ -21,6 +27,8 @@ _KINDS: Mapping[int, tuple[str, str | None]] = {  # status → type and code, in
     503: ("server_error", "unavailable"),
     504: ("server_error", "deadline_exceeded"),
 }
+
+_OURS = "the engine failed at this request; the server's log says why"
 
 
 class ApiError(CabochonError):
@@ -53,7 +61,11 @@ def describe(error: CabochonError) -> dict[str, Any]:
     """The body for an error that a client may see."""
     param = error.param if isinstance(error, ApiError | RequestError) else None
     code = error.code if isinstance(error, ApiError) else None
-    return error_body(error.http_status, str(error), param=param, code=code)
+    if isinstance(error, NumericalError):
+        code = "numerical_error"
+    # What an exception says may hold addresses, paths or somebody else's words.
+    said = _OURS if isinstance(error, FaultError) else str(error)
+    return error_body(error.http_status, said, param=param, code=code)
 
 
 def error_response(error: CabochonError) -> JSONResponse:
