@@ -379,6 +379,6 @@ def sound(*, folders: bool) -> tuple[Path, ...]:
     found = (
         (path.parent for path in sorted(FIXTURES.glob(f"*/{WEIGHTS}")))
         if folders
-        else sorted(FIXTURES.rglob("*.gguf"))
+        else (path for path in sorted(FIXTURES.rglob("*.gguf")) if "mmproj" not in path.name)
     )
     return tuple(path for path in found if inspect_checkpoint(path).loads)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from cabochon.checkpoint.folder import Checkpoint
+from cabochon.checkpoint.folder import Checkpoint, read_tensor
 from cabochon.checkpoint.headers import read_header
 from cabochon.errors import UnreadableError
 
@@ -37,7 +37,7 @@ def test_every_tensor_is_read_as_the_library_reads_it() -> None:
 
 def test_rows_are_read_by_range() -> None:
     name = "model.language_model.embed_tokens.weight"
-    rows = Checkpoint.open(DENSE).read_rows(name, 17, 40)
+    rows = read_tensor(Checkpoint.open(DENSE).tensors[name].rows(17, 40))
     assert torch.equal(rows, tensors_of(DENSE)[name][17:40])
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.gguf_model import GgufModel, gguf_in, is_gguf, open_gguf
-from cabochon.checkpoint.headers import BITS, HEADER_ONLY, Header, TensorMeta, read_header
+from cabochon.checkpoint.headers import HEADER_ONLY, Header, TensorMeta, read_header
 from cabochon.errors import UnreadableError
 from cabochon.files import read_json_object
 
@@ -91,13 +91,6 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor `name` in fresh memory. UnreadableError if its file ends early."""
         return read_tensor(self.tensors[name])
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the first axis of `name`, in fresh memory."""
-        meta = self.tensors[name]
-        assert 0 <= start <= stop <= meta.shape[0], (name, start, stop, meta.shape)
-        row_bytes = math.prod(meta.shape[1:]) * BITS[meta.dtype] // 8
-        return _read(meta, (stop - start, *meta.shape[1:]), meta.span[0] + start * row_bytes)
 
 
 def read_tensor(meta: TensorMeta) -> Tensor:

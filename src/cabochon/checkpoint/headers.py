@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,14 @@ class TensorMeta:
     @property
     def nbytes(self) -> int:
         return self.span[1] - self.span[0]
+
+    def rows(self, start: int, stop: int) -> TensorMeta:
+        """Rows `start` to `stop` of the first axis alone."""
+        assert 0 <= start <= stop <= self.shape[0], (self.name, start, stop, self.shape)
+        size = self.nbytes // self.shape[0] if self.shape[0] else 0
+        first = self.span[0]
+        span = (first + start * size, first + stop * size)
+        return replace(self, shape=(stop - start, *self.shape[1:]), span=span)
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +139,16 @@ class TextModel(nn.Module):
             wanted: `[rows]`, sorted. From the first layer that shares keys and values on, nothing
                 is written any more, so only these rows go through the rest of the model.
         """
+        *_, (rows, asked) = self.walk(ids, x, positions, kv, wanted)
+        return self.norm(rows[asked])
+
+    def walk(
+        self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What goes into `forward`'s final norm, layer by layer, for those who want to look.
+
+        After each layer its rows `[rows, hidden_size]`, and which of them are wanted.
+        """
         own = self._layer_inputs(ids, x)
         rotations = self._rotations(positions, x.dtype)
         for layer, module in zip(self.config.layers, self.layers, strict=True):
@@ -147,11 +157,10 @@ class TextModel(nn.Module):
                 own = None if own is None else own[wanted]
                 rotations = self._rotations(positions, x.dtype)
                 wanted = torch.arange(len(wanted), device=wanted.device)
-                if len(wanted) == 0:
-                    break
-            part = None if own is None else own[:, layer.index]
-            x = module(x, part, rotations[layer.index], kv)
-        return self.norm(x[wanted])
+            if len(x):
+                part = None if own is None else own[:, layer.index]
+                x = module(x, part, rotations[layer.index], kv)
+            yield x, wanted
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
         """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""

@@ -53,10 +53,7 @@ def execute(
         UnreadableError: a file ended early.
         LoadError: a value cannot be right; the text names the tensor.
     """
-    assert not plan.problems
-    with torch.device("meta"):
-        model = Gemma4(plan.config, has_head=plan.has_head)
-    _assert_same(model, plan)
+    model = blank(plan)
     measure = Measure(thorough=thorough)
     reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
     done = 0
@@ -67,18 +64,27 @@ def execute(
             if prepare is not None and _multiplied(read, plan):
                 weight = prepare(weight)
             if read.part is None:
-                _fill_site(model, read.site.name, weight)
+                fill_site(model, read.site.name, weight)
             else:
                 parts.setdefault(read.site.name, {})[read.part] = weight
             done += read.nbytes
         else:
-            _fill_parameter(model, read, dtype, measure)
+            fill_parameter(model, read, dtype, measure)
             done += read.tensor.nbytes
         if progress is not None:
             progress(done, plan.nbytes)
     for name, stored in parts.items():
-        _fill_site(model, name, Stack([stored[part] for part in sorted(stored)]))
+        fill_site(model, name, Stack([stored[part] for part in sorted(stored)]))
     return Loaded(model.eval(), measure.certificate(plan, _filled(model, plan)))
+
+
+def blank(plan: LoadPlan) -> Gemma4:
+    """The model that `plan`, which has no problems, describes, without a weight."""
+    assert not plan.problems
+    with torch.device("meta"):
+        model = Gemma4(plan.config, has_head=plan.has_head)
+    _assert_same(model, plan)
+    return model
 
 
 def _multiplied(read: SiteRead, plan: LoadPlan) -> bool:
@@ -120,7 +126,7 @@ def _position(read: SiteRead | ParameterRead) -> tuple[str, int]:
     return min((str(meta.file), meta.span[0]) for meta in metas)
 
 
-def _fill_site(model: Gemma4, name: str, weight: Weight) -> None:
+def fill_site(model: Gemma4, name: str, weight: Weight) -> None:
     module = model.get_submodule(name)
     assert isinstance(module, Linear | Embedding)
     module.weight = weight
@@ -157,7 +163,7 @@ def _read(meta: TensorMeta, measure: Measure | None) -> Tensor:
     return tensor
 
 
-def _fill_parameter(
+def fill_parameter(
     model: Gemma4, read: ParameterRead, dtype: torch.dtype, measure: Measure
 ) -> None:
     tensor = _read(read.tensor, measure).float()
