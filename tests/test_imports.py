@@ -155,3 +155,17 @@ def test_model_files_take_no_names_ranks_or_quantization() -> None:
                     assert parameter not in {"prefix", "name", "rank", "world", "dtype"}, kind
                     assert not parameter.startswith("quant"), kind
     assert seen > 15
+
+
+def test_nothing_that_is_read_can_become_code() -> None:
+    """No pickles, no `torch.load`, no `eval`; jinja in its sandbox alone."""
+    modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+    calls = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "Environment"}
+    for file in modules_of("."):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not modules & {alias.name for alias in node.names}, file
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module not in modules, file
+            elif isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in calls, f"{file}:{node.lineno}"
