@@ -52,7 +52,10 @@ def weights(plan: LoadPlan, model: torch.nn.Module) -> dict[str, Weight]:
         if read.part is not None:
             assert isinstance(weight, Stack)
             weight = weight.parts[read.part]
-        found[meta.name.removesuffix(f".{leaf}") + ".weight"] = weight
+        module = meta.name.removesuffix(f".{leaf}")
+        if ".switch_glu." in module and read.part is not None:  # MLX stacks experts by projection
+            module += f".{read.part if module.endswith('down_proj') else read.part // 2}"
+        found[f"{module}.weight"] = weight
     return found
 
 

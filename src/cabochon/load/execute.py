@@ -147,6 +147,8 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
     floats: dict[str, Floats] = {}
     for slot in (slot for slot in slots if slot.leaf in tensors):
         leaf = slot.leaf
+        if slot.holds == "float8 scales":
+            tensors[leaf] = tensors[leaf].view(torch.float8_e4m3fn)
         found = check(slot, tensors[leaf], read.stored[leaf], read.site, dtype)
         if found is not None:
             floats[leaf] = found

@@ -52,7 +52,7 @@ class Measure:
             seen, most, none = weight.data.numel(), whole.largest, whole.zeros
         else:
             seen, most, none = self._entries(weight)
-        scales = [slot.leaf for slot in read.scheme.slots if slot.holds == "scales"]
+        scales = [slot.leaf for slot in read.scheme.slots if slot.holds.endswith("scales")]
         found = Scales(0, 0, 0.0, 0.0)
         if scales:
             found = look_at_scales(stored[scales[0]], floats[scales[0]])

@@ -17,6 +17,7 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import Gemma4Config
 from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
+from cabochon.load.mlx_names import read as read_mlx
 from cabochon.load.names import KV_SCALES, Named, absences, canonical, drops, locate
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
@@ -172,7 +173,8 @@ def build_plan(
 def _named(checkpoint: Checkpoint, config: Gemma4Config) -> list[Named]:
     """All that is stored, under the model's names."""
     if checkpoint.gguf is None:
-        return [Named(canonical(name), meta) for name, meta in checkpoint.tensors.items()]
+        shapes = {p.name: p.shape for p in needed(config, has_head=False).parameters}
+        return [tensor for meta in checkpoint.tensors.values() for tensor in read_mlx(meta, shapes)]
     names = GgufNames(config)
     return [tensor for meta in checkpoint.tensors.values() for tensor in names.read(meta)]
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Transform = Literal["scalar", "depthwise", "channels last", "axes swapped", "before softplus"]
+Transform = Literal[
+    "scalar", "depthwise", "channels last", "axes swapped", "before softplus", "taps first"
+]
 
 Shape = tuple[int, ...]
 
@@ -25,6 +27,8 @@ def shape_after(how: Transform, stored: Shape) -> Shape:
             return (channels, 1, kernel)
         case "channels last", (rows, 3, height, width):
             return (rows, 3 * height * width)
+        case "taps first", (rows, *taps, channels):  # MLX's convolutions
+            return (rows, channels, *taps)
         case "axes swapped", (first, second, *rest):
             return (second, first, *rest)
         case _:
@@ -40,6 +44,9 @@ def transform(tensor: Tensor, how: Transform, shape: Shape) -> Tensor:
         case "axes swapped":
             stored = (shape[1], shape[0], *shape[2:])
             return tensor.reshape(stored).transpose(0, 1).contiguous()
+        case "taps first":
+            rows, channels, *taps = shape
+            return tensor.reshape(rows, *taps, channels).movedim(-1, 1).contiguous()
         case "before softplus":
             return tensor.double().expm1().log().float()
         case _:

@@ -47,7 +47,7 @@ def check(
     Raises:
         LoadError: the text names the tensor.
     """
-    if slot.holds in ("matrix", "scales"):
+    if slot.holds in ("matrix", "scales", "float8 scales"):
         return check_finite(tensor, meta, dtype)
     if slot.holds == "blocks":
         _check_blocks(tensor, meta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cabochon.quant import mlx
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.families import FAMILIES
 from cabochon.quant.fields import mapping
@@ -18,12 +19,20 @@ def read_rules(raw: Mapping[str, Any]) -> Rules:
     """
     text = raw.get("text_config")
     places = [raw, text] if isinstance(text, Mapping) else [raw]
+    if isinstance(raw.get("quantization"), Mapping) and not _method(raw):
+        return mlx.rules("quantization", raw["quantization"])
     for place in places:
         for key in ("quantization_config", "compression_config"):  # the second is older
             config = place.get(key)
             if config is not None:
                 return _rules(key, mapping(config, key))
     return Rules(everything=Claim("no quantization_config"))
+
+
+def _method(raw: Mapping[str, Any]) -> Any:
+    """What quantized a checkpoint, by its own word; MLX says its piece twice and its name never."""
+    config = raw.get("quantization_config")
+    return config.get("quant_method") if isinstance(config, Mapping) else config
 
 
 def _rules(key: str, config: Mapping[str, Any]) -> Rules:

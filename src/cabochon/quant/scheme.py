@@ -23,8 +23,8 @@ FLOATS = frozenset({"BF16", "F16", "F32"})
 # matrix; a table is looked up by codes; groups say which scales a column belongs to. A scale is one
 # of activations, a single number, and may be 0.0 where that says that there is none.
 Holds = Literal[
-    "matrix", "codes", "scales", "shape", "divisor", "factor", "table", "header", "groups",
-    "scale", "scale or none", "blocks",
+    "matrix", "codes", "scales", "float8 scales", "shape", "divisor", "factor", "table", "header",
+    "groups", "scale", "scale or none", "blocks",
 ]  # fmt: skip
 
 
