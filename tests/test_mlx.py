@@ -1,4 +1,4 @@
-"""MLX against mlx-vlm, which converted the fixtures, and what `mlx.core.dequantize` made of them."""
+"""MLX against mlx-vlm, which converted the fixtures, and `mlx.core.dequantize`, which decoded."""
 
 from __future__ import annotations
 
