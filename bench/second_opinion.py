@@ -1,9 +1,14 @@
 """Compare our logits with llama.cpp's on the same model: an opinion that owes nothing to PyTorch.
 
     python bench/second_opinion.py CHECKPOINT MODEL.gguf
+    python bench/second_opinion.py --decoded MODEL.gguf MODEL.gguf
 
 CHECKPOINT is a folder; MODEL.gguf is what llama.cpp's `convert_hf_to_gguf.py` makes of it, with
-`--outtype bf16` or `f32`.
+`--outtype bf16` or `f32`. Or both are the same GGUF file, which ours then reads itself.
+
+With quantized weights llama.cpp quantizes what goes into each product too, to 8 bits. `--decoded`
+has it decode the file to float32 first, with its own code, so that what is compared is what the
+weights mean.
 
 With bf16 weights llama.cpp rounds what goes into each product to bfloat16, though not in front of
 the router, and it always looks GELU up in a table of float16s. In a mixture of experts that is no
@@ -18,13 +23,15 @@ likeliest; exits with 1 below a cosine of 0.999.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import random
 import sys
+import tempfile
 
+import llama_cpp
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llama_cpp import GGML_TYPE_F32, Llama
 from torch import Tensor, nn
 
 from cabochon import LLM
@@ -33,6 +40,7 @@ from cabochon.nn.weight import Weight
 
 TOKENS = 200
 LEAST_COSINE = 0.999
+ALL_F32 = 0  # of llama.cpp's file types, and of ggml's types
 
 
 def ordinary_tokens(llm: LLM, count: int) -> list[int]:
@@ -74,27 +82,46 @@ def round_alike(model: nn.Module) -> None:
             module.weight = Bf16Inputs(module.weight)
 
 
+def decode(source: str, target: str) -> str:
+    """A copy of a GGUF file in which llama.cpp has made float32 of every matrix."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.pure = ALL_F32, True, True
+    params.output_tensor_type = params.token_embedding_type = ALL_F32
+    done = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
+    assert done == 0
+    return target
+
+
+def opinion(path: str, tokens: list[int]) -> Tensor:
+    """llama.cpp's logits at every position."""
+    peer = llama_cpp.Llama(
+        path,
+        n_ctx=512,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    peer.eval(tokens)
+    return torch.from_numpy(np.array(peer.scores[: len(tokens)]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("gguf")
     parser.add_argument("--its-rounding", action="store_true", help="round where llama.cpp does")
+    parser.add_argument("--decoded", action="store_true", help="let it decode the weights first")
     arguments = parser.parse_args()
     with LLM(arguments.checkpoint, dtype="float32") as llm:
         if arguments.its_rounding:
             round_alike(llm.runner.model)
         tokens = ordinary_tokens(llm, TOKENS)
         ours = llm.logits(tokens)
-    peer = Llama(
-        arguments.gguf,
-        n_ctx=512,
-        logits_all=True,
-        type_k=GGML_TYPE_F32,
-        type_v=GGML_TYPE_F32,
-        verbose=False,
-    )
-    peer.eval(tokens)
-    theirs = torch.from_numpy(np.array(peer.scores[: len(tokens)]))
+    with tempfile.TemporaryDirectory() as room:
+        path = arguments.gguf
+        path = decode(path, f"{room}/decoded.gguf") if arguments.decoded else path
+        theirs = opinion(path, tokens)
     cosines = F.cosine_similarity(ours, theirs, dim=-1)
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
     print(
