@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -70,8 +72,11 @@ def served(*arguments: str, **environment: str) -> Iterator[Served]:
     assert process.stderr is not None
     try:
         lines = iter(process.stderr.readline, "")
-        url = next(line for line in lines if line.startswith("ready: ")).split()[1]
-        curl = next(line for line in lines if line.startswith("curl "))
+        said = ""
+        while not (ready := re.search(r"ready: (\S+)[^\0]*?(curl .*)", said)):
+            line = next(lines)
+            said += json.loads(line)["message"] + "\n" if line.startswith("{") else line
+        url, curl = ready[1], ready[2]
         log: list[str] = []
         reader = threading.Thread(target=log.extend, args=(lines,), daemon=True)
         reader.start()

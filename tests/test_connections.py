@@ -84,6 +84,18 @@ def test_headers_that_trickle_have_the_same_deadline(
         trickle.join()
 
 
+@pytest.mark.parametrize(
+    "said", [b"SSH-2.0-OpenSSH\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 99]
+)
+def test_what_is_no_request(llm: LLM, said: bytes) -> None:
+    with serving(llm) as url, connect(url) as client:
+        client.sendall(said + b"\r\n\r\n")
+        answer = rest(client)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"]
+        assert HTTP.get(f"{url}/health").status_code == 200
+
+
 def test_more_connections_than_there_may_be(llm: LLM) -> None:
     with serving(llm, max_connections=3) as url:
         clients = [connect(url) for _ in range(3)]

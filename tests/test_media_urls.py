@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import httpx
 import pytest
-from serving import picture_bytes
+from serving import DEMO, picture_bytes, post, refused, serving
 
 from cabochon.errors import RequestError
+from cabochon.llm import LLM
 from cabochon.serve import media
 from cabochon.serve.media import Fetcher, is_public
 
@@ -53,7 +55,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names that were looked up. All of them are on this machine."""
     names: list[str] = []
 
-    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+    def look_up(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
         names.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
@@ -153,6 +155,29 @@ def test_this_machine_is_not_asked_however_it_is_spelt(host: str) -> None:
 
     with origin(answer) as port, pytest.raises(RequestError, match="not on the public network"):
         Fetcher().fetch(f"http://{host}:{port}/")
+
+
+@pytest.mark.usefixtures("loopback_is_public", "resolved")
+def test_a_server_that_may_shows_a_picture_from_elsewhere() -> None:
+    def ask(url: str, picture: str) -> httpx.Response:
+        shown = {"type": "image_url", "image_url": {"url": picture}}
+        words = {"type": "text", "text": "What colour is this rectangle?"}
+        messages = [{"role": "user", "content": [shown, words]}]
+        return post(url, {"model": DEMO, "messages": messages, "temperature": 0, "max_tokens": 9})
+
+    with (
+        LLM(dtype="float32", kv_cache_bytes=16 * 2**20) as llm,
+        origin(says(OK % len(PICTURE), PICTURE)) as port,
+    ):
+        picture = f"http://pictures.example:{port}/red.png"
+        with serving(llm, media_urls=True, media_hosts=["pictures.example"]) as url:
+            answer = ask(url, picture).json()["choices"][0]["message"]["content"]
+            assert "red" in answer.lower()
+            where = "messages[0].content[0].image_url"
+            refused(ask(url, "http://other.example/"), 400, where, "media_hosts")
+            refused(ask(url, "file:///etc/passwd"), 400, where)
+        with serving(llm) as url:
+            refused(ask(url, picture), 400, where, "fetches nothing from elsewhere")
 
 
 @pytest.mark.parametrize(

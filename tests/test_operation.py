@@ -112,7 +112,7 @@ def test_a_log_has_a_line_for_each_request_and_no_words_of_it() -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.ended(15) == 0
     assert SECRET not in "".join(server.log)
-    entries = [json.loads(line) for line in server.log if line.startswith("{")]
+    entries = [json.loads(line) for line in server.log]
     lines: list[dict[str, Any]] = [e for e in entries if e["logger"] == "cabochon.access"]
     assert [(e["method"], e["path"], e["status"]) for e in lines] == [
         ("POST", "/v1/chat/completions", 200),

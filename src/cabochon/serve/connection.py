@@ -27,6 +27,7 @@ def _plain(status: int, reason: str, message: str) -> bytes:
 
 
 _TOO_MANY = _plain(503, "Service Unavailable", "too many connections are open; try again")
+_NO_HTTP = _plain(400, "Bad Request", "this is not a request of HTTP/1.1, or its head is too long")
 _TOO_LATE = _plain(
     408, "Request Timeout", f"the headers did not arrive within {HEADER_SECONDS:g} seconds"
 )
@@ -84,6 +85,9 @@ class Connection(H11Protocol):
         super().timeout_keep_alive_handler()
         # Closing waits for what is unread to be read.
         self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(_NO_HTTP)
 
     def _expect_headers(self) -> None:
         self._header_alarm = self.loop.call_later(HEADER_SECONDS, self._refuse, _TOO_LATE)

@@ -14,7 +14,6 @@ import uvicorn
 
 from cabochon.errors import CabochonError
 from cabochon.llm import LLM
-from cabochon.serve import journal
 from cabochon.serve.app import create_app
 from cabochon.serve.connection import Connection
 from cabochon.serve.guard import Traffic
@@ -119,7 +118,6 @@ class Server(uvicorn.Server):
 
 def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, and until running answers have ended. Main thread only."""
-    journal.set_up(settings.log_level, settings.log_format)
     # uvicorn raises the signal that ended it once more, at whoever handled it before.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     Server(llm, settings, ready).run(sockets=[listener])

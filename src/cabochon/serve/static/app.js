@@ -14,7 +14,7 @@ const prompt = $("prompt");
 const settings = new Settings($("settings"), $("sampling"), $("thinking"));
 const attachments = new Attachments($("attachments"), say);
 
-let model = null;
+let model = null; // as /v1/models has it
 let messages = [];
 let running = null; // the AbortController of the answer that is being written
 
@@ -89,8 +89,8 @@ async function answer() {
   const turn = new Answer();
   let request;
   try {
-    model ??= (await get("/v1/models")).data[0].id;
-    request = { ...settings.request(messages), model };
+    model ??= await meet();
+    request = { ...settings.request(messages), model: model.id };
   } catch (error) {
     say(error.message, true);
     return;
@@ -225,10 +225,22 @@ for (const kind of ["dragover", "dragleave", "drop"])
 setUpTheme($("theme"));
 if (location.hash === "#checkpoint") show($("tab-plan"));
 else prompt.focus();
+// Asks who is served, and offers no more than that model can do.
+async function meet() {
+  const card = (await get("/v1/models")).data[0];
+  const can = card.capabilities;
+  $("model").textContent = $("model").title = card.id;
+  $("thinking").closest("label").hidden = !can.thinking;
+  if (!can.thinking) $("thinking").checked = false;
+  $("tools").disabled = !can.tools;
+  $("attach").hidden = !(can.vision || can.audio);
+  const kinds = [["vision", "image/png,image/jpeg,image/webp,image/gif,image/bmp"], ["audio", "audio/*"], ["video", "video/*"]];
+  $("file").accept = kinds.filter(([name]) => can[name]).map(([, types]) => types).join();
+  return card;
+}
+
 try {
-  model = (await get("/v1/models")).data[0].id;
-  $("model").textContent = model;
-  $("model").title = model;
+  model = await meet();
 } catch (error) {
   say(error.message, true);
 }

@@ -53,7 +53,7 @@ export class Settings {
     if (wrong) throw new Error(`${wrong.labels[0].textContent}: ${wrong.validationMessage}`);
     const request = {};
     for (const [name] of FIELDS) if (given[name] !== "") request[name] = Number(given[name]);
-    if (given.tools) request.tools = parseTools(given.tools);
+    if (given.tools && !document.getElementById("tools").disabled) request.tools = parseTools(given.tools);
     if (this.thinking.checked) request.chat_template_kwargs = { enable_thinking: true };
     const system = given.system ? [{ role: "system", content: given.system }] : [];
     return { ...request, messages: [...system, ...messages] };
