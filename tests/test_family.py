@@ -171,9 +171,10 @@ def calibrated_26b() -> Layout:
     return family.quantized(family.layout("26B-A4B"), family.nvfp4_calibrated)
 
 
-def test_26b_per_expert_nvfp4_in_500_megabytes(tmp_path: Path) -> None:
+def test_26b_per_expert_nvfp4_in_500_megabytes_and_3_seconds(tmp_path: Path) -> None:
     """47,648 tensors, whose scales of activations the configuration does not use.
 
+    The seconds are of the processor, those of importing included: no clock of a busy machine.
     The peak is VmHWM: `ru_maxrss` of a child begins with the size of the process that started it.
     """
     tensors = calibrated_26b()
@@ -182,16 +183,17 @@ def test_26b_per_expert_nvfp4_in_500_megabytes(tmp_path: Path) -> None:
     described = family.config("26B-A4B") | {"quantization_config": claimed}
     family.write_headers(tmp_path, tensors, described)
     program = (
-        "import json, sys; from pathlib import Path;"
+        "import json, sys, time; from pathlib import Path;"
         "from cabochon.load.report import inspect_checkpoint;"
         "r = inspect_checkpoint(Path(sys.argv[1])); d = r.as_dict(); r.text();"
         "status = Path('/proc/self/status').read_text();"
         "peak = int(status.partition('VmHWM:')[2].split()[0]) * 1024;"
-        "print(json.dumps([d['verdict'], d['bytes'], d['groups'], peak]))"
+        "print(json.dumps([d['verdict'], d['bytes'], d['groups'], peak, time.process_time()]))"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    verdict, read, groups, peak = json.loads(out)
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)]
+    verdict, read, groups, peak, _ = json.loads(runs[0].stdout)
+    assert min(json.loads(run.stdout)[-1] for run in runs) < 3
     assert verdict == "loads"
     scales = {n: t for n, t in tensors.items() if n.endswith("input_global_scale")}
     assert read == family.nbytes(tensors) - family.nbytes(scales)

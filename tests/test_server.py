@@ -79,6 +79,10 @@ def test_models(client: OpenAI, url: str, llm: LLM) -> None:
     valid("Model", card)
     assert card["context_length"] == llm.max_context
     assert card["plan_hash"] == llm.report.hash
+    assert card["fingerprint"] == llm.fingerprint == llm.certificate.fingerprint
+    messages: Any = [{"role": "user", "content": "Who are you?"}]
+    answer = client.chat.completions.create(model=DEMO, messages=messages, max_tokens=1)
+    assert llm.fingerprint in (answer.system_fingerprint or "")
     assert card["quantization"]
     assert card["capabilities"] == {
         "vision": True, "audio": False, "video": True, "tools": True, "thinking": True

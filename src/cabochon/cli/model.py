@@ -30,7 +30,10 @@ def load(model: str | None, settings: Settings) -> LLM:
     with progress_bar("downloading") as progress:
         source = obtain(given(model), progress, weights_only=settings.weights_only)
     with progress_bar("loading") as progress:
-        return LLM(source, **settings.engine_options(), progress=progress)
+        llm = LLM(source, **settings.engine_options(), progress=progress)
+    for note in llm.certificate.notes:
+        tell("\n".join(("the weights look odd:", *note.lines())))
+    return llm
 
 
 @contextmanager

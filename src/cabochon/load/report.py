@@ -39,6 +39,7 @@ class Report:
     weights_only: bool
     recipe: tuple[str, ...]  # what the configuration does to activations
     plan: LoadPlan | None
+    hash: str | None = None  # of the plan; None of what is refused
     foreign: tuple[Problem, ...] = ()
 
     @property
@@ -71,10 +72,6 @@ class Report:
     def forecast(self) -> Forecast | None:
         """Of the machine that asks. A refused plan does not say what would be read."""
         return Forecast.of(self.plan, machine_memory()) if self.plan and self.loads else None
-
-    @property
-    def hash(self) -> str | None:
-        return plan_hash(self.plan) if self.plan and self.loads else None
 
     @property
     def head(self) -> str:
@@ -196,6 +193,7 @@ def inspect_checkpoint(
         weights_only=weights_only,
         recipe=recipe,
         plan=plan,
+        hash=None if plan is None or plan.problems else plan_hash(plan),
         foreign=foreign,
     )
 

@@ -69,6 +69,7 @@ def model_card(llm: LLM) -> ModelCard:
         context_length=llm.max_context,
         quantization=llm.report.as_dict()["groups"],
         plan_hash=llm.report.hash,
+        fingerprint=llm.fingerprint,
         capabilities=Capabilities(
             vision=config.vision is not None,
             audio=config.audio is not None,

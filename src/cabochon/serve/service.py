@@ -110,9 +110,8 @@ def unknown_model(asked: str, served: str) -> ApiError:
 
 
 def fingerprint(llm: LLM) -> str:
-    """Changes when the version, or what was read from the checkpoint and how, changes."""
-    plan = llm.report.hash or "unplanned"
-    return f"fp_{plan[:16]}_{__version__}"
+    """Changes when the version, the bytes of the weights, or how they are read, changes."""
+    return f"fp_{llm.fingerprint}_{__version__}"
 
 
 class EventStream(StreamingResponse):

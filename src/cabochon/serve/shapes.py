@@ -124,6 +124,7 @@ class ModelCard(BaseModel):
     context_length: int
     quantization: list[dict[str, Any]]
     plan_hash: str | None
+    fingerprint: str
     capabilities: Capabilities
 
 
