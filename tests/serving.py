@@ -29,10 +29,20 @@ VALIDATORS = {
     name: jsonschema.Draft202012Validator({**SCHEMAS, "$ref": f"#/$defs/{name}"})
     for name in SCHEMAS["$defs"]
 }
+# The schema of each event of a stream of responses, by its type.
+EVENTS = {
+    SCHEMAS["$defs"][name]["properties"]["type"]["enum"][0]: name
+    for name in (
+        option["$ref"].rpartition("/")[2]
+        for option in SCHEMAS["$defs"]["ResponseStreamEvent"]["anyOf"]
+    )
+}
 
 
 def valid(name: str, value: Any) -> None:
     """`value` is what OpenAI's description says of this schema."""
+    if name == "ResponseStreamEvent":  # one of fifty: the error of the right one says more
+        name = EVENTS[value["type"]]
     VALIDATORS[name].validate(value)
 
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from cabochon.llm import LLM
 from cabochon.serve.completions import chat_job, rendered
+from cabochon.serve.responses import response_job
 from cabochon.serve.service import Service, unknown_model
 from cabochon.serve.shapes import Capabilities, ModelCard, ModelList
 from cabochon.serve.text_completions import completion_job
@@ -47,6 +48,11 @@ def api_routes(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         """A text continued, or scored."""
         return await service.respond(request, partial(completion_job, service))
+
+    @routes.post("/v1/responses", response_model=None)
+    async def responses(request: Request) -> Response:
+        """The answer to a conversation, as items."""
+        return await service.respond(request, partial(response_job, service))
 
     @routes.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
