@@ -131,8 +131,9 @@ def test_reasoning_is_an_item_of_its_own(
         """The demo was not taught to think: its wish to open and close a channel is injected."""
         logits = penalize(self, logits).copy()
         drawn.append(1)
-        logits[structure.channel] = 1000.0 if len(drawn) == 1 else -1000.0
-        logits[structure.channel_end] = 1000.0 if len(drawn) == 8 else -1000.0
+        logits[structure.channel] += 1000.0 if len(drawn) == 1 else -1000.0
+        logits[structure.channel_end] += 1000.0 if len(drawn) == 8 else -1000.0
+        logits[list(llm.engine.ends)] -= 1000.0
         return logits
 
     monkeypatch.setattr(Sampling, "penalize", wishful)

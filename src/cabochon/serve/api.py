@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from cabochon.llm import LLM
+from cabochon.serve.anthropic import counted, in_anthropic_shape, message_job
 from cabochon.serve.completions import chat_job, rendered
 from cabochon.serve.responses import response_job
 from cabochon.serve.service import Service, unknown_model
@@ -53,6 +54,16 @@ def api_routes(service: Service) -> APIRouter:
     async def responses(request: Request) -> Response:
         """The answer to a conversation, as items."""
         return await service.respond(request, partial(response_job, service))
+
+    @routes.post("/v1/messages", response_model=None)
+    async def messages(request: Request) -> Response:
+        """The answer to a conversation, in Anthropic's shape."""
+        return await in_anthropic_shape(service.respond(request, partial(message_job, service)))
+
+    @routes.post("/v1/messages/count_tokens", response_model=None)
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens a conversation has, in Anthropic's shape."""
+        return await in_anthropic_shape(service.tell(request, partial(counted, service)))
 
     @routes.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
