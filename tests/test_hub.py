@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import W4A16, altered
+from checkpoints import FIXTURES, W4A16, altered
 from command import cabochon as command
 from command import fails
 from hub import COMMIT, FakeHub, Fault, Repository, cut, damaged, fake_hub, shorter, status
@@ -371,3 +371,63 @@ def test_the_command_goes_through_the_environment(
     assert again.stdout == answer.stdout
     assert command("inspect", "org/tiny", **offline).stdout.startswith("org/tiny: loads")
     assert len(repository.requests) == asked
+
+
+GGUF = FIXTURES / "gguf"
+
+
+@pytest.fixture
+def ggufs(tmp_path: Path) -> Iterator[tuple[Repository, Hub]]:
+    """Models of several sizes, a folder each, as their converters left them."""
+    repository = Repository(GGUF)
+    with fake_hub(gguf=repository, one=Repository(GGUF / "e2b")) as server:
+        yield repository, Hub(server.url, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file", ["e2b/e2b-q4_1.gguf", "12b/12b-q8_0-00001-of-00003.gguf"])
+def test_headers_of_gguf_are_fetched_with_those_of_parts_and_projector(
+    ggufs: tuple[Repository, Hub], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    repository, hub = ggufs
+    monkeypatch.setattr("cabochon.checkpoint.hub.headers._FIRST_GGUF", 1000)
+    report = inspect_model(f"org/gguf/{file}", hub=hub)
+    there = inspect_checkpoint(GGUF / file)
+    assert report.hash == there.hash
+    assert report.identity == there.identity
+    asked = {name for _, name, _ in repository.requests}
+    assert any("mmproj" in name for name in asked)
+    assert sum(repository.sent.values()) < there.nbytes
+
+
+def test_a_gguf_model_is_downloaded_whole(ggufs: tuple[Repository, Hub]) -> None:
+    _, hub = ggufs
+    file = "12b/12b-q8_0-00001-of-00003.gguf"
+    found = obtain(f"org/gguf/{file}", hub=hub).path
+    there = GGUF / "12b"
+    assert sorted(p.name for p in found.parent.iterdir()) == sorted(
+        p.name for p in there.iterdir() if p.suffix == ".gguf"
+    )
+    assert inspect_checkpoint(found).hash == inspect_checkpoint(GGUF / file).hash
+
+
+def test_the_one_model_of_a_repository_is_found(ggufs: tuple[Repository, Hub]) -> None:
+    _, hub = ggufs
+    there = inspect_checkpoint(GGUF / "e2b")
+    assert inspect_model("org/one", hub=hub).hash == there.hash
+    source = obtain("org/one", hub=hub)
+    assert inspect_checkpoint(source.path).hash == there.hash
+    hub.offline = True
+    assert obtain("org/one", hub=hub) == source
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        obtain("org/gguf", hub=hub)
+
+
+def test_of_several_models_one_must_be_named(tmp_path: Path) -> None:
+    for name in ("a-Q4_0.gguf", "a-Q8_0.gguf", "mmproj-bf16.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with fake_hub(many=Repository(tmp_path)) as server:
+        hub = Hub(server.url, tmp_path / "cache")
+        with pytest.raises(HubError, match=r"org/many/FILE.* a-Q4_0\.gguf, a-Q8_0\.gguf$"):
+            inspect_model("org/many", hub=hub)
+        with pytest.raises(UnreadableError, match=r"a-Q4_0\.gguf"):
+            inspect_model("org/many/a-Q4_0.gguf", hub=hub)

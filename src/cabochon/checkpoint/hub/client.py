@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cabochon.checkpoint.folder import INDEX, SINGLE
 from cabochon.checkpoint.source import HubId
 from cabochon.errors import UnreadableError
 
 _TRIES = 4
 _SECONDS = 30  # without a byte
-_COMMIT = 40  # hexadecimal digits
 
 logger = logging.getLogger(__name__)
 
@@ -98,15 +96,15 @@ class Hub:
 
     def downloaded(self, id: HubId) -> Path | None:
         """What was downloaded of `id`, as it was then: a folder of the cache, or a file in it."""
-        from huggingface_hub import try_to_load_from_cache
+        revision = id.revision or "main"
+        ref = self.repository(id) / "refs" / revision
+        commit = ref.read_text().strip() if ref.is_file() else revision
+        found = self.repository(id) / "snapshots" / commit / (id.file or "")
+        return found if found.exists() else None
 
-        for name in (id.file,) if id.file else ("config.json", INDEX, SINGLE):
-            found = try_to_load_from_cache(
-                id.repo, name, cache_dir=self.cache, revision=id.revision
-            )
-            if isinstance(found, str):
-                return Path(found) if id.file else Path(found).parent
-        return None
+    def repository(self, id: HubId) -> Path:
+        """The folder of the cache that holds what was downloaded of a repository."""
+        return self.cache / f"models--{id.repo.replace('/', '--')}"
 
     def read(self, listing: Listing, name: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a file; a connection that is cut is opened again.

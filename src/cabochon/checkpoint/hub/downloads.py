@@ -34,7 +34,7 @@ def download(hub: Hub, listing: Listing, progress: Progress | None = None) -> Pa
         HubError: a file is missing or cut off, or is not what the hub says it is.
         ResourceError: the disk is too small.
     """
-    repository = hub.cache / f"models--{listing.id.repo.replace('/', '--')}"
+    repository = hub.repository(listing.id)
     snapshot = repository / "snapshots" / listing.commit
     for name in (*SMALL, INDEX):
         file = listing.files.get(listing.base + name)
