@@ -46,12 +46,21 @@ class StaticRounding(nn.Module):
         numbers: what is rounded to.
         scale: a positive number, `[1]`. The arithmetic is in the wider of its dtype and `x`'s.
         zero: int8 `[1]`, the number that stands for zero; None: zero does.
+        asked: the arithmetic is in `x`'s dtype, to which the scale is rounded first.
     """
 
-    def __init__(self, numbers: Numbers, scale: Tensor, zero: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        numbers: Numbers,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        *,
+        asked: bool = False,
+    ) -> None:
         assert scale.shape == (1,)
         super().__init__()
         self.numbers = numbers
+        self.asked = asked
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
 
@@ -59,13 +68,14 @@ class StaticRounding(nn.Module):
     zero: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = x / self.scale
+        scale = self.scale.to(x.dtype) if self.asked else self.scale
+        scaled = x / scale
         if self.zero is not None:
             scaled += self.zero.to(scaled.dtype)
         rounded = _RANGES[self.numbers].nearest(scaled)
         if self.zero is not None:
             rounded -= self.zero.to(rounded.dtype)
-        return (rounded * self.scale).to(x.dtype)
+        return (rounded * scale).to(x.dtype)
 
 
 class DynamicRounding(nn.Module):

@@ -43,6 +43,7 @@ class Static:
     numbers: Numbers
     scale: str  # its leaf
     zero: str | None = None  # the leaf of the number that stands for zero; None: zero does
+    asked: bool = False  # computed in the activations' dtype, to which the scale is rounded
     may_lack: bool = False  # a scale of 0.0 says that none was found: these stay as they are
 
     @property
@@ -63,7 +64,7 @@ class Static:
         if self.may_lack and not scale:
             return None
         zero = None if self.zero is None else stored[self.zero].reshape(1)
-        return StaticRounding(self.numbers, scale, zero)
+        return StaticRounding(self.numbers, scale, zero, asked=self.asked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class Targets:
 
     exact: Mapping[str, None]
     patterns: tuple[tuple[str, Matches], ...]
+    kind: str | None = None  # of matrices they are for; None: all
 
     @classmethod
     def of(cls, rules: Iterable[str]) -> Targets:
@@ -60,6 +61,8 @@ class Targets:
 
     def first(self, site: Site, spellings: Sequence[str]) -> tuple[int, str] | None:
         """The most specific rule for `site`: 0 and a name, 1 and a pattern, or 2 and a class."""
+        if self.kind not in (None, site.kind):
+            return None
         for name in spellings:
             if name in self.exact:
                 return 0, name
@@ -141,9 +144,18 @@ def compiled(rule: str, text: str) -> regex.Pattern[str]:
 
 
 def _match(pattern: regex.Pattern[str], rule: str, name: str) -> bool:
-    """Rules come from strangers, and one that backtracks without end must not hang a server."""
+    return found(pattern.match, rule, name) is not None
+
+
+def found(
+    find: Callable[..., regex.Match[str] | None], rule: str, name: str
+) -> regex.Match[str] | None:
+    """What a pattern's method `find` makes of `name`.
+
+    Rules come from strangers, and one that backtracks without end must not hang a server.
+    """
     try:
-        return pattern.match(name, timeout=RULE_SECONDS) is not None
+        return find(name, timeout=RULE_SECONDS)
     except TimeoutError:
         raise ConfigError(
             f"config.json: {rule[:200]!r} takes longer than {RULE_SECONDS:g} s to match {name!r}"

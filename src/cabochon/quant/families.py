@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
-from cabochon.quant import awq, bitsandbytes, compressed_tensors, gguf, gptq, mlx, modelopt
+from cabochon.quant import awq, bitsandbytes, compressed_tensors, gemma, gguf, gptq, mlx, modelopt
 from cabochon.quant.claims import Rules
 from cabochon.quant.scheme import Scheme, Site
 
@@ -39,5 +39,6 @@ FAMILIES = (
     Family("GGUF", frozenset({gguf.METHOD}), gguf.rules, gguf.candidates),
     Family("GPTQ", frozenset({"gptq"}), gptq.rules, gptq.candidates),
     Family("MLX", frozenset({mlx.METHOD}), mlx.rules, mlx.candidates),
+    Family("Gemma", frozenset({"gemma"}), gemma.rules, gemma.candidates),
     Family("AWQ", frozenset({"awq"}), awq.rules, awq.candidates),
 )

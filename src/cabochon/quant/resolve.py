@@ -59,6 +59,8 @@ def resolve(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> Verdi
             return Verdict(scheme, activations)
     if not fitting:
         return _nearest(site, stored, candidates, activations)
+    # Producers may store the same numbers alike; a claim of the one is no claim of the other.
+    fitting = [s for s in fitting if type(s) is type(claim.scheme)] or fitting
     if len(fitting) > 1:
         names = " and ".join(scheme.name for scheme in fitting)
         return Refusal("SCHEME", f"its tensors fit {names}, and config.json does not say which")
