@@ -1,0 +1,182 @@
+"""compressed-tensors as an oracle: its decompression of a checkpoint, its rounding of activations.
+
+transformers runs the dense copy, each of whose layers is one that compressed-tensors simulates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import Tensors, config_of, tensors_of
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStatus,
+    initialize_module_for_quantization,
+)
+from compressed_tensors.utils.match import is_match, match_targets
+from torch import Tensor, nn
+from upstream import reference
+
+WEIGHT = re.compile(r"(.+)\.(weight_\w+|weight)")
+ENDS = re.compile(r"(.+)\.((?:input|output)_(?:scale|zero_point|global_scale))")
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj")
+
+
+class Claims:
+    """Which scheme each module of a checkpoint has, by compressed-tensors' own matching."""
+
+    def __init__(self, folder: Path) -> None:
+        config = config_of(folder)["quantization_config"]
+        self.ignore = config["ignore"]
+        self.targets = {
+            target: QuantizationScheme.model_validate(group)
+            for group in config["config_groups"].values()
+            for target in group["targets"]
+        }
+
+    def scheme(self, module: str) -> QuantizationScheme | None:
+        kind = nn.Embedding(1, 1) if "embed_tokens" in module else nn.Linear(1, 1)
+        if is_match(module, kind, self.ignore):
+            return None
+        matches = match_targets(module, kind, self.targets)
+        return self.targets[matches[0]] if matches else None
+
+
+def decompress(parts: Tensors, scheme: QuantizationScheme) -> Tensor:
+    form = scheme.format or infer_module_format(nn.Linear, scheme)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    decompressed: Tensor = compressor.decompress(parts, scheme)["weight"]
+    return decompressed
+
+
+def modules_of(folder: Path) -> dict[str, Tensors]:
+    """The tensors of each quantized matrix by leaf."""
+    modules: dict[str, Tensors] = {}
+    for name, tensor in tensors_of(folder).items():
+        match = WEIGHT.fullmatch(name)
+        if match is not None:
+            modules.setdefault(match[1], {})[match[2]] = tensor
+    return {name: parts for name, parts in modules.items() if len(parts) > 1}
+
+
+def decompressed(folder: Path) -> Tensors:
+    """Every matrix of the checkpoint dense, as compressed-tensors makes it."""
+    claims, modules = Claims(folder), modules_of(folder)
+    dense = {
+        name: tensor
+        for name, tensor in tensors_of(folder).items()
+        if not ENDS.fullmatch(name)
+        and not ((match := WEIGHT.fullmatch(name)) and match[1] in modules)
+    }
+    for module, parts in modules.items():
+        scheme = claims.scheme(module)
+        assert scheme is not None, module
+        dense[f"{module}.weight"] = decompress(parts, scheme)
+    return dense
+
+
+def oracle(folder: Path, scratch: Path) -> Any:
+    """transformers' model of the decompressed weights, whose layers round activations."""
+    model = reference(folder, decompressed(folder), scratch)
+    ends: dict[str, Tensors] = {}
+    for name, tensor in tensors_of(folder).items():
+        match = ENDS.fullmatch(name)
+        if match is not None:
+            ends.setdefault(match[1], {})[match[2]] = tensor
+    claims, experts = Claims(folder), {}
+    layers = {on_disk(name, model): module for name, module in model.named_modules()}
+    for module in modules_of(folder):
+        scheme = claims.scheme(module)
+        assert scheme is not None
+        expert = EXPERT.fullmatch(module)
+        if expert is not None:
+            experts.setdefault(expert[1], {})[int(expert[2]), expert[3]] = (
+                scheme,
+                ends.get(module, {}),
+            )
+        elif isinstance(layers[module], nn.Linear):
+            simulate(layers[module], scheme, ends.get(module, {}))
+    for name, parts in experts.items():
+        layers[name].forward = Experts(layers[name], parts)
+    return model
+
+
+def on_disk(name: str, model: Any) -> str:
+    """A module of the encoder-free model by the name that its tensors have in checkpoints."""
+    if "unified" in model.config.model_type:
+        name = re.sub(r"^model\.embed_vision\.(?!multimodal)", "model.vision_embedder.", name)
+        name = name.replace("model.embed_vision.multimodal_embedder", "model.embed_vision")
+    return name
+
+
+def simulate(module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
+    """`module` rounds what goes in and out as compressed-tensors simulates it."""
+    given = {
+        end: fitted(arguments, module.in_features)
+        for end in ("input", "output")
+        if (arguments := getattr(scheme, f"{end}_activations")) is not None
+        # Google's files say so that an end was not calibrated, and is not rounded.
+        and not (f"{end}_scale" in ends and not ends[f"{end}_scale"].any())
+    }
+    initialize_module_for_quantization(
+        module,
+        QuantizationScheme(
+            targets=["Linear"], **{f"{end}_activations": given[end] for end in given}
+        ),
+        force_zero_point=False,
+    )
+    for leaf, tensor in ends.items():
+        if leaf.partition("_")[0] in given:
+            exact = tensor if leaf.endswith("zero_point") else tensor.float()
+            getattr(module, leaf).data = exact
+    module.quantization_status = QuantizationStatus.COMPRESSED
+    rounding = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        """Upstream has a scale a token only in a batch of sequences, which not all layers get."""
+        y: Tensor = rounding(x.reshape(1, -1, x.shape[-1]))
+        return y.view(*x.shape[:-1], -1)
+
+    module.forward = forward
+
+
+def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
+    """Upstream asks for whole groups; of a row that is shorter than one, all share a scale."""
+    if arguments.group_size is None or width >= arguments.group_size:
+        return arguments
+    return arguments.model_copy(update={"group_size": width})
+
+
+class Experts:
+    """Experts as upstream unfolds them: a linear layer each, that rounds its activations."""
+
+    def __init__(
+        self, stacked: Any, parts: Mapping[tuple[int, str], tuple[QuantizationScheme, Tensors]]
+    ) -> None:
+        self.act = stacked.act_fn
+        self.layers = {}
+        for (number, kind), (scheme, ends) in parts.items():
+            fused = stacked.down_proj if kind == "down" else stacked.gate_up_proj
+            weight = fused.data[number]
+            if kind != "down":
+                weight = weight.chunk(2)[kind == "up"]
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer.weight.data = weight
+            simulate(layer, scheme, ends)
+            self.layers[number, kind] = layer
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            token, place = torch.where(chosen == expert)
+            gate, up = (self.layers[expert, kind](x[token]) for kind in ("gate", "up"))
+            made = self.layers[expert, "down"](self.act(gate) * up)
+            out.index_add_(0, token, made * shares[token, place, None])
+        return out

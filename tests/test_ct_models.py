@@ -1,0 +1,67 @@
+"""Checkpoints of llm-compressor answer as compressed-tensors computes, activations included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import FIXTURES, load_model
+from ct import Claims, decompress, decompressed, modules_of, oracle
+from guided import same_logits
+from upstream import reference, same_answers
+
+from cabochon.load.report import plan_checkpoint
+
+# What is stored, beside bfloat16, and what is done to what goes in and comes out.
+MADE = {
+    "e2b-w8a8": {"int8 channel, inputs int8 per token"},
+    "e2b-mobile": {
+        "int2 channel",
+        "int4 g32",
+        "int8 channel, inputs int8 static, outputs int8 static",
+        "int4 channel, inputs int8 static, outputs int8 static",
+        "int2 channel, inputs int8 static, outputs int8 static",
+    },
+    "12b-mixed": {"fp8 channel, inputs fp8 per token", "nvfp4, inputs fp4 g16 e4m3"},
+    "26b-fp8-all": {"fp8 channel, inputs fp8 per token"},
+    "26b-mxfp4": {"mxfp4, inputs fp4 g32 e8m0"},
+    "26b-nvfp4": {"nvfp4, inputs fp4 g16 e4m3"},
+    "31b-fp8-block": {"fp8 128x128, inputs fp8 g128"},
+    "31b-fp8-static": {"fp8 tensor, inputs fp8 static"},
+    "31b-w8a8-static": {"int8 channel, inputs int8 static asymmetric"},
+}
+SCHEMES = {"e2b-w8a8": ["int8 channel"], "26b-nvfp4": ["nvfp4"]}
+FOLDERS = [pytest.param(FIXTURES / name, id=name) for name in MADE]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_matrix_is_what_upstream_decompresses(folder: Path) -> None:
+    model, report = load_model(folder, dtype=torch.float32)
+    assert {read.stored_as for read in report.plan.sites} == MADE[folder.name] | {"bf16"}
+    assert not report.notes
+    claims, modules = Claims(folder), modules_of(folder)
+    for read in report.plan.sites:
+        if read.scheme.name == "bf16":
+            continue
+        name = next(iter(read.stored.values())).name.rpartition(".")[0]
+        weight = model.get_submodule(read.site.name).weight
+        found = (weight if read.part is None else weight.parts[read.part]).dense(torch.float32)
+        assert torch.equal(found, decompress(modules.pop(name), claims.scheme(name)).float()), name
+    assert not modules
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_answers(folder: Path, tmp_path: Path) -> None:
+    same_logits(folder, oracle(folder, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["e2b-w8a8", "26b-nvfp4"])
+def test_weights_only_ignores_the_recipe_for_activations(name: str, tmp_path: Path) -> None:
+    folder = FIXTURES / name
+    model = reference(folder, decompressed(folder), tmp_path)
+    same_answers(folder, model, weights_only=True, count=4)
+    report = plan_checkpoint(folder, weights_only=True)
+    assert {read.stored_as for read in report.plan.sites} == {"bf16", *SCHEMES[name]}
+    with pytest.raises(AssertionError, match="rows differ"):  # and it makes a difference
+        same_logits(folder, model)
