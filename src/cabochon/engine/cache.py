@@ -1,4 +1,4 @@
-"""The paged key/value cache: one pool a kind of layer, pages handed out and taken back.
+"""The paged key/value cache: one pool a kind of layer, pages handed out, shared and taken back.
 
 Layers of the same window and head sizes form a group and share page numbers. A group with a window
 gives its pages back as they fall out of it. Layers that share keys and values own no pages: they
@@ -7,13 +7,14 @@ read their source's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cabochon.config import KeptLayers, TextConfig, kept_layers
+from cabochon.engine.pool import Name, PagePool
 from cabochon.errors import CabochonError
 from cabochon.nn.attention import Spans, attention, visible
 
@@ -123,6 +124,7 @@ class PageTable:
 
     def __init__(self, groups: int) -> None:
         self.pages: tuple[list[int], ...] = tuple([] for _ in range(groups))
+        self.names: list[Name] = []  # of the whole pages, from the first on
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class PagedCache:
                 self.group_of[layer] = index
                 self.keys[layer] = torch.empty(shape, dtype=dtype, device=device)
                 self.values[layer] = torch.empty(shape, dtype=dtype, device=device)
-        self._free = [list(range(pages - 1, -1, -1)) for pages in plan.pages]
+        self._pools = [PagePool(pages) for pages in plan.pages]
 
     def new_table(self) -> PageTable:
         return PageTable(len(self.plan.groups))
@@ -158,31 +160,83 @@ class PagedCache:
     def reserve(self, chunk: Chunk) -> bool:
         """Get the pages that `chunk` writes. False, and nothing taken, if too few are free."""
         missing = [-(-chunk.stop // PAGE) - len(pages) for pages in chunk.table.pages]
-        if any(n > len(free) for n, free in zip(missing, self._free, strict=True)):
+        if any(n > pool.free for n, pool in zip(missing, self._pools, strict=True)):
             return False
-        for pages, free, n in zip(chunk.table.pages, self._free, missing, strict=True):
-            pages.extend(free.pop() for _ in range(n))
+        for pages, pool, n in zip(chunk.table.pages, self._pools, missing, strict=True):
+            pages.extend(pool.take() for _ in range(n))
         return True
 
+    def adopt(self, table: PageTable, most: int, whole: Spans = ()) -> int:
+        """Give an empty `table` the pages that hold its first tokens already, at most `most` pages.
+
+        Returns for how many pages nothing need be computed: of the groups with a window those that
+        the next query sees must be there, of the others all. They do not end inside of `whole`.
+        """
+        most = min(most, len(table.names))
+        everywhere = [pool for pool, window in self._pools_and_windows() if window is None]
+        known = 0
+        while known < most and all(pool.has(table.names[known]) for pool in everywhere):
+            known += 1
+        while known and not (
+            self._sees_enough(table.names, known)
+            and not any(first < known * PAGE < last for first, last in whole)
+        ):
+            known -= 1
+        for pages, (pool, window) in zip(table.pages, self._pools_and_windows(), strict=True):
+            first = _first_seen(known, window)
+            pages.extend([_FREED] * first)
+            pages.extend(pool.share(name) for name in table.names[first:known])
+        return known
+
+    def _sees_enough(self, names: Sequence[Name], known: int) -> bool:
+        return all(
+            pool.has(name)
+            for pool, window in self._pools_and_windows()
+            for name in names[_first_seen(known, window) : known]
+        )
+
+    def _pools_and_windows(self) -> Iterator[tuple[PagePool, int | None]]:
+        for pool, group in zip(self._pools, self.plan.groups, strict=True):
+            yield pool, group.window
+
+    def forget(self, table: PageTable) -> None:
+        """Let nobody else begin with the pages of `table`."""
+        for pages, pool in zip(table.pages, self._pools, strict=True):
+            for page in pages:
+                if page != _FREED:
+                    pool.forget(page)
+
     def release(self, table: PageTable) -> None:
-        for pages, free in zip(table.pages, self._free, strict=True):
-            free.extend(page for page in pages if page != _FREED)
+        for pages, pool in zip(table.pages, self._pools, strict=True):
+            for page in reversed(pages):  # what others may begin with is given up last
+                if page != _FREED:
+                    pool.drop(page)
             pages.clear()
 
     def free_pages(self) -> tuple[int, ...]:
-        return tuple(len(free) for free in self._free)
+        return tuple(pool.free for pool in self._pools)
 
     def settle(self, chunk: Chunk) -> None:
-        """After `chunk` is computed, give back the pages that no later query can see."""
-        for group, pages, free in zip(self.plan.groups, chunk.table.pages, self._free, strict=True):
+        """After `chunk` is computed, name its whole pages and drop those that no query will see."""
+        first, last = chunk.start // PAGE, min(chunk.stop // PAGE, len(chunk.table.names))
+        for group, pages, pool in zip(
+            self.plan.groups, chunk.table.pages, self._pools, strict=True
+        ):
+            for i in range(first, last):
+                pool.name(pages[i], chunk.table.names[i])
             if group.window is None:
                 continue
             unseen = max(0, chunk.stop - group.window + 1) // PAGE
             for i in range(min(unseen, len(pages)) - 1, -1, -1):
                 if pages[i] == _FREED:
                     break
-                free.append(pages[i])
+                pool.drop(pages[i])
                 pages[i] = _FREED
+
+
+def _first_seen(pages: int, window: int | None) -> int:
+    """The first page that the query behind `pages` whole ones sees."""
+    return 0 if window is None else max(0, pages * PAGE - window + 1) // PAGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,8 +136,12 @@ class Engine:
         # A thread that is inside torch when the interpreter goes away takes the process with it.
         atexit.register(self.close)
 
-    def submit(self, prompt: Prompt, params: SamplingParams, on_delta: Sink) -> int:
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, on_delta: Sink, *, salt: bytes = b""
+    ) -> int:
         """Enqueue a request and return its number. Its last delta says how it ended.
+
+        What it has in common with an earlier request of the same `salt` is not computed again.
 
         Raises:
             RequestError: the prompt is empty, does not fit the context, or has pictures that this
@@ -145,6 +149,7 @@ class Engine:
             BusyError: too many tokens wait already.
         """
         request = self._request(prompt, params, on_delta)
+        request.sequence.salt = salt
         number = next(self._ids)
         self._put(number, request)
         return number
@@ -348,6 +353,7 @@ class Engine:
         for number, row, fine in zip(numbers, logits, finite, strict=True):
             try:
                 if not fine:
+                    self.cache.forget(self._requests[number].sequence.table)
                     raise NumericalError("the model's logits are not finite for this prompt")
                 token, logprobs = self._requests[number].draw(row)
             except CabochonError as error:

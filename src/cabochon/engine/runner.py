@@ -28,8 +28,10 @@ class Runner:
     def encode(self, scheduled: Scheduled) -> None:
         """Turn the pictures and sounds that a chunk reaches into soft tokens, and let them go."""
         sequence = scheduled.sequence
-        for position in [p for p in sequence.media if p < scheduled.chunk.stop]:
-            item = sequence.media[position]
+        chunk = scheduled.chunk
+        for position, item in list(sequence.media.items()):
+            if not (position < chunk.stop and chunk.start < position + item.soft_tokens):
+                continue
             soft = self._see(item) if isinstance(item, Picture) else self._hear(item)
             assert len(soft) == item.soft_tokens
             sequence.soft[position] = soft

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cabochon.engine.cache import PAGE, Chunk, PagedCache, PageTable
+from cabochon.engine.prefixes import Mark, marks, name_pages
 from cabochon.gemma4.pictures import Picture
 from cabochon.gemma4.sounds import Sound
 from cabochon.nn.attention import Spans
@@ -28,12 +29,21 @@ class TokenSequence:
     whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
     computed: int = 0  # tokens whose keys and values are in the cache
     soft: dict[int, Tensor] = field(default_factory=dict)  # soft tokens by first position
+    started: bool = False
     cached: int = 0  # tokens of the prompt whose keys and values were there already
     scored: bool = False  # every position's logits are wanted, not the last one's alone
+    salt: bytes = b""  # sequences of different salts share no pages
+    _marks: tuple[Mark, ...] | None = None
 
     @property
     def decoding(self) -> bool:
         return len(self.tokens) - self.computed == 1
+
+    def name_pages(self, stop: int) -> None:
+        """Give names to the whole pages before token `stop`."""
+        if self._marks is None:
+            self._marks = marks(self.media)  # before they are encoded and let go
+        name_pages(self.table.names, self.tokens, stop, self._marks, self.salt)
 
     def chunk(self, room: int) -> Chunk:
         """The next `room` positions; more, or fewer, where a picture must stay whole."""
@@ -74,6 +84,8 @@ class Scheduler:
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []
         self.preemptions = 0
+        self.prefix_queries = 0  # tokens looked up among what the cache holds
+        self.prefix_hits = 0  # and found there
 
     def add(self, sequence: TokenSequence) -> None:
         self.waiting.append(sequence)
@@ -100,6 +112,7 @@ class Scheduler:
         while room > 0 and self._may_admit():
             sequence = self.waiting.popleft()
             self.running.append(sequence)
+            self._adopt(sequence)
             taken = self._schedule(sequence, room, step)
             if not taken:
                 break
@@ -113,6 +126,7 @@ class Scheduler:
         0 if it had to make place for those before it. The last of the running gives way first.
         """
         chunk = sequence.chunk(room)
+        sequence.name_pages(chunk.stop)
         while not self.cache.reserve(chunk):
             loser = self.running[-1]
             self._preempt(loser)
@@ -120,6 +134,20 @@ class Scheduler:
                 return 0
         step.append(Scheduled(sequence, chunk))
         return chunk.stop - chunk.start
+
+    def _adopt(self, sequence: TokenSequence) -> None:
+        """Begin behind what the cache holds of the sequence already; its last token is computed."""
+        if sequence.scored:
+            return
+        length = len(sequence.tokens)
+        sequence.name_pages(length)
+        adopted = self.cache.adopt(sequence.table, (length - 1) // PAGE, sequence.whole)
+        sequence.computed = adopted * PAGE
+        self.prefix_queries += length
+        self.prefix_hits += sequence.computed
+        if not sequence.started:
+            sequence.started = True
+            sequence.cached = sequence.computed
 
     def _preempt(self, sequence: TokenSequence) -> None:
         self.preemptions += 1

@@ -8,12 +8,16 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
+from contextvars import ContextVar
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from cabochon.serve.errors import ApiError
 from cabochon.settings import Settings
+
+# Whose request is served: the hash of the key, nothing where there are no keys.
+asker: ContextVar[bytes] = ContextVar("asker", default=b"")
 
 OPEN = "/health"  # the one path that needs no key
 
@@ -56,6 +60,10 @@ class Gatekeeper:
             "this server wants its API key in the header 'Authorization: Bearer KEY'",
             headers={"www-authenticate": challenge},
         )
+
+    def asker(self, scope: Scope) -> bytes:
+        """Whose request it is, for what one must not learn of another."""
+        return _digest(_given_key(Headers(scope=scope))) if self._keys else b""
 
     def preflight(self, scope: Scope) -> Mapping[str, str] | None:
         """The answer's headers, if the request is a browser's question whether it may ask."""

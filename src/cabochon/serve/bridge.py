@@ -10,6 +10,7 @@ from functools import partial
 from cabochon.engine.engine import Engine
 from cabochon.engine.request import Delta, Prompt, SamplingParams
 from cabochon.errors import CabochonError
+from cabochon.serve.auth import asker
 from cabochon.serve.journal import note
 
 Run = tuple[Prompt, SamplingParams]
@@ -39,7 +40,9 @@ class Deltas:
         self._running: dict[int, int] = {}  # the engine's number of each run that has not ended
         try:
             for index, (prompt, params) in enumerate(runs):
-                self._running[index] = engine.submit(prompt, params, partial(self._hear, index))
+                self._running[index] = engine.submit(
+                    prompt, params, partial(self._hear, index), salt=asker.get()
+                )
         except BaseException:
             self.close()
             raise

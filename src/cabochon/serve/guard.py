@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cabochon.serve.auth import OPEN, Gatekeeper
+from cabochon.serve.auth import OPEN, Gatekeeper, asker
 from cabochon.serve.errors import ApiError, error_body, error_response
 from cabochon.serve.journal import Entry
 from cabochon.serve.metrics import Metrics
@@ -48,6 +48,7 @@ class Guard:
             return
         answer = _Answer(send, _request_id(scope), self.gatekeeper.allowance(scope))
         entry = Entry(scope, answer.request_id)
+        asker.set(self.gatekeeper.asker(scope))
         self.traffic.inside += 1
         try:
             await self._answer(scope, receive, answer)

@@ -76,14 +76,16 @@ class EngineCollector(Collector):
         yield config
 
     def _counters(self) -> Iterator[Metric]:
-        stats = self._engine.stats
-        yield self._counter("prompt_tokens", "Tokens of prompts computed", stats.prefill_tokens)
-        yield self._counter("generation_tokens", "Tokens generated", stats.generated)
-        yield self._counter(
-            "num_preemptions",
-            "Requests put off for want of pages",
-            self._engine.scheduler.preemptions,
-        )
+        stats, scheduler = self._engine.stats, self._engine.scheduler
+        hits = scheduler.prefix_hits
+        for name, about, value in (
+            ("prompt_tokens", "Tokens of prompts, computed or found", stats.prefill_tokens + hits),
+            ("generation_tokens", "Tokens generated", stats.generated),
+            ("prefix_cache_queries", "Tokens looked up in the cache", scheduler.prefix_queries),
+            ("prefix_cache_hits", "Tokens found in the cache", hits),
+            ("num_preemptions", "Requests put off for want of pages", scheduler.preemptions),
+        ):
+            yield self._counter(name, about, value)
         ended = CounterMetricFamily(
             "vllm:request_success", "Requests ended", labels=(*_LABELS, "finished_reason")
         )
