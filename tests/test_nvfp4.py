@@ -229,10 +229,12 @@ def test_scales_of_activations_need_a_claim(tmp_path: Path) -> None:
     assert "input_global_scale rounds activations, and config.json does not say how" in text
 
 
-def test_modelopts_algorithms_that_change_activations_are_refused(tmp_path: Path) -> None:
-    for name in ("NVFP4", "NVFP4_AWQ", "MIXED_PRECISION"):
+def test_modelopts_algorithms_that_change_activations_want_their_scales(tmp_path: Path) -> None:
+    for name in ("NVFP4", "NVFP4_AWQ"):
         text = refused(altered(tmp_path / name, E2B, modelopt, algorithm(name)))
-        assert f"quant_algo {name!r} is not supported" in text
+        assert "input_scale is missing (--weights-only does without)" in text
+    text = refused(altered(tmp_path / "mixed", E2B, modelopt, algorithm("MIXED_PRECISION")))
+    assert "without quantized_layers" in text
 
 
 def test_the_file_decides_between_the_layouts(tmp_path: Path) -> None:

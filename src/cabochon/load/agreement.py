@@ -84,8 +84,11 @@ def _answer(question: _Question, stored: Stored) -> tuple[int, str] | None:
 def _tensor(name: str, stored: Stored) -> TensorMeta | None:
     """A tensor by its name, or that of a matrix whose first axis is its rows."""
     for leaf in ("", ".weight", ".weight_packed"):
-        if name + leaf in stored:
-            return stored[name + leaf]
+        meta = stored.get(name + leaf)
+        if meta is not None:
+            # bytes may hold two rows each (ModelOpt), or a matrix in a single column (bitsandbytes)
+            unclear = leaf == ".weight" and (meta.dtype == "U8" or meta.shape[1:] == (1,))
+            return None if unclear else meta
     return None
 
 

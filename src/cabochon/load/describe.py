@@ -10,7 +10,9 @@ from cabochon.checkpoint.gguf_model import GgufModel, read_floats
 from cabochon.checkpoint.headers import HEADER_ONLY
 from cabochon.config import Described, Gemma4Config, parse_gguf, read_config
 from cabochon.errors import ConfigError
+from cabochon.files import read_json_object
 from cabochon.quant.gguf import METHOD
+from cabochon.quant.modelopt import BESIDE
 
 _ROPE = "rope_freqs.weight"
 
@@ -18,7 +20,8 @@ _ROPE = "rope_freqs.weight"
 def describe(checkpoint: Checkpoint) -> tuple[Gemma4Config, Mapping[str, Any]]:
     """The configuration of `checkpoint`, and the raw mapping it came from.
 
-    Of a GGUF model that mapping says no more than that it is one.
+    What ModelOpt leaves beside it is in that mapping under the name of its file. Of a GGUF model
+    the mapping says no more than that it is one.
 
     Raises:
         ConfigError: there is none, or it describes no model.
@@ -26,7 +29,9 @@ def describe(checkpoint: Checkpoint) -> tuple[Gemma4Config, Mapping[str, Any]]:
     """
     model = checkpoint.gguf
     if model is None:
-        return read_config(checkpoint.folder)
+        config, raw = read_config(checkpoint.folder)
+        beside = read_json_object(checkpoint.folder / BESIDE)
+        return config, {**raw, BESIDE: beside} if beside else raw
     described = Described(
         metadata=model.metadata,
         projector=model.projector,

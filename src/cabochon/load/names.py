@@ -65,9 +65,14 @@ _RENAMES = (
         ),
         r"\1.\2",
     ),
+    # ModelOpt's names of the low-rank corrections of SVDQuant
+    (re.compile(r"\.(?:weight_quantizer\.)?_?svdquant_lora_([ab])$"), r".svdquant_lora_\1"),
 )
 
 KV_SCALES = "scales of a quantized KV cache; keys and values are kept in the compute dtype"
+
+# ModelOpt writes them into the projections.
+_OF_THE_CACHE = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})
 
 # One expert's matrix: layer, expert, projection, leaf.
 _EXPERT = re.compile(r"(.+\.layers\.\d+)\.experts\.(\d+)\.(gate|up|down)_proj\.(.+)")
@@ -124,8 +129,9 @@ def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> 
     module = name
     while "." in module:
         module = module.rpartition(".")[0]
+        leaf = name[len(module) + 1 :]
         if module in sites:
-            return Place(module, name[len(module) + 1 :])
+            return None if leaf in _OF_THE_CACHE else Place(module, leaf)
     return None
 
 
@@ -149,8 +155,8 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
             "a vestige that upstream's model does not read either",
         ),
         (
-            r"model\.language_model\.layers\.\d+\.self_attn\.[qkv]_"
-            r"(cache_scale|scale|zero_point|global_scale)",
+            r"model\.language_model\.layers\.\d+\.self_attn\.([kv]_proj\.)?[qkv]_"
+            r"(cache_scale|scale|zero_point|global_scale|bias)",
             KV_SCALES,
         ),
         (r"rope_freqs\.weight", "which pairs of a head rotate, read with the configuration"),

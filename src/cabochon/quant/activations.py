@@ -119,7 +119,8 @@ class Rounded:
 
     def around(self, weight: Weight, stored: Mapping[str, Tensor]) -> Weight:
         from cabochon.nn.activations import RoundedWeight
+        from cabochon.nn.smoothed import innermost
 
         inputs = None if self.inputs is None else self.inputs.rounding(stored)
         outputs = None if self.outputs is None else self.outputs.rounding(stored)
-        return RoundedWeight(weight, inputs, outputs)
+        return innermost(weight, lambda inner: RoundedWeight(inner, inputs, outputs))

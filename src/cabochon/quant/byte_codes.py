@@ -29,6 +29,7 @@ class ByteCodes:
     cell: Cell
     symmetric: bool = True
     scale: str = "weight_scale"  # its leaf
+    listed: bool = False  # the scales of rows are a list, not a column, as ModelOpt has them
 
     @property
     def name(self) -> str:
@@ -52,6 +53,7 @@ class ByteCodes:
         if rows is not None:
             across = "1" if columns is None else f"in/{columns}"
             axes = ("out" if rows == 1 else f"out/{rows}", across)
+            axes = axes[:1] if self.listed else axes
         codes = Slot("weight", frozenset({_CODES[self.numbers]}), ("out", "in"), "codes")
         if self.numbers == "mxfp8":
             return codes, Slot(self.scale, frozenset({"U8"}), axes, "scales")

@@ -2,14 +2,15 @@
 
 A target or an ignore entry is an exact module name, `re:` and a regular expression anchored at the
 start, `glob:` and a shell pattern, `skip:` and what transformers takes in its lists of modules not
-to convert (a leading part of the path, as a regular expression, or the end of the name), or a class
-name. Exact beats pattern beats class; ignore wins.
+to convert (a leading part of the path, as a regular expression, or the end of the name), `in:` and
+the name of a module or of one around it, or a class name. Exact beats pattern beats class; ignore
+wins.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +20,8 @@ from cabochon.errors import ConfigError
 from cabochon.quant.scheme import Activations, Scheme, Site
 
 RULE_SECONDS = 1.0  # for one name; rules that are meant as such take microseconds
+
+_INSIDE = "in:"
 
 # Quantizers unfold experts into linear layers.
 _CLASSES = {"linear": "Linear", "embedding": "Embedding", "experts": "Linear"}
@@ -49,15 +52,18 @@ class Targets:
     """A list of rules, in the order of the file."""
 
     exact: Mapping[str, None]
+    inside: Mapping[str, None]  # modules that are meant with all that is in them
     patterns: tuple[tuple[str, Matches], ...]
     kind: str | None = None  # of matrices they are for; None: all
 
     @classmethod
     def of(cls, rules: Iterable[str]) -> Targets:
         """`ConfigError`, naming the rule, if one is malformed."""
-        compiled = [(rule, _matches(rule)) for rule in dict.fromkeys(rules)]
+        listed = dict.fromkeys(rules)
+        inside = {rule[len(_INSIDE) :]: None for rule in listed if rule.startswith(_INSIDE)}
+        compiled = [(rule, _matches(rule)) for rule in listed if not rule.startswith(_INSIDE)]
         patterns = tuple((rule, matches) for rule, matches in compiled if matches is not None)
-        return cls({rule: None for rule, matches in compiled if matches is None}, patterns)
+        return cls({rule: None for rule, matches in compiled if matches is None}, inside, patterns)
 
     def first(self, site: Site, spellings: Sequence[str]) -> tuple[int, str] | None:
         """The most specific rule for `site`: 0 and a name, 1 and a pattern, or 2 and a class."""
@@ -66,6 +72,10 @@ class Targets:
         for name in spellings:
             if name in self.exact:
                 return 0, name
+            if self.inside:
+                around = next((part for part in _around(name) if part in self.inside), None)
+                if around is not None:
+                    return 0, around
         for rule, matches in self.patterns:
             if any(matches(name) for name in spellings):
                 return 1, rule
@@ -118,7 +128,16 @@ class Rules:
             for rule in [rule for rule, matches in waiting.items() if matches(name)]:
                 del waiting[rule]
         exact = (rule for targets in lists for rule in targets.exact if rule not in known)
-        return (*exact, *waiting)
+        parents = {part for name in names for part in _around(name)}
+        inside = (rule for targets in lists for rule in targets.inside if rule not in parents)
+        return (*exact, *inside, *waiting)
+
+
+def _around(name: str) -> Iterator[str]:
+    """`a.b.c`, `a.b` and `a` of `a.b.c`."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _matches(rule: str) -> Matches | None:

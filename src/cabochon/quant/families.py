@@ -35,7 +35,7 @@ FAMILIES = (
     Family(
         "bitsandbytes", frozenset({"bitsandbytes"}), bitsandbytes.rules, bitsandbytes.candidates
     ),
-    Family("ModelOpt", frozenset({"modelopt"}), modelopt.rules, modelopt.candidates),
+    Family("ModelOpt", modelopt.METHODS, modelopt.rules, modelopt.candidates),
     Family("GGUF", frozenset({gguf.METHOD}), gguf.rules, gguf.candidates),
     Family("GPTQ", frozenset({"gptq"}), gptq.rules, gptq.candidates),
     Family("MLX", frozenset({mlx.METHOD}), mlx.rules, mlx.candidates),

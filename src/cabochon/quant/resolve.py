@@ -17,13 +17,18 @@ from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim
 from cabochon.quant.families import FAMILIES
 from cabochon.quant.packed_int import PackedInt
-from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site, differences
+from cabochon.quant.scheme import (
+    FLOATS,
+    Activations,
+    Dense,
+    Difference,
+    Scheme,
+    Site,
+    differences,
+)
 
 # Leaves that give another format away, so that a refusal can name it.
-_FOREIGN = (
-    ("weight_scale_inv", "block-wise fp8"),
-    ("pre_quant_scale", "AWQ smoothing of activations (ModelOpt)"),
-)
+_FOREIGN = (("weight_scale_inv", "block-wise fp8"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,12 @@ def _lacks_zero_points(scheme: Scheme, claimed: Scheme | None) -> bool:
     )
 
 
+def _distance(differing: tuple[Scheme, Sequence[Difference]]) -> tuple[int, int]:
+    """How many differences, and how many of them are tensors of which the scheme knows nothing."""
+    kinds = [difference.kind for difference in differing[1]]
+    return len(kinds), kinds.count("UNUSED")
+
+
 def _nearest(
     site: Site,
     stored: Mapping[str, TensorMeta],
@@ -124,13 +135,15 @@ def _nearest(
         detail = f"{foreign} is not supported by this version; {_stored_as(stored)}"
         return Refusal("SCHEME", detail)
     differing = [(s, differences(s, stored, site, activations)) for s in candidates]
-    nearest, found = min(differing, key=lambda pair: len(pair[1]))
+    nearest, found = min(differing, key=_distance)
     kinds = {difference.kind for difference in found}
     text = "; ".join(difference.text for difference in found)
     if kinds == {"SHAPE"}:
         return Refusal("SHAPE", text)
     if kinds == {"DTYPE"}:
         return Refusal("DTYPE", text)
+    if activations is not None and not differences(nearest, stored, site):
+        text += " (--weights-only does without)"
     return Refusal("SCHEME", f"nearest is {nearest.name}: {text}")
 
 
