@@ -9,6 +9,9 @@ import torch
 from gguf import quants
 
 from cabochon.checkpoint.gguf import BLOCKS
+from cabochon.kernels.choose import Kernels
+from cabochon.kernels.library import library
+from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.gguf_blocks import BlockWeight, damaged, decode
 
 KINDS = (
@@ -109,4 +112,21 @@ def test_a_factor_multiplies() -> None:
     factor = torch.tensor(0.37)
     weight = BlockWeight(torch.from_numpy(rows), "NVFP4", factor, in_features=WIDTH)
     theirs = torch.from_numpy(expected(rows, "NVFP4").astype(np.float32)) * factor
-    assert torch.equal(weight.dense(torch.float32), theirs)
+    torch.testing.assert_close(weight.dense(torch.float32), theirs, rtol=2e-7, atol=0)
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler where it was installed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_compute_the_same(kind: str) -> None:
+    """What a block says of itself is enough for the kernels to decode it, bit for bit."""
+    rows = random_rows(kind)
+    factor = torch.tensor(0.37) if kind == "NVFP4" else None
+    weight = BlockWeight(torch.from_numpy(rows), kind, factor, in_features=WIDTH)
+    dense, x = weight.dense(torch.float32), torch.randn(5, WIDTH)
+    for activations, share in (("float32", 1e-5), ("int16", 1e-4), ("int8", 1e-2)):
+        kernel = Kernels(library(), activations).for_weight(weight)
+        assert isinstance(kernel, PackedWeight)
+        assert torch.equal(kernel.dense(torch.float32), dense)
+        exact = x.double() @ dense.double().T
+        largest = x.abs().double() @ dense.abs().double().T  # what errors are shares of
+        assert ((kernel.linear(x) - exact).abs() <= share * largest).all(), activations

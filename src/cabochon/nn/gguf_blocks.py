@@ -1,19 +1,19 @@
 """`BlockWeight`: ggml's blocks as they are stored, and what their bytes stand for.
 
-What an entry means is ggml's definition (ggml-quants.c, and gguf-py's `quants`): sums and products
+What an entry means is ggml's definition (ggml-quants.c, and gguf-py's `quants`): products and sums
 in float32, in the same order, so that `dense` in float32 equals gguf-py's decoding bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cabochon.nn.weight import Weight
-
-Decode = Callable[[Tensor], Tensor]  # uint8 [blocks, bytes] -> float32 [blocks, entries]
+from cabochon.nn.weight import Coded, Weight
 
 
 class BlockWeight(Weight):
@@ -22,7 +22,7 @@ class BlockWeight(Weight):
     Args:
         blocks: uint8 `[out, bytes of a row]`.
         kind: ggml's name of them, "Q4_K".
-        factor: float32 `[]`, what all entries are multiplied with besides; None: nothing.
+        factor: float32 `[]`, what multiplies all scales of an NVFP4 besides; None: nothing.
     """
 
     def __init__(
@@ -31,32 +31,60 @@ class BlockWeight(Weight):
         assert blocks.dtype is torch.uint8
         super().__init__(blocks.shape[0], in_features)
         self.kind = kind
-        self.entries = _ENTRIES[kind]
-        assert in_features % self.entries == 0
-        assert blocks.shape[1] % (in_features // self.entries) == 0
+        self._kind = KINDS[kind]
+        assert in_features % self._kind.entries == 0
+        assert blocks.shape[1] % (in_features // self._kind.entries) == 0
+        self._bytes = blocks.shape[1] * self._kind.entries // in_features
+        assert factor is None or self._kind.levels is not None
         self.register_buffer("blocks", blocks)
         self.register_buffer("factor", factor)
 
     blocks: Tensor
     factor: Tensor | None
 
+    def description(self) -> Coded:
+        kind = self._kind
+        scales, shared, minima, shared_minima = kind.scales(self.blocks.view(-1, self._bytes))
+        return Coded(
+            bits=kind.bits,
+            codes=self._codes,
+            group=kind.group,
+            scales=scales.reshape(self.out_features, -1),
+            levels=self._levels(),
+            shared=self._by_row(shared),
+            zero=kind.zero,
+            minima=self._by_row(minima),
+            shared_minima=self._by_row(shared_minima),
+            values=kind.values,
+        )
+
+    def _by_row(self, numbers: Tensor | None) -> Tensor | None:
+        return None if numbers is None else numbers.reshape(self.out_features, -1)
+
+    def _codes(self, start: int, stop: int) -> Tensor:
+        return self._kind.codes(self._of(slice(start, stop))).view(-1, self.in_features)
+
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._expand(self.blocks[start:stop]).to(dtype)
+        return self._expand(slice(start, stop)).to(dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        values = self._expand(self.blocks[ids.flatten()])
-        return values.to(dtype).view(*ids.shape, self.in_features)
+        return self._expand(ids.flatten()).to(dtype).view(*ids.shape, self.in_features)
 
-    def _expand(self, rows: Tensor) -> Tensor:
-        values = decode(rows.view(-1, rows.shape[1] * self.entries // self.in_features), self.kind)
-        if self.factor is not None:
-            values *= self.factor
-        return values.view(-1, self.in_features)
+    def _of(self, rows: slice | Tensor) -> Tensor:
+        """The blocks of some rows, `[n, bytes]`."""
+        return self.blocks[rows].view(-1, self._bytes)
+
+    def _levels(self) -> Tensor | None:
+        levels = self._kind.levels
+        return levels if levels is None or self.factor is None else levels * self.factor
+
+    def _expand(self, rows: slice | Tensor) -> Tensor:
+        return _decode(self._of(rows), self._kind, self._levels()).view(-1, self.in_features)
 
 
 def decode(blocks: Tensor, kind: str) -> Tensor:
     """Blocks of a kind, uint8 `[n, bytes]`, as float32 `[n, entries]`."""
-    return _DECODERS[kind](blocks).flatten(1)
+    return _decode(blocks, KINDS[kind], KINDS[kind].levels)
 
 
 def damaged(blocks: Tensor, kind: str) -> int:
@@ -64,15 +92,58 @@ def damaged(blocks: Tensor, kind: str) -> int:
     if kind == "MXFP4":  # a power of two by its exponent; 6 times the last few is no float32
         bad = blocks[:, :1] > 252
     elif kind == "NVFP4":  # an unsigned E4M3
-        bad = blocks[:, :4] >= 127
+        bad = blocks[:, :4] > 126
     else:
-        halves = [_half(blocks, at) for at in _HALVES[kind]]
+        halves = [t for t in KINDS[kind].scales(blocks) if t is not None and t.is_floating_point()]
         bad = ~torch.cat(halves, dim=1).isfinite()
     return int(bad.any(dim=1).sum())
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> [n, 1]
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+class Scales(NamedTuple):
+    """What the codes of a block count, a column a group; see `Coded`."""
+
+    scales: Tensor
+    shared: Tensor | None = None
+    minima: Tensor | None = None
+    shared_minima: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One type of ggml's blocks."""
+
+    entries: int
+    bits: int
+    group: int
+    codes: Callable[[Tensor], Tensor]  # uint8 [n, bytes] -> uint8 [n, entries]
+    scales: Callable[[Tensor], Scales]
+    zero: int = 0
+    values: tuple[float, ...] | None = None
+    levels: Tensor | None = None  # float32 [256]: what a byte of `scales` stands for
+
+
+def _decode(blocks: Tensor, kind: Kind, levels: Tensor | None) -> Tensor:
+    scales, shared, minima, shared_minima = kind.scales(blocks)
+    factors = scales.float() if levels is None else levels.to(blocks.device)[scales.int()]
+    if shared is not None:
+        factors = shared.float() * factors
+    codes = kind.codes(blocks)
+    if kind.values is None:
+        values = codes.float()
+        values -= kind.zero
+    else:
+        values = torch.tensor(kind.values, device=blocks.device)[codes.int()]
+    grouped = values.unflatten(1, (-1, kind.group))
+    grouped *= factors[:, :, None]
+    if minima is not None:
+        lowest = minima.float()
+        lowest = lowest if shared_minima is None else shared_minima.float() * lowest
+        grouped -= lowest[:, :, None]
+    return grouped.flatten(1)
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> float16 [n, 1]
+    return blocks[:, at : at + 2].contiguous().view(torch.float16)
 
 
 def _split(octets: Tensor, bits: int, run: int) -> Tensor:
@@ -86,159 +157,127 @@ def _split(octets: Tensor, bits: int, run: int) -> Tensor:
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> [n, 32], 0 or 16
-    word = blocks[:, at : at + 4].contiguous().view(torch.int32)
-    return ((word >> torch.arange(32, device=blocks.device)) & 1).to(torch.uint8) << 4
+    return _split(blocks[:, at : at + 4], 1, 1) << 4
 
 
-def _q4_0(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * (_split(blocks[:, 2:], 4, 16).float() - 8)
+def _nibbles(at: int, run: int) -> Callable[[Tensor], Tensor]:
+    return lambda blocks: _split(blocks[:, at:], 4, run)
 
 
-def _q4_1(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _split(blocks[:, 4:], 4, 16).float() + _half(blocks, 2)
+def _one_half(blocks: Tensor) -> Scales:
+    return Scales(_half(blocks, 0))
 
 
-def _q5_0(blocks: Tensor) -> Tensor:
-    codes = _split(blocks[:, 6:], 4, 16) | _fifth_bits(blocks, 2)
-    return _half(blocks, 0) * (codes.float() - 16)
+def _half_and_least(blocks: Tensor) -> Scales:
+    return Scales(_half(blocks, 0), minima=-_half(blocks, 2))  # the least is added
 
 
-def _q5_1(blocks: Tensor) -> Tensor:
-    codes = _split(blocks[:, 8:], 4, 16) | _fifth_bits(blocks, 4)
-    return _half(blocks, 0) * codes.float() + _half(blocks, 2)
-
-
-def _q8_0(blocks: Tensor) -> Tensor:
-    return blocks[:, 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
-
-
-def _q2_k(blocks: Tensor) -> Tensor:
-    """16 sub-blocks of 16, each with a scale and a minimum of 4 bits."""
+def _scales_q2_k(blocks: Tensor) -> Scales:
     pairs = blocks[:, :16]
-    scales = _half(blocks, 80) * (pairs & 15).float()
-    minima = _half(blocks, 82) * (pairs >> 4).float()
-    codes = _split(blocks[:, 16:80], 2, 32).unflatten(1, (16, 16)).float()
-    return scales[:, :, None] * codes - minima[:, :, None]
+    return Scales(pairs & 15, _half(blocks, 80), pairs >> 4, _half(blocks, 82))
 
 
-def _q3_k(blocks: Tensor) -> Tensor:
-    """16 sub-blocks of 16, each with a scale of 6 bits: four of them in 8 octets, two in 4."""
+def _scales_q3_k(blocks: Tensor) -> Scales:
+    """16 of 6 bits: four of them in 8 octets, two in 4."""
     low, high = _split(blocks[:, 96:104], 4, 8), _split(blocks[:, 104:108], 2, 4)
-    scales = _half(blocks, 108) * ((low | high << 4).float() - 32)
-    # A set bit means that nothing is taken away.
-    above = _split(blocks[:, :32], 1, 32) << 2
-    codes = (_split(blocks[:, 32:96], 2, 32) | above).unflatten(1, (16, 16)).float() - 4
-    return scales[:, :, None] * codes
+    return Scales((low | high << 4).view(torch.int8) - 32, _half(blocks, 108))
 
 
-def _scales_and_minima(octets: Tensor) -> tuple[Tensor, Tensor]:
-    """The 8 scales and 8 minima of 6 bits each that Q4_K and Q5_K keep in 12 octets."""
-    first, second, rest = octets.split(4, dim=1)
+def _codes_q3_k(blocks: Tensor) -> Tensor:
+    """A third bit that is set means that nothing is taken away: the code for zero is 4."""
+    return _split(blocks[:, 32:96], 2, 32) | _split(blocks[:, :32], 1, 32) << 2
+
+
+def _scales_q4_k(blocks: Tensor) -> Scales:
+    """8 scales and 8 minima of 6 bits each, in 12 octets."""
+    first, second, rest = blocks[:, 4:16].split(4, dim=1)
     scales = torch.cat((first & 63, (rest & 15) | (first >> 6 << 4)), dim=1)
     minima = torch.cat((second & 63, (rest >> 4) | (second >> 6 << 4)), dim=1)
-    return scales.float(), minima.float()
+    return Scales(scales, _half(blocks, 0), minima, _half(blocks, 2))
 
 
-def _q4_k(blocks: Tensor) -> Tensor:
-    return _with_minima(blocks, _split(blocks[:, 16:], 4, 32))
+def _codes_q5_k(blocks: Tensor) -> Tensor:
+    return _split(blocks[:, 48:], 4, 32) | _split(blocks[:, 16:48], 1, 32) << 4
 
 
-def _q5_k(blocks: Tensor) -> Tensor:
-    return _with_minima(
-        blocks, _split(blocks[:, 48:], 4, 32) | _split(blocks[:, 16:48], 1, 32) << 4
-    )
+def _scales_q6_k(blocks: Tensor) -> Scales:
+    return Scales(blocks[:, 192:208].contiguous().view(torch.int8), _half(blocks, 208))
 
 
-def _with_minima(blocks: Tensor, codes: Tensor) -> Tensor:
-    """8 sub-blocks of 32; `codes [n, 256]`."""
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
-    scales, minima = _half(blocks, 0) * scales, _half(blocks, 2) * minima
-    return scales[:, :, None] * codes.unflatten(1, (8, 32)).float() - minima[:, :, None]
+def _codes_q6_k(blocks: Tensor) -> Tensor:
+    return _split(blocks[:, :128], 4, 64) | _split(blocks[:, 128:192], 2, 32) << 4
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
-    """16 sub-blocks of 16, each with a signed octet for a scale."""
-    codes = _split(blocks[:, :128], 4, 64) | _split(blocks[:, 128:192], 2, 32) << 4
-    scales = _half(blocks, 208) * blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return scales[:, :, None] * (codes.unflatten(1, (16, 16)).float() - 32)
+def _scales_iq4_xs(blocks: Tensor) -> Scales:
+    low, high = _split(blocks[:, 4:8], 4, 1), _split(blocks[:, 2:4], 2, 1)
+    return Scales((low | high << 4).view(torch.int8) - 32, _half(blocks, 0))
+
+
+def _mxfp4_levels() -> Tensor:
+    """Half of a power of two, since entries are stored for twice their value."""
+    exponents = torch.arange(256, dtype=torch.int32)
+    normal, subnormal = (exponents - 1) << 23, 0x200000 << exponents.clamp(max=1)
+    return torch.where(exponents < 2, subnormal, normal).view(torch.float32)
+
+
+def _nvfp4_levels() -> Tensor:
+    """Half of an unsigned E4M3."""
+    octets = torch.arange(256)
+    exponents, mantissas = octets >> 3 & 15, (octets & 7).float()
+    normal = (1 + mantissas / 8) * torch.exp2(exponents.float() - 7)
+    return torch.where(exponents == 0, mantissas * 2.0**-9, normal) * 0.5
 
 
 # fmt: off
-_IQ4 = torch.tensor(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32
-)
-_E2M1_TWICE = torch.tensor(
-    [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32
-)
+_IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0,
+        1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+_E2M1_TWICE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0,
+               0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 # fmt: on
 
-
-def _look_up(codes: Tensor, table: Tensor) -> Tensor:
-    return table.to(codes.device)[codes.int()]
-
-
-def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _half(blocks, 0) * _look_up(_split(blocks[:, 2:], 4, 16), _IQ4)
-
-
-def _iq4_xs(blocks: Tensor) -> Tensor:
-    """8 sub-blocks of 32, each with a scale of 6 bits."""
-    low = _split(blocks[:, 4:8], 4, 1)
-    high = _split(blocks[:, 2:4], 2, 1)
-    scales = _half(blocks, 0) * ((low | high << 4).float() - 32)
-    return scales[:, :, None] * _look_up(_split(blocks[:, 8:], 4, 16), _IQ4).unflatten(1, (8, 32))
-
-
-def _mxfp4(blocks: Tensor) -> Tensor:
-    """Entries are stored for twice their value, so that the scale stands for half of its own."""
-    exponents = blocks[:, :1].int()
-    normal, subnormal = (exponents - 1) << 23, 0x200000 << exponents.clamp(max=1)
-    halves = torch.where(exponents < 2, subnormal, normal).view(torch.float32)
-    return halves * _look_up(_split(blocks[:, 1:], 4, 16), _E2M1_TWICE)
-
-
-def _nvfp4(blocks: Tensor) -> Tensor:
-    """4 sub-blocks of 16, each with an unsigned E4M3 for a scale."""
-    octets = blocks[:, :4].int()
-    exponents, mantissas = octets >> 3 & 15, (octets & 7).float()
-    normal = (1 + mantissas / 8) * torch.exp2(exponents.float() - 7)
-    scales = torch.where(exponents == 0, mantissas * 2.0**-9, normal) * 0.5
-    codes = _split(blocks[:, 4:], 4, 8).unflatten(1, (4, 16))
-    return scales[:, :, None] * _look_up(codes, _E2M1_TWICE)
-
-
-_DECODERS: Mapping[str, Decode] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q8_0": _q8_0,
-    "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl,
-    "IQ4_XS": _iq4_xs,
-    "MXFP4": _mxfp4,
-    "NVFP4": _nvfp4,
-}
-
-_ENTRIES = {kind: 256 if kind.endswith("_K") or kind == "IQ4_XS" else 32 for kind in _DECODERS}
-_ENTRIES["NVFP4"] = 64
-
-# Where in a block its 16-bit floats are.
-_HALVES: Mapping[str, tuple[int, ...]] = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
+KINDS: Mapping[str, Kind] = {
+    "Q4_0": Kind(32, 4, 32, _nibbles(2, 16), _one_half, zero=8),
+    "Q4_1": Kind(32, 4, 32, _nibbles(4, 16), _half_and_least),
+    "Q5_0": Kind(
+        32,
+        5,
+        32,
+        lambda blocks: _split(blocks[:, 6:], 4, 16) | _fifth_bits(blocks, 2),
+        _one_half,
+        zero=16,
+    ),
+    "Q5_1": Kind(
+        32,
+        5,
+        32,
+        lambda blocks: _split(blocks[:, 8:], 4, 16) | _fifth_bits(blocks, 4),
+        _half_and_least,
+    ),
+    # Signed octets, and a code of 0 for the least of them.
+    "Q8_0": Kind(32, 8, 32, lambda blocks: blocks[:, 2:] ^ 128, _one_half, zero=128),
+    "Q2_K": Kind(256, 2, 16, lambda blocks: _split(blocks[:, 16:80], 2, 32), _scales_q2_k),
+    "Q3_K": Kind(256, 3, 16, _codes_q3_k, _scales_q3_k, zero=4),
+    "Q4_K": Kind(256, 4, 32, _nibbles(16, 32), _scales_q4_k),
+    "Q5_K": Kind(256, 5, 32, _codes_q5_k, _scales_q4_k),
+    "Q6_K": Kind(256, 6, 16, _codes_q6_k, _scales_q6_k, zero=32),
+    "IQ4_NL": Kind(32, 4, 32, _nibbles(2, 16), _one_half, values=_IQ4),
+    "IQ4_XS": Kind(256, 4, 32, _nibbles(8, 16), _scales_iq4_xs, values=_IQ4),
+    "MXFP4": Kind(
+        32,
+        4,
+        32,
+        _nibbles(1, 16),
+        lambda blocks: Scales(blocks[:, :1]),
+        values=_E2M1_TWICE,
+        levels=_mxfp4_levels(),
+    ),
+    "NVFP4": Kind(
+        64,
+        4,
+        16,
+        _nibbles(4, 8),
+        lambda blocks: Scales(blocks[:, :4]),
+        values=_E2M1_TWICE,
+        levels=_nvfp4_levels(),
+    ),
 }
