@@ -18,7 +18,7 @@ from checkpoints import load_model
 from conftest import FIXTURES, hiss, noise
 from gguf import GGMLQuantizationType
 from gguf_models import FOLDER, MODELS, decoded, text_weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from cabochon import LLM
@@ -31,7 +31,9 @@ from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.gguf_blocks import BlockWeight
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
+from cabochon.quant.gguf import GgufBlocks
 
+F32 = torch.float32
 TOWERS = ("e2b", "12b", "26b")
 
 
@@ -76,8 +78,8 @@ def test_logits_are_those_of_the_decoded_weights(model: tuple[str, LLM]) -> None
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def matrices(llm: LLM) -> Iterator[tuple[str, Weight]]:
-    for name, module in llm.runner.model.named_modules():
+def matrices(model: nn.Module) -> Iterator[tuple[str, Weight]]:
+    for name, module in model.named_modules():
         if isinstance(module, Linear | Embedding) and "language_model" in name:
             yield name, module.weight
 
@@ -85,33 +87,33 @@ def matrices(llm: LLM) -> Iterator[tuple[str, Weight]]:
 def test_matrices_are_decoded_exactly(model: tuple[str, LLM]) -> None:
     name, llm = model
     state = upstream(name).state_dict()
-    for module, weight in matrices(llm):
+    for module, weight in matrices(llm.runner.model):
         stored = state.get(f"{module}.weight", state.get(module))
         assert stored is not None, module
         dense = weight.dense(torch.float32).view(stored.shape)
-        assert torch.equal(dense, stored), module
+        if name == "26b nvfp4":  # a third factor, and which two are multiplied first is not said
+            torch.testing.assert_close(dense, stored, rtol=2e-7, atol=0)
+        else:
+            assert torch.equal(dense, stored), module
 
 
-def test_weights_keep_their_stored_bits(model: tuple[str, LLM]) -> None:
-    """What is held is as large as what is stored, and made of blocks."""
-    name, llm = model
-    plan = llm.report.plan
-    assert plan is not None
-    held = sum(t.nbytes for _, w in matrices(llm) for t in w.buffers())
-    stored = {r.site.name: 0 for r in plan.sites}
-    for read in plan.sites:
-        stored[read.site.name] += read.nbytes
-    assert held == sum(n for site, n in stored.items() if "language_model" in site)
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_keep_their_stored_bits(name: str) -> None:
+    """Without kernels, what is held is as large as what is stored, and made of blocks."""
+    model, report = load_model(MODELS[name][0], dtype=F32)
+    assert report.plan is not None
+    held = sum(t.nbytes for _, weight in matrices(model) for t in weight.buffers())
+    reads = [read for read in report.plan.sites if "language_model" in read.site.name]
+    assert held == sum(read.nbytes for read in reads)
     kinds = {
         part.kind
-        for _, weight in matrices(llm)
+        for _, weight in matrices(model)
         for part in (weight.parts if isinstance(weight, Stack) else [weight])
         if isinstance(part, BlockWeight)
     }
+    assert kinds == {read.scheme.type for read in reads if isinstance(read.scheme, GgufBlocks)}
     assert kinds
-    if name == "e2b every type":
-        assert len(kinds) == 14
-    assert not [note for note in llm.report.notes if "GGUF" in note.detail]
+    assert not [note for note in report.notes if "GGUF" in note.detail]
 
 
 def test_the_configuration_is_that_of_config_json() -> None:
@@ -149,9 +151,6 @@ def test_towers_are_those_that_were_converted(member: str) -> None:
             assert torch.equal(found.to(rounded), module.weight.dense(F32).to(rounded)), name
             checked += 1
     assert checked > 10
-
-
-F32 = torch.float32
 
 
 @pytest.mark.parametrize("member", TOWERS)
