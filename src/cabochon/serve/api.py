@@ -16,6 +16,7 @@ from cabochon.serve.service import Service, unknown_model
 from cabochon.serve.shapes import Capabilities, ModelCard, ModelList
 from cabochon.serve.text_completions import completion_job
 from cabochon.serve.tokens import detokenized, tokenized
+from cabochon.serve.transcriptions import transcription_job
 
 
 def api_routes(service: Service) -> APIRouter:
@@ -64,6 +65,11 @@ def api_routes(service: Service) -> APIRouter:
     async def count_tokens(request: Request) -> Response:
         """How many tokens a conversation has, in Anthropic's shape."""
         return await in_anthropic_shape(service.tell(request, partial(counted, service)))
+
+    @routes.post("/v1/audio/transcriptions", response_model=None)
+    async def transcriptions(request: Request) -> Response:
+        """What a sound says."""
+        return await service.respond(request, partial(transcription_job, service, request.headers))
 
     @routes.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cabochon import __version__
@@ -46,6 +46,7 @@ class Job:
     runs: Sequence[Run]
     answer: Answer
     stream: bool
+    plain: str | None = None  # the field of the answer that is sent alone, as text
 
 
 class Service:
@@ -75,7 +76,8 @@ class Service:
             presence.on_leave(deltas.close)
             if job.stream:
                 return EventStream(job.answer.events(deltas), stack.pop_all())
-            return JSONResponse(await job.answer.collect(deltas))
+            answer = await job.answer.collect(deltas)
+            return PlainTextResponse(answer[job.plain]) if job.plain else JSONResponse(answer)
 
     async def tell(self, request: Request, prepare: Callable[[bytes], dict[str, Any]]) -> Response:
         """The answer to a request that the model need not run for."""
