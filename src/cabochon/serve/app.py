@@ -17,6 +17,7 @@ from cabochon.serve.errors import error_body, error_response
 from cabochon.serve.guard import Guard, Traffic
 from cabochon.serve.metrics import Metrics
 from cabochon.serve.pages import page_routes
+from cabochon.serve.schema import describe
 from cabochon.serve.service import Service
 from cabochon.settings import Settings
 
@@ -38,6 +39,7 @@ def create_app(llm: LLM, settings: Settings) -> FastAPI:
     app.add_exception_handler(CabochonError, _answer_error)
     _add_operation(app, llm)
     app.include_router(api_routes(Service(llm, settings)))
+    describe(app, llm.name)
     return app
 
 
