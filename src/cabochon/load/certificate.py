@@ -104,7 +104,10 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
 
 
 def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
-    """Matrices that are far from the same matrix in other layers, or from all others."""
+    """Matrices that are far from the same matrix in other layers; of tables, from all matrices.
+
+    Only of tables: some converters move a factor of all layers' matrices into another tensor.
+    """
     alike: dict[str, list[SiteStatistics]] = {}
     for site in sites:
         alike.setdefault(_layerless(site.name), []).append(site)
@@ -116,8 +119,7 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
             if _far(site.median_scale, scale):
                 times = f"{site.median_scale / scale:.3g} times those"
                 yield "", site.name, 1, f"its scales are {times} of the same matrix elsewhere"
-            elif _far(site.largest, entry) or site.largest > FAR * everywhere > 0:
-                usual = entry or everywhere
+            elif _far(site.largest, usual := entry if len(group) > 1 else everywhere):
                 times = f"{site.largest / usual:.3g} times"
                 yield "", site.name, 1, f"its largest entry is {times} what others have"
 

@@ -102,10 +102,11 @@ def _count(number: int) -> str:
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
-    yield f"  {'group':<22}{'scheme':<24}{'bits':>4}{'in all':>8}{'count':>8}{'bytes':>12}"
+    width = max(22, *(len(row.scheme) for row in rows)) + 2
+    yield f"  {'group':<22}{'scheme':<{width}}{'bits':>4}{'in all':>8}{'count':>8}{'bytes':>12}"
     for row in rows:
         each = f"{row.as_dict()['bits_per_weight']:.2f}"
-        left = f"  {row.group:<22}{row.scheme:<24}{row.bits:>4}{each:>8}"
+        left = f"  {row.group:<22}{row.scheme:<{width}}{row.bits:>4}{each:>8}"
         yield f"{left}{row.count:>8}{size(row.bytes):>12}"
 
 
