@@ -33,7 +33,7 @@ MAY_NEED = {
     "checkpoint": _FILES,
     "text": _FILES,
     "nn": {*_FILES, "config"},
-    "kernels": {*_FILES, "config", "nn"},
+    "kernels": _MODEL,
     "quant": {*_FILES, "config", "nn", "checkpoint"},
     "gemma4": _MODEL - {"gemma4"},
     "load": _LOAD,

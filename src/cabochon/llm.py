@@ -26,6 +26,7 @@ from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError, ResourceError
 from cabochon.gemma4.sounds import Wave
 from cabochon.kernels.choose import Kernels
+from cabochon.kernels.layers import fuse
 from cabochon.kernels.library import library
 from cabochon.kernels.packed import ACTIVATIONS, Activations
 from cabochon.load.execute import Loaded, Progress, execute
@@ -41,6 +42,12 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_KV_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_CHOICES = {
+    "dtype": tuple(_DTYPES),
+    "activations": ("auto", *ACTIVATIONS),
+    "kv_dtype": ("auto", *_KV_DTYPES),
+}
 
 
 class LLM:
@@ -52,6 +59,7 @@ class LLM:
             processors without bfloat16 arithmetic.
         activations: What the inputs of quantized matrices are rounded to, 32 at a time, "float32"
             for not at all. "auto" is "int8", the fastest; "float32" if `dtype` is named.
+        kv_dtype: What keys and values are kept in. "auto" is "float16"; `dtype` if that is named.
         threads: Of torch; None leaves its own choice.
         kv_cache_bytes: For keys and values; None takes at most an eighth of the machine's memory.
         max_batch: Requests computed together.
@@ -73,6 +81,7 @@ class LLM:
         *,
         dtype: Dtype = "auto",
         activations: Activations | Literal["auto"] = "auto",
+        kv_dtype: Literal["auto", "float16", "float32"] = "auto",
         threads: int | None = None,
         kv_cache_bytes: int | None = None,
         max_batch: int = 16,
@@ -88,12 +97,15 @@ class LLM:
             "prefill_chunk": prefill_chunk,
             "max_context": max_context,
         }
-        _check_options(dtype, activations, sizes)
+        choices = {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype}
+        _check_options(choices, sizes)
         source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
         self.name = source.name
         if threads is not None:
             torch.set_num_threads(threads)
         compute = _DTYPES[dtype]
+        kept = compute if dtype != "auto" else torch.float16
+        kept = _KV_DTYPES.get(kv_dtype, kept)
         self.report = plan_checkpoint(source.path, weights_only=weights_only)
         plan = self.report.plan
         assert plan is not None
@@ -109,10 +121,10 @@ class LLM:
         memory = _memory_for(plan, source.path)
         budget = kv_cache_bytes or memory // 8
         cache = CachePlan.fit(
-            self.config.text, compute, budget, max_batch, self._longest_step, max_context
+            self.config.text, kept, budget, max_batch, self._longest_step, max_context
         )
         self.max_context = cache.max_context
-        self.capacity = cache.describe(compute, asked=max_batch)
+        self.capacity = cache.describe(kept, asked=max_batch)
         logger.info("%s", self.capacity)
         if activations == "auto":
             activations = "int8" if dtype == "auto" else "float32"
@@ -121,7 +133,8 @@ class LLM:
         logger.log(
             logging.INFO if self.kernels.built else logging.WARNING, "%s", self.kernels.describe()
         )
-        self.runner = Runner(gemma, compute, torch.device("cpu"))
+        logger.info("%s", fuse(gemma, library()))
+        self.runner = Runner(gemma, compute, torch.device("cpu"), kept)
         ends, never = generation.ends, generation.suppressed
         self.engine = Engine(
             self.runner, cache, tokenizer, ends=ends, suppressed=never, prefill_chunk=prefill_chunk
@@ -182,7 +195,7 @@ class LLM:
                 "prompt",
             )
         plan = CachePlan.single(text, length, self._longest_step)
-        cache = PagedCache(plan, self.runner.dtype, self.runner.device)
+        cache = PagedCache(plan, self.runner.kv_dtype, self.runner.device)
         sequence = new_sequence(self.runner.model, full, cache)
         logits = torch.empty(length, text.vocab_size)
         while sequence.computed < length:
@@ -254,12 +267,11 @@ def _load(
         raise
 
 
-def _check_options(dtype: str, activations: str, sizes: Mapping[str, int | None]) -> None:
-    if dtype not in _DTYPES:
-        raise CabochonError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    if activations not in ("auto", *ACTIVATIONS):
-        expected = ", ".join(("auto", *ACTIVATIONS))
-        raise CabochonError(f"activations is {activations!r}, expected one of {expected}")
+def _check_options(choices: Mapping[str, str], sizes: Mapping[str, int | None]) -> None:
+    for name, choice in choices.items():
+        if choice not in _CHOICES[name]:
+            expected = ", ".join(_CHOICES[name])
+            raise CabochonError(f"{name} is {choice!r}, expected one of {expected}")
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise CabochonError(f"{name} is {size}, expected at least 1")

@@ -16,7 +16,7 @@ from torch import Tensor
 from cabochon.config import KeptLayers, TextConfig, kept_layers
 from cabochon.engine.pool import Name, PagePool
 from cabochon.errors import CabochonError
-from cabochon.nn.attention import Spans, attention, visible
+from cabochon.nn.attention import Decoding, Spans, attention, visible
 
 PAGE = 16  # tokens
 
@@ -261,13 +261,14 @@ class CacheStep:
         self._queries = self._spans  # positions that ask, a tensor for each chunk
         self._writes: dict[int, Tensor] = {}
         self._readings: dict[int, list[_Reading]] = {}
+        self._decoding: dict[int, tuple[Tensor, ...]] = {}  # slots to high, by group
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         group = self.cache.group_of[layer]
         if group not in self._writes:
             self._writes[group] = self._write_slots(group)
-        self.cache.keys[layer].index_copy_(0, self._writes[group], keys)
-        self.cache.values[layer].index_copy_(0, self._writes[group], values)
+        for pool, made in ((self.cache.keys, keys), (self.cache.values, values)):
+            pool[layer].index_copy_(0, self._writes[group], made.to(pool[layer].dtype))
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         group = self.cache.group_of[layer]
@@ -277,10 +278,33 @@ class CacheStep:
         row = 0
         for reading, asking in zip(self._readings[group], self._queries, strict=True):
             rows = slice(row, row := row + len(asking))
-            keys = self.cache.keys[layer][reading.slots]
-            values = self.cache.values[layer][reading.slots]
+            keys = self.cache.keys[layer][reading.slots].to(queries.dtype)
+            values = self.cache.values[layer][reading.slots].to(queries.dtype)
             out[rows] = attention(queries[rows], keys, values, reading.mask)
         return out
+
+    def decoding(self, layer: int) -> Decoding | None:
+        if any(chunk.stop - chunk.start > 1 for chunk in self.chunks):
+            return None
+        group = self.cache.group_of[layer]
+        if group not in self._decoding:
+            self._decoding[group] = self._decoding_of(group)
+        return Decoding(self.cache.keys[layer], self.cache.values[layer], *self._decoding[group])
+
+    def _decoding_of(self, group: int) -> tuple[Tensor, ...]:
+        window = self.cache.plan.groups[group].window
+        pages: list[int] = []
+        slots, page_at, low, high = [], [], [], []
+        for chunk in self.chunks:
+            held = chunk.table.pages[group]
+            last = chunk.stop - 1
+            slots.append(held[last // PAGE] * PAGE + last % PAGE)
+            page_at.append(len(pages))
+            pages.extend(held)
+            low.append(0 if window is None else max(0, chunk.stop - window))
+            high.append(chunk.stop)
+        whole = [torch.tensor(x, dtype=torch.int32) for x in (pages, page_at, low, high)]
+        return torch.tensor(slots), *whole
 
     def narrow(self, rows: Tensor) -> CacheStep:
         ends = torch.tensor([len(span) for span in self._spans], device=rows.device).cumsum(0)

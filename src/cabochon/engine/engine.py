@@ -120,7 +120,7 @@ class Engine:
         self.ends = ends
         self.suppressed = list(suppressed)
         self.max_context = plan.max_context
-        self.cache = PagedCache(plan, runner.dtype, runner.device)
+        self.cache = PagedCache(plan, runner.kv_dtype, runner.device)
         self.scheduler = Scheduler(self.cache, prefill_chunk)
         self.limits = Limits()
         self.stats = Stats()

@@ -17,11 +17,18 @@ from cabochon.gemma4.sounds import Sound
 
 
 class Runner:
-    """A model in its compute dtype on its device."""
+    """A model in its compute dtype on its device; keys and values are kept in `kv_dtype`."""
 
-    def __init__(self, model: Gemma4, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Gemma4,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model = model
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.device = device
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from cabochon.nn.experts import Experts, Router
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.norm import RMSNorm
 from cabochon.nn.rotary import Rotation, rotate, text_rotation
+
+LayerCall = Callable[[Tensor, Tensor | None, Rotation, KeyValues], Tensor]
 
 
 class Attention(nn.Module):
@@ -125,6 +127,8 @@ class TextModel(nn.Module):
             self.per_layer_projection_norm = RMSNorm(eps, config.ple_dim)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(eps, hidden)
+        # What computes a layer in its module's place; a pass over the built tree fills it.
+        self.fused: dict[int, LayerCall] = {}
 
     def forward(
         self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
@@ -159,7 +163,8 @@ class TextModel(nn.Module):
                 wanted = torch.arange(len(wanted), device=wanted.device)
             if len(x):
                 part = None if own is None else own[:, layer.index]
-                x = module(x, part, rotations[layer.index], kv)
+                run = self.fused.get(layer.index, module)
+                x = run(x, part, rotations[layer.index], kv)
             yield x, wanted
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:

@@ -67,6 +67,58 @@ class Rows(ctypes.Structure):
     )
 
 
+class Linear(ctypes.Structure):
+    """`struct Linear` of csrc/api.h."""
+
+    _fields_ = (("packed", POINTER(Matrix)), ("rows", POINTER(Rows)))
+
+
+_LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "own_gate", "own_up")
+_NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "after_own")
+
+
+class Layer(ctypes.Structure):
+    """`struct Layer` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, Linear) for name in _LINEARS),
+        *((name, c_void_p) for name in (*_NORMS, "q_norm", "k_norm")),
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("intermediate", c_int32),
+        ("own", c_int32),
+        ("shares_kv", c_int32),
+        ("values_are_keys", c_int32),
+        ("eps", c_float),
+        ("scalar", c_float),
+    )
+
+
+class Cache(ctypes.Structure):
+    """`struct Cache` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values", "slots")),
+        *((name, c_void_p) for name in ("pages", "page_at", "low", "high")),
+        ("half", c_int32),
+    )
+
+
+class Step(ctypes.Structure):
+    """`struct Step` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "cos", "sin", "inputs")),
+        *((name, c_void_p) for name in ("queries", "keys", "values", "attended")),
+        ("inputs_ld", c_int64),
+        ("n", c_int32),
+        ("threads", c_int32),
+        ("phases", c_int32),
+    )
+
+
 _SIGNATURES = {
     "choose": (c_int, [c_char_p]),
     "times": (
@@ -80,6 +132,7 @@ _SIGNATURES = {
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
     "pack_codes": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_int]),
     "pack_scales": (None, [POINTER(Matrix), c_int64, c_void_p, c_int, c_int, c_int]),
+    "layer": (None, [POINTER(Layer), POINTER(Cache), POINTER(Step)]),
     "advise": (None, [c_void_p, c_int64]),
 }
 
@@ -98,6 +151,7 @@ class Library:
         self.dense = self._dll.cabochon_dense
         self.pack_codes = self._dll.cabochon_pack_codes
         self.pack_scales = self._dll.cabochon_pack_scales
+        self.layer = self._dll.cabochon_layer
         self.advise = self._dll.cabochon_advise
         self.isa = ""
 

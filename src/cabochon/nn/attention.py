@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,22 @@ from torch import Tensor
 from cabochon.config import PictureSight
 
 Spans = Sequence[tuple[int, int]]
+
+
+class Decoding(NamedTuple):
+    """Where the cache of a layer lies, for a step in which every row looks at all before it.
+
+    Row i writes to `slots[i]` and looks at positions `low[i]` to `high[i]`, end excluded, of the
+    pages of 16 slots from `pages[page_at[i]]` on.
+    """
+
+    keys: Tensor  # [slots, kv_heads, head_dim]
+    values: Tensor
+    slots: Tensor  # int64 [rows]
+    pages: Tensor  # int32, of all rows
+    page_at: Tensor  # int32 [rows]
+    low: Tensor  # int32 [rows]
+    high: Tensor
 
 
 class KeyValues(Protocol):
@@ -27,6 +43,10 @@ class KeyValues(Protocol):
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         """Attention of `[rows, heads, head_dim]` over what `layer` stored, this step included."""
+        ...
+
+    def decoding(self, layer: int) -> Decoding | None:
+        """The cache itself, if each row of this step is the last of its sequence."""
         ...
 
     def narrow(self, rows: Tensor) -> KeyValues:

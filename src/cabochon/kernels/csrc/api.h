@@ -48,4 +48,39 @@ struct Rows {
   int32_t rows, columns, type, scale_rows, scale_columns;
 };
 
-struct Column;  // activations, quantized
+// Either of the two, or neither: then there is no such matrix.
+struct Linear {
+  const Matrix* packed;
+  const Rows* rows;
+};
+
+// A decoder layer without experts. Norms are float32 weights, or null where there is none.
+struct Layer {
+  Linear q, k, v, o, gate, up, down, own_gate, own_up;
+  const float *before_attention, *after_attention, *before_mlp, *after_mlp, *after_own;
+  const float *q_norm, *k_norm;
+  int32_t hidden, heads, kv_heads, head_dim, intermediate, own;
+  int32_t shares_kv, values_are_keys;
+  float eps, scalar;
+};
+
+// Where keys and values of the rows of a step lie: `[slots, kv_heads, head_dim]`, float16 or float32.
+// Row i belongs to a sequence whose pages of 16 slots are `pages[page_at[i]]` on, and looks at
+// positions `low[i]` to `high[i]`, end excluded.
+struct Cache {
+  void *keys, *values;
+  const int64_t* slots;  // of each row, to write
+  const int32_t *pages, *page_at, *low, *high;
+  int32_t half;
+};
+
+// What a layer works on: `x [n, hidden]` is read and overwritten, `cos` and `sin` are
+// [n, head_dim / 2], `inputs` [n, own] lies `inputs_ld` apart; queries, keys, values and attended
+// are [n, heads * head_dim] of their kind.
+struct Step {
+  float* x;
+  const float *cos, *sin, *inputs;
+  float *queries, *keys, *values, *attended;
+  int64_t inputs_ld;
+  int32_t n, threads, phases;  // 1: up to queries, keys and values; 2: attention; 4: the rest
+};

@@ -67,4 +67,8 @@ void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, 
                     int threads) {
   table->dense(m, rows, start, n, out, threads);
 }
+
+void cabochon_layer(const Layer* layer, const Cache* cache, const Step* step) {
+  table->layer(layer, cache, step);
+}
 }

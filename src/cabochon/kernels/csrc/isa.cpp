@@ -1,5 +1,6 @@
 // The kernels for one instruction set, which the build chooses. Each gives a table.
 #include "exact.h"
+#include "layer.h"
 #include "quantize.h"
 #include "rows.h"
 #include "table.h"
@@ -25,7 +26,11 @@ static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   dense(*m, rows, start, n, out, threads);
 }
 
+static void decoder_layer(const Layer* layer, const Cache* cache, const Step* step) {
+  run_layer(*layer, *cache, *step);
+}
+
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, entries};
+  static const Table table = {times, times_rows, decoder_layer, entries};
   return &table;
 }

@@ -7,5 +7,6 @@ struct Table {
                 int64_t ldy, int threads);
   void (*times_rows)(const Rows*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                      int64_t ldy, int threads);
+  void (*layer)(const Layer*, const Cache*, const Step*);
   void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
 };

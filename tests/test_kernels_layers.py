@@ -1,0 +1,71 @@
+"""Decoder layers in one call against the modules that they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cabochon import LLM, SamplingParams
+from cabochon.kernels.library import library
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TOKENS = [2, *(60 + i * 7 % 90 for i in range(70))]
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler where it was installed")
+
+
+def logits(llm: LLM, fused: bool) -> Tensor:
+    """Of the prompt, in chunks, and of each token after it when it comes alone."""
+    text = llm.runner.model.model.language_model
+    kept = dict(text.fused)
+    if not fused:
+        text.fused.clear()
+    try:
+        llm.prefill_chunk = 16
+        chunks = llm.logits(TOKENS)
+        llm.prefill_chunk = 1
+        return torch.cat((chunks, llm.logits(TOKENS)))
+    finally:
+        text.fused.update(kept)
+
+
+@pytest.mark.parametrize("isa", ["avx512vnni", "avxvnni", "avx2", "neon", "scalar"])
+@pytest.mark.parametrize("name", ["e2b-w4a16", "12b-w4a16", "31b-w4a16"])
+def test_a_layer_in_one_call_computes_what_its_modules_do(name: str, isa: str) -> None:
+    kernels = library()
+    assert kernels is not None
+    if isa not in kernels.available():
+        pytest.skip(f"this processor has no {isa}")
+    before = kernels.isa
+    kernels.choose(isa)
+    try:
+        with LLM(FIXTURES / name, activations="int16", kv_dtype="float32") as llm:
+            text = llm.runner.model.model.language_model
+            assert len(text.fused) == len(text.layers)
+            one, other = logits(llm, fused=True), logits(llm, fused=False)
+    finally:
+        kernels.choose(before)
+    assert (one - other).abs().max() < 2e-3 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", ["e2b-w4a16-asym", "e2b-nvfp4a16"])
+def test_rounded_activations_stay_close_to_float32(name: str) -> None:
+    """These models are random, and react to rounding more than trained ones do."""
+    with LLM(FIXTURES / name, dtype="float32") as llm:
+        exact = llm.logits(TOKENS)
+    for activations, limit in (("int8", 0.1), ("int16", 0.02)):
+        with LLM(FIXTURES / name, activations=activations) as llm:
+            assert (llm.logits(TOKENS) - exact).norm() < limit * exact.norm()
+
+
+def test_the_demo_answers_the_same_in_every_mode() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    questions = [[{"role": "user", "content": f"What is {a} plus {9 - a}?"}] for a in range(6)]
+    answers = []
+    for activations in ("float32", "int16", "int8"):
+        with LLM(activations=activations) as llm:
+            answers.append([llm.chat(question, params).text for question in questions])
+    assert answers[0] == answers[1] == answers[2]
