@@ -54,7 +54,8 @@ def test_a_certificate_is_of_the_weights(tmp_path: Path) -> None:
 
     broken = altered(tmp_path, DENSE, tensors=spoil)
     assert command("inspect", broken).returncode == 0
-    fails(command("inspect", broken, "--certificate"), 1, "model.language_model.norm.weight")
+    told = ("model.language_model.norm.weight", "--explain VALUE")
+    fails(command("inspect", broken, "--certificate"), 1, *told)
 
 
 def test_what_excludes_each_other() -> None:

@@ -15,7 +15,7 @@ from cabochon.cli.inspect import inspect
 from cabochon.cli.options import State
 from cabochon.cli.run import run
 from cabochon.cli.serve import serve
-from cabochon.errors import CabochonError
+from cabochon.errors import CabochonError, LoadError, ResourceError
 from cabochon.flags import SETTINGS_HELP
 
 FAULT = 70
@@ -63,13 +63,21 @@ def main() -> None:
     except CabochonError as error:
         if state.debug:
             traceback.print_exc()
-        _fail(str(error))
+        _fail(f"{error}{_more(error)}")
         sys.exit(error.exit_code)
     except Exception as error:
         if state.debug:
             traceback.print_exc()
         _fail(f"{type(error).__name__}: {error}\nThis is a fault of cabochon; --debug shows where.")
         sys.exit(FAULT)
+
+
+def _more(error: CabochonError) -> str:
+    """Where the long form of an error is; the report of a refused plan says so by itself."""
+    code = "MEMORY" if isinstance(error, ResourceError) else "VALUE"
+    if not isinstance(error, ResourceError | LoadError) or "--explain" in str(error):
+        return ""
+    return f"\nMore: cabochon inspect --explain {code}"
 
 
 def _fail(message: str) -> None:
