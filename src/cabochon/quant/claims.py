@@ -52,8 +52,9 @@ class Targets:
     """A list of rules, in the order of the file."""
 
     exact: Mapping[str, None]
-    inside: Mapping[str, None]  # modules that are meant with all that is in them
     patterns: tuple[tuple[str, Matches], ...]
+    # modules that are meant with all that is in them
+    inside: Mapping[str, None] = field(default_factory=dict)
     kind: str | None = None  # of matrices they are for; None: all
 
     @classmethod
@@ -63,7 +64,7 @@ class Targets:
         inside = {rule[len(_INSIDE) :]: None for rule in listed if rule.startswith(_INSIDE)}
         compiled = [(rule, _matches(rule)) for rule in listed if not rule.startswith(_INSIDE)]
         patterns = tuple((rule, matches) for rule, matches in compiled if matches is not None)
-        return cls({rule: None for rule, matches in compiled if matches is None}, inside, patterns)
+        return cls({rule: None for rule, matches in compiled if matches is None}, patterns, inside)
 
     def first(self, site: Site, spellings: Sequence[str]) -> tuple[int, str] | None:
         """The most specific rule for `site`: 0 and a name, 1 and a pattern, or 2 and a class."""
