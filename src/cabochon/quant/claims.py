@@ -53,9 +53,9 @@ class Targets:
 
     exact: Mapping[str, None]
     patterns: tuple[tuple[str, Matches], ...]
+    kind: str | None = None  # of matrices they are for; None: all
     # modules that are meant with all that is in them
     inside: Mapping[str, None] = field(default_factory=dict)
-    kind: str | None = None  # of matrices they are for; None: all
 
     @classmethod
     def of(cls, rules: Iterable[str]) -> Targets:
@@ -64,7 +64,9 @@ class Targets:
         inside = {rule[len(_INSIDE) :]: None for rule in listed if rule.startswith(_INSIDE)}
         compiled = [(rule, _matches(rule)) for rule in listed if not rule.startswith(_INSIDE)]
         patterns = tuple((rule, matches) for rule, matches in compiled if matches is not None)
-        return cls({rule: None for rule, matches in compiled if matches is None}, patterns, inside)
+        return cls(
+            {rule: None for rule, matches in compiled if matches is None}, patterns, inside=inside
+        )
 
     def first(self, site: Site, spellings: Sequence[str]) -> tuple[int, str] | None:
         """The most specific rule for `site`: 0 and a name, 1 and a pattern, or 2 and a class."""
