@@ -32,6 +32,7 @@ class Browser:
         self._numbers = count(1)
         self._buffer = b""
         self._session: str | None = None
+        self._password = ""
         self.asked: list[str] = []
         self.complaints: list[str] = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -114,9 +115,28 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
+    def log_in(self, password: str) -> None:
+        """Answer the dialogue for a password as a user would, from now on."""
+        self._password = password
+        self.send("Fetch.enable", handleAuthRequests=True)
+
+    def _tell(self, method: str, **params: Any) -> None:
+        """`send`, without waiting for the answer."""
+        message = {"id": next(self._numbers), "method": method, "params": params}
+        self._write.write(json.dumps({**message, "sessionId": self._session}).encode() + b"\0")
+
     def _take(self, event: Any) -> None:
         params = event.get("params", {})
         match event.get("method"):
+            case "Fetch.requestPaused":
+                self._tell("Fetch.continueRequest", requestId=params["requestId"])
+            case "Fetch.authRequired":
+                answer = {"response": "ProvideCredentials", "username": "me"}
+                self._tell(
+                    "Fetch.continueWithAuth",
+                    requestId=params["requestId"],
+                    authChallengeResponse={**answer, "password": self._password},
+                )
             case "Network.requestWillBeSent":
                 self.asked.append(params["request"]["url"])
             case "Runtime.exceptionThrown":

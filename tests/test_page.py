@@ -5,6 +5,7 @@ With SCREENSHOTS=docs/pictures the pictures of the documentation are taken anew.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,7 +22,7 @@ needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium (apt install chromium)"
 )
 
-ANSWERED = "!!document.querySelector('#log li.model:last-of-type .foot').childElementCount"
+ANSWERED = "!![...document.querySelectorAll('#log .model .foot')].at(-1)?.childElementCount"
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,43 @@ def test_thoughts_are_folded_and_calls_are_shown(page: Browser, url: str) -> Non
     assert page.run("turn.message.tool_calls[0].function.arguments") == '{"town": "Bern"}'
 
 
+PAINT = [
+    {
+        "type": "function",
+        "function": {
+            "name": "paint",
+            "parameters": {
+                "type": "object",
+                "properties": {"colour": {"enum": ["red", "blue"]}},
+                "required": ["colour"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+
+
+@needs_chromium
+def test_a_tool_is_called_and_answered(page: Browser, url: str) -> None:
+    page.open(url)
+    page.until("document.getElementById('model').textContent === 'cabochon-demo'")
+    page.run(f"document.getElementById('tools').value = {json.dumps(json.dumps(PAINT))}")
+    page.run("document.getElementById('tool-choice').value = 'required'")
+    page.type("Paint it red.")
+    page.press("Enter", 13, "\r")
+    page.until(ANSWERED)
+    assert "paint" in page.run("document.querySelector('.call summary').innerText")
+    arguments = json.loads(page.run("document.querySelector('.call pre').textContent"))
+    assert arguments["colour"] in ("red", "blue")
+    page.run("document.getElementById('tool-choice').value = 'none'")
+    page.run("document.querySelector('form.call textarea').value = 'It is painted.'")
+    page.run("document.querySelector('form.call').requestSubmit()")
+    page.until("document.querySelectorAll('.model').length === 2 && " + ANSWERED)
+    assert page.run("document.querySelectorAll('.failure').length") == 0
+    assert page.run("[...document.querySelectorAll('.model .body')].at(-1).innerText")
+    page.run("document.getElementById('tools').value = ''")
+
+
 @needs_chromium
 def test_the_checkpoint_is_drawn(page: Browser, url: str, llm: LLM) -> None:
     page.open(url, scheme="dark")
@@ -235,3 +273,14 @@ def test_a_phone_shows_it_whole(page: Browser, url: str) -> None:
         assert box["height"] >= 40, name
         assert box["right"] <= 390
         assert box["bottom"] <= 780
+
+
+@needs_chromium
+def test_a_browser_asks_for_the_key_once(llm: LLM, tmp_path: Path) -> None:
+    with serving(llm, api_key="sesame") as url, browser(tmp_path) as page:
+        page.log_in("sesame")
+        page.open(url)
+        page.until("document.getElementById('model').textContent === 'cabochon-demo'")
+        page.run("document.querySelector('#suggestions button').click()")
+        page.until(ANSWERED)
+        assert page.run("document.querySelectorAll('.failure').length") == 0

@@ -24,6 +24,7 @@ export class Settings {
       grid.append(el("div", {}, el("label", { htmlFor: field.id }, label), field));
     }
     this.fields = [...panel.querySelectorAll("[data-setting]")];
+    this.tools = panel.querySelector('[data-setting="tools"]');
     this.thinking = thinking;
     this.#load();
     panel.addEventListener("change", () => this.#save());
@@ -53,7 +54,10 @@ export class Settings {
     if (wrong) throw new Error(`${wrong.labels[0].textContent}: ${wrong.validationMessage}`);
     const request = {};
     for (const [name] of FIELDS) if (given[name] !== "") request[name] = Number(given[name]);
-    if (given.tools && !document.getElementById("tools").disabled) request.tools = parseTools(given.tools);
+    if (given.tools && !this.tools.disabled) {
+      request.tools = parseTools(given.tools);
+      if (given.tool_choice) request.tool_choice = given.tool_choice;
+    }
     if (this.thinking.checked) request.chat_template_kwargs = { enable_thinking: true };
     const system = given.system ? [{ role: "system", content: given.system }] : [];
     return { ...request, messages: [...system, ...messages] };
