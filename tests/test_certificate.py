@@ -27,6 +27,7 @@ from cabochon.errors import LoadError
 from cabochon.load.certificate import Certificate
 from cabochon.load.execute import execute
 from cabochon.load.fingerprint import plan_hash
+from cabochon.load.values import look_at_blocks
 from cabochon.nn.linear import Embedding, Linear
 
 GATE = "model.language_model.layers.1.mlp.gate_proj"
@@ -72,6 +73,26 @@ def test_scales_are_counted() -> None:
     assert site.scales == scales.numel()
     assert site.largest_scale == float(scales.abs().max())
     assert site.median_scale == float(scales.abs().flatten().median())
+
+
+@pytest.mark.parametrize("file", sorted((FIXTURES / "gguf").rglob("*.gguf")), ids=lambda f: f.name)
+def test_scales_in_blocks_are_those_of_the_library(file: Path) -> None:
+    """Entries of a group are at most so many scales: what gguf-py decodes holds it to that."""
+    from gguf import GGUFReader, dequantize
+
+    kinds = {"Q4_0": (32, 8), "Q8_0": (32, 127), "Q5_0": (32, 16), "MXFP4": (32, 12)}
+    for tensor in GGUFReader(file).tensors:
+        kind = tensor.tensor_type.name
+        if kind in kinds:
+            group, most = kinds[kind]
+            entries = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).flatten()
+            largest = entries.abs().view(-1, group).amax(1)
+            stored = torch.from_numpy(tensor.data.copy()).view(torch.uint8)
+            found = look_at_blocks(stored.flatten(), kind)
+            assert found.count == len(largest)
+            assert found.dead <= int((largest == 0).sum())
+            assert float(largest.max()) <= found.largest * most
+            assert float(largest.max()) >= found.largest * most / 4
 
 
 def at(leaf: str, change: Callable[[torch.Tensor], object]) -> Callable[[Tensors], object]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cabochon.load.certificate import FAR, Certificate, SiteStatistics, join
 from cabochon.load.fingerprint import plan_hash
 from cabochon.load.plan import LoadPlan, SiteRead
-from cabochon.load.values import Array, Floats, Scales, in_pieces, look_at_scales
+from cabochon.load.values import Array, Floats, Scales, in_pieces, look_at_blocks, look_at_scales
 from cabochon.nn.weight import DenseWeight, Weight
 
 _CHUNKS, _ROWS = 4, 16  # of a quantized matrix that are looked at, unless all are
@@ -52,10 +52,7 @@ class Measure:
             seen, most, none = weight.data.numel(), whole.largest, whole.zeros
         else:
             seen, most, none = self._entries(weight)
-        scales = [slot.leaf for slot in read.scheme.slots if slot.holds.endswith("scales")]
-        found = Scales(0, 0, 0.0, 0.0)
-        if scales:
-            found = look_at_scales(stored[scales[0]], floats[scales[0]])
+        found = _scales(read, stored, floats)
         statistics = SiteStatistics(
             name=site.name,
             scheme=read.stored_as,
@@ -97,6 +94,16 @@ class Measure:
             most = max(most, float(tile.abs().max()))
             none += int((tile == 0).sum())
         return seen, most, none
+
+
+def _scales(read: SiteRead, stored: Mapping[str, Tensor], floats: Mapping[str, Floats]) -> Scales:
+    """Those of a matrix, or of a part of one; none of what is stored as floats."""
+    for slot in read.scheme.slots:
+        if slot.holds == "blocks":
+            return look_at_blocks(stored[slot.leaf], read.stored[slot.leaf].dtype)
+        if slot.holds.endswith("scales"):
+            return look_at_scales(stored[slot.leaf], floats[slot.leaf])
+    return Scales(0, 0, 0.0, 0.0)
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
-from cabochon.nn.gguf_blocks import damaged
+from cabochon.nn.gguf_blocks import damaged, magnitudes
 from cabochon.quant.scheme import Site, Slot
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -136,6 +136,21 @@ def look_at_scales(tensor: Tensor, found: Floats) -> Scales:
     alive = sample[sample > 0]
     median = float(alive.median()) if len(alive) else 0.0
     return Scales(len(flat), found.zeros, found.largest, median)
+
+
+def look_at_blocks(tensor: Tensor, kind: str) -> Scales:
+    """`tensor` holds blocks of ggml, in which scales and codes take turns."""
+    blocks = tensor.view(-1, BLOCKS[kind][1])
+    every = max(1, len(blocks) // _SAMPLE)
+    count, dead, most = 0, 0, 0.0
+    for tile in blocks.split(_TILE):
+        found = magnitudes(tile, kind)
+        count += found.numel()
+        dead += int((found == 0).sum())
+        most = max(most, float(found.max()))
+    sample = magnitudes(blocks[::every], kind).flatten()
+    alive = sample[sample > 0]
+    return Scales(count, dead, most, float(alive.median()) if len(alive) else 0.0)
 
 
 def _magnitudes(scales: Tensor) -> Tensor:

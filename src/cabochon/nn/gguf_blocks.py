@@ -99,6 +99,17 @@ def damaged(blocks: Tensor, kind: str) -> int:
     return int(bad.any(dim=1).sum())
 
 
+def magnitudes(blocks: Tensor, kind: str) -> Tensor:
+    """What the codes of the blocks, uint8 `[n, bytes]`, are multiplied with, without its sign.
+
+    Float32 `[n, groups]`.
+    """
+    scales, shared, _, _ = KINDS[kind].scales(blocks)
+    levels = KINDS[kind].levels
+    factors = scales.float() if levels is None else levels[scales.int()]
+    return (factors if shared is None else shared.float() * factors).abs()
+
+
 class Scales(NamedTuple):
     """What the codes of a block count, a column a group; see `Coded`."""
 
