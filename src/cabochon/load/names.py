@@ -54,14 +54,14 @@ _RENAMES = (
     (
         re.compile(
             r"(\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj)"
-            r"_(packed|scale|shape|zero_point|global_scale|g_idx)$"
+            r"_(packed|scale_inv|scale|shape|zero_point|global_scale|g_idx)$"
         ),
         r"\1.weight_\2",
     ),
     (
         re.compile(
             r"(\.experts\.(?:\d+\.)?(?:gate|up|gate_up|down)_proj)"
-            r"_((?:input|output)_(?:scale|zero_point|global_scale))$"
+            r"_(activation_scale|(?:input|output)_(?:scale|zero_point|global_scale))$"
         ),
         r"\1.\2",
     ),

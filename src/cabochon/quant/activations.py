@@ -26,6 +26,7 @@ _F32 = frozenset({"F32"})
 ACTIVATION_LEAVES = frozenset(
     {
         "input_scale",
+        "activation_scale",
         "input_zero_point",
         "input_global_scale",
         "output_scale",

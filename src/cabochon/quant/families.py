@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
-from cabochon.quant import awq, bitsandbytes, compressed_tensors, gemma, gguf, gptq, mlx, modelopt
+from cabochon.quant import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gemma,
+    gguf,
+    gptq,
+    mlx,
+    modelopt,
+)
 from cabochon.quant.claims import Rules
 from cabochon.quant.scheme import Scheme, Site
 
@@ -36,6 +46,7 @@ FAMILIES = (
         "bitsandbytes", frozenset({"bitsandbytes"}), bitsandbytes.rules, bitsandbytes.candidates
     ),
     Family("ModelOpt", modelopt.METHODS, modelopt.rules, modelopt.candidates),
+    Family("fine-grained FP8", frozenset({"fp8"}), fp8.rules, fp8.candidates),
     Family("GGUF", frozenset({gguf.METHOD}), gguf.rules, gguf.candidates),
     Family("GPTQ", frozenset({"gptq"}), gptq.rules, gptq.candidates),
     Family("MLX", frozenset({mlx.METHOD}), mlx.rules, mlx.candidates),

@@ -27,9 +27,6 @@ from cabochon.quant.scheme import (
     differences,
 )
 
-# Leaves that give another format away, so that a refusal can name it.
-_FOREIGN = (("weight_scale_inv", "block-wise fp8"),)
-
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -130,10 +127,6 @@ def _nearest(
     if unclaimed is not None and activations is None:
         detail = f"{unclaimed} rounds activations, and config.json does not say how"
         return Refusal("SCHEME", f"{detail} (--weights-only ignores it); {_stored_as(stored)}")
-    foreign = next((name for leaf, name in _FOREIGN if leaf in stored), None)
-    if foreign is not None:
-        detail = f"{foreign} is not supported by this version; {_stored_as(stored)}"
-        return Refusal("SCHEME", detail)
     differing = [(s, differences(s, stored, site, activations)) for s in candidates]
     nearest, found = min(differing, key=_distance)
     kinds = {difference.kind for difference in found}
