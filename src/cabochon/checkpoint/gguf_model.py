@@ -33,6 +33,7 @@ class GgufModel:
     metadata: Metadata
     projector: Metadata | None
     tensors: Mapping[str, TensorMeta]  # of both
+    others: tuple[Path, ...] = ()  # projectors beside it that are of another model, by their width
 
 
 def is_gguf(path: Path) -> bool:
@@ -80,7 +81,10 @@ def open_gguf(path: Path, sizes: Sizes | None = None) -> GgufModel:
             " the model's own file; a projector beside it is found."
         )
     _check_parts(parts)
-    projector = _projector(path, metadata, sizes)
+    beside = _projectors(path, sizes)
+    width = metadata.get(f"{metadata.get('general.architecture')}.embedding_length")
+    fitting = [file for file in beside if _width(file) in (None, width)]
+    projector = _most_exact(fitting)
     tensors: dict[str, TensorMeta] = {}
     for file in parts if projector is None else (*parts, projector):
         for meta in file.tensors:
@@ -89,7 +93,8 @@ def open_gguf(path: Path, sizes: Sizes | None = None) -> GgufModel:
                     f"{file.path} and {tensors[meta.name].file} both hold tensor {meta.name!r}"
                 )
             tensors[meta.name] = meta
-    return GgufModel(path, metadata, projector.metadata if projector else None, tensors)
+    others = tuple(file.path for file in beside if file not in fitting)
+    return GgufModel(path, metadata, projector.metadata if projector else None, tensors, others)
 
 
 def _read(path: Path, sizes: Sizes | None) -> GgufFile:
@@ -161,33 +166,30 @@ def _check_parts(parts: Sequence[GgufFile]) -> None:
         )
 
 
-def _projector(path: Path, metadata: Metadata, sizes: Sizes | None) -> GgufFile | None:
-    """The projector beside `path` that fits the model; of several, the most exact one.
-
-    Raises:
-        UnreadableError: none of them fits, or it is not clear which of them is meant.
-    """
+def _projectors(path: Path, sizes: Sizes | None) -> list[GgufFile]:
+    """All projectors beside `path`."""
     found = [_read(file, sizes) for file in _files(path.parent) if _is_projector(file)]
-    if not found:
-        return None
     for file in found:
         kind = file.metadata.get("general.architecture")
         if kind != PROJECTOR:
             raise UnreadableError(
                 f"{file.path} is named like a projector, but holds {kind!r}, not {PROJECTOR!r}"
             )
-    width = metadata.get(f"{metadata.get('general.architecture')}.embedding_length")
-    fitting = [file for file in found if _width(file) in (None, width)]
-    if not fitting:
-        raise UnreadableError(
-            f"{found[0].path} makes vectors of {_width(found[0])}, the model {path} takes"
-            f" {width}: they do not belong together. Move the projector away."
-        )
-    ranks = [_rank(file) for file in fitting]
-    if ranks.count(min(ranks)) > 1:
-        names = ", ".join(file.path.name for file in fitting)
-        raise UnreadableError(f"{path.parent} holds several projectors: {names}. Keep one of them.")
-    return fitting[ranks.index(min(ranks))]
+    return found
+
+
+def _most_exact(projectors: Sequence[GgufFile]) -> GgufFile | None:
+    """The same projector may lie there in several types of floats.
+
+    Raises:
+        UnreadableError: it is not clear which of them is meant.
+    """
+    ranks = [_rank(file) for file in projectors]
+    if len(ranks) > 1 and ranks.count(min(ranks)) > 1:
+        names = ", ".join(file.path.name for file in projectors)
+        folder = projectors[0].path.parent
+        raise UnreadableError(f"{folder} holds several projectors: {names}. Keep one of them.")
+    return projectors[ranks.index(min(ranks))] if projectors else None
 
 
 def _rank(file: GgufFile) -> int:

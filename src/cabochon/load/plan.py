@@ -157,6 +157,8 @@ def build_plan(
         where = "config.json" if checkpoint.gguf is None else "metadata"
         problems = [*(Problem("CONFIG", where, str(c)) for c in found), *problems]
     if checkpoint.gguf is not None:
+        detail = "makes vectors of another width than this model takes: not used"
+        notes += [Note(str(path), detail) for path in checkpoint.gguf.others]
         names = GgufNames(config)
         problems = [replace(problem, where=names.stored(problem.where)) for problem in problems]
     return LoadPlan(
