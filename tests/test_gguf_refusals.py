@@ -229,6 +229,15 @@ def test_the_projector_of_another_model_is_left_alone(tmp_path: Path) -> None:
     assert [note.where for note in report.notes] == [(str(folder / "mmproj.gguf"),)]
 
 
+def test_keys_that_are_not_known_are_noted(tmp_path: Path) -> None:
+    path = rewrite(E2B, tmp_path / "model.gguf", fields=said("gemma4.attention.novelty", 3))
+    report = inspect_checkpoint(path)
+    assert report.loads
+    assert [note.where for note in report.notes] == [("gemma4.attention.novelty",)]
+    for path, _ in MODELS.values():
+        assert not inspect_checkpoint(path).notes
+
+
 def test_of_several_projectors_the_most_exact_is_taken(tmp_path: Path) -> None:
     folder = beside(tmp_path / "model")
     kind = "general.file_type"

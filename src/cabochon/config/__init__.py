@@ -1,7 +1,7 @@
 """The Gemma 4 configuration: what it is, and how it is read."""
 
 from cabochon.config.architectures import ARCHITECTURES, ForeignArchitecture
-from cabochon.config.gguf import Described, parse_gguf
+from cabochon.config.gguf import Described, parse_gguf, unknown_keys
 from cabochon.config.kv import KeptLayers, kept_layers
 from cabochon.config.read import parse_config, read_config
 from cabochon.config.types import (
@@ -40,4 +40,5 @@ __all__ = [
     "parse_config",
     "parse_gguf",
     "read_config",
+    "unknown_keys",
 ]

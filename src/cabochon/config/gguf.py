@@ -1,7 +1,7 @@
 """Reads a configuration from the metadata of a GGUF model and of its projector.
 
 The keys are those of llama.cpp's converter. What metadata does not say, shapes and the presence of
-tensors do; what neither says is the same in every Gemma 4, and stands here as a number.
+tensors do.
 """
 
 from __future__ import annotations
@@ -12,28 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.config.architectures import ForeignArchitecture
+from cabochon.config.gguf_towers import Shapes, audio_of, frames_of, patches_of, vision_of
 from cabochon.config.section import Section
 from cabochon.config.types import (
-    AudioConfig,
     ExpertsConfig,
-    FrameConfig,
     Gemma4Config,
     LayerConfig,
     LayerKind,
-    PatchConfig,
     PictureSight,
     RopeConfig,
     SpecialTokens,
     TextConfig,
-    VisionConfig,
 )
 from cabochon.errors import ConfigError
 
 ARCHITECTURE = "gemma4"
 TOKENS = "tokenizer.ggml.tokens"
 STILL = 1e30  # by what the converter divides frequencies of pairs that do not rotate
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 # By the projectors of pictures and sounds.
 _NAMES = {
@@ -54,8 +49,25 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "expert_shared_count": (0,),
     "expert_group_count": (0, 1),
     "expert_weights_scale": (1.0,),
+    "expert_weights_norm": (True,),
+    "expert_gating_func": (1,),  # softmax
     "nextn_predict_layers": (0,),
 }
+
+
+# All other keys that are read, or that say what shapes do.
+_READ = frozenset(
+    {
+        "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+        "embedding_length_per_layer_input", "final_logit_softcapping", "expert_count",
+        "expert_used_count", "expert_feed_forward_length", "attention.head_count",
+        "attention.head_count_kv", "attention.key_length", "attention.key_length_swa",
+        "attention.value_length", "attention.value_length_swa", "attention.shared_kv_layers",
+        "attention.sliding_window", "attention.sliding_window_pattern",
+        "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa",
+        "rope.dimension_count", "rope.dimension_count_swa",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +106,8 @@ def parse_gguf(described: Described) -> Gemma4Config:
     text = _section(metadata, ARCHITECTURE, described.file)
     for key, allowed in _ONLY.items():
         text.only(key, *allowed)
-    see, hear = (_patches, _frames) if kinds[0] == "gemma4uv" else (_vision, _audio)
+    towers = (vision_of, audio_of) if kinds[0] != "gemma4uv" else (patches_of, frames_of)
+    see, hear = towers
     config = _text(text, described, unified=kinds[0] == "gemma4uv")
     parts = [_section(projector, f"clip.{part}", described.file) for part in ("vision", "audio")]
     for part, kind in zip(parts, kinds, strict=True):
@@ -106,6 +119,15 @@ def parse_gguf(described: Described) -> Gemma4Config:
         vision=None if kinds[0] is None else see(parts[0], described.shapes),
         audio=None if kinds[1] is None else hear(parts[1], described.shapes),
         tokens=_special_tokens(described, media=kinds[0] is not None),
+    )
+
+
+def unknown_keys(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of the architecture that are not read: they might change what is computed."""
+    start = ARCHITECTURE + "."
+    known = _READ | _ONLY.keys()
+    return tuple(
+        key for key in metadata if key.startswith(start) and key[len(start) :] not in known
     )
 
 
@@ -136,13 +158,6 @@ def _decimal(value: float) -> float:
     return value
 
 
-def _need(section: Section, key: str) -> int:
-    """The size under `key`, which has no default."""
-    if key not in section.values:
-        raise section.wrong(key, None, "expected a size; the model cannot be told without it")
-    return section.size(key, 1)
-
-
 def _text(section: Section, described: Described, *, unified: bool) -> TextConfig:
     shapes, metadata = described.shapes, described.metadata
     tokens = metadata.get(TOKENS, ())
@@ -154,7 +169,7 @@ def _text(section: Section, described: Described, *, unified: bool) -> TextConfi
             f"{described.file}: tokenizer.ggml.padding_token_id is {pad}, but there are"
             f" {vocab_size} tokens"
         )
-    count = _need(section, "block_count")
+    count = section.needed("block_count")
     heads = set(_per_layer(section, "attention.head_count", count))
     if len(heads) > 1:
         raise section.wrong("attention.head_count", sorted(heads), "expected one number")
@@ -162,7 +177,7 @@ def _text(section: Section, described: Described, *, unified: bool) -> TextConfi
     num_heads = heads.pop()
     return TextConfig(
         vocab_size=vocab_size,
-        hidden_size=_need(section, "embedding_length"),
+        hidden_size=section.needed("embedding_length"),
         num_heads=num_heads,
         layers=_layers(section, described, num_heads, unified=unified),
         experts=_experts(section),
@@ -171,7 +186,7 @@ def _text(section: Section, described: Described, *, unified: bool) -> TextConfi
         softcap=softcap or None,
         ple_dim=ple_dim,
         ple_vocab_size=shapes.get("per_layer_token_embd.weight", (262_144,))[0],
-        max_positions=_need(section, "context_length"),
+        max_positions=section.needed("context_length"),
         pad_token_id=pad,
     )
 
@@ -180,7 +195,7 @@ def _per_layer(section: Section, key: str, count: int) -> tuple[int, ...]:
     """A size for each layer, stored once or one by one."""
     value = section.values.get(key)
     if not isinstance(value, tuple):
-        return (_need(section, key),) * count
+        return (section.needed(key),) * count
     if len(value) != count or not all(type(n) is int and n > 0 for n in value):
         raise section.wrong(key, value, f"expected {count} sizes, one a layer")
     return value
@@ -189,7 +204,7 @@ def _per_layer(section: Section, key: str, count: int) -> tuple[int, ...]:
 def _layers(
     section: Section, described: Described, num_heads: int, *, unified: bool
 ) -> tuple[LayerConfig, ...]:
-    count = _need(section, "block_count")
+    count = section.needed("block_count")
     kinds = _kinds(section, count)
     dims = {"full": _head_dim(section, ""), "sliding": _head_dim(section, "_swa")}
     kv_heads = _per_layer(section, "attention.head_count_kv", count)
@@ -206,7 +221,7 @@ def _layers(
     sources = [i if i < count - shared else last[kind] for i, kind in enumerate(kinds)]
     ple = section.integer("embedding_length_per_layer_input", 0) > 0
     k_eq_v = not ple and _no_values(described.shapes, kinds, sources)
-    window = _need(section, "attention.sliding_window")
+    window = section.needed("attention.sliding_window")
     sight = _picture_sight(unified=unified, ple=ple, seeing=described.projector is not None)
     return tuple(
         LayerConfig(
@@ -235,7 +250,7 @@ def _kinds(section: Section, count: int) -> list[LayerKind]:
 
 
 def _head_dim(section: Section, suffix: str) -> int:
-    size = _need(section, f"attention.key_length{suffix}")
+    size = section.needed(f"attention.key_length{suffix}")
     if size % 2:
         raise section.wrong(f"attention.key_length{suffix}", size, "expected an even number")
     section.only(f"attention.value_length{suffix}", size)
@@ -265,12 +280,12 @@ def _picture_sight(*, unified: bool, ple: bool, seeing: bool) -> dict[LayerKind,
 def _experts(section: Section) -> ExpertsConfig | None:
     if not section.integer("expert_count", 0):
         return None
-    widths = set(_per_layer(section, "expert_feed_forward_length", _need(section, "block_count")))
+    widths = set(_per_layer(section, "expert_feed_forward_length", section.needed("block_count")))
     if len(widths) > 1:
         raise section.wrong("expert_feed_forward_length", sorted(widths), "expected one number")
     experts = ExpertsConfig(
-        count=_need(section, "expert_count"),
-        chosen=_need(section, "expert_used_count"),
+        count=section.needed("expert_count"),
+        chosen=section.needed("expert_used_count"),
         intermediate_size=widths.pop(),
     )
     if experts.chosen > experts.count:
@@ -324,84 +339,3 @@ def _special_tokens(described: Described, *, media: bool) -> SpecialTokens:
     if media and missing:
         raise ConfigError(f"{described.file}: {TOKENS} has no {sorted(missing)[0]!r}")
     return SpecialTokens(**{name: ids.get(token, -1) for name, token in names.items()})
-
-
-def _axis(shapes: Shapes, tensor: str, axis: int, default: int) -> int:
-    """A size by the shape of a tensor; a default where it is missing, which the plan will say."""
-    shape = shapes.get(tensor, ())
-    return shape[axis] if -len(shape) <= axis < len(shape) else default
-
-
-def _vision(section: Section, shapes: Shapes) -> VisionConfig:
-    hidden, heads = _need(section, "embedding_length"), _need(section, "attention.head_count")
-    head_dim = _axis(shapes, "v.blk.0.attn_q_norm.weight", 0, hidden // heads)
-    if head_dim % 4:
-        raise section.wrong("attention.head_count", heads, f"with heads of {head_dim} channels")
-    _unscaled(section)
-    return VisionConfig(
-        hidden_size=hidden,
-        intermediate_size=_need(section, "feed_forward_length"),
-        num_layers=_need(section, "block_count"),
-        num_heads=heads,
-        head_dim=head_dim,
-        eps=section.number("attention.layer_norm_epsilon", 1e-6),
-        rope_theta=100.0,
-        patch_size=section.size("patch_size", 16),
-        pooling=section.size("projector.scale_factor", 3),
-        position_table_size=_axis(shapes, "v.position_embd.weight", 1, 10 * 1024),
-        clipped=_clipped(shapes, "v."),
-        standardize="v.std_bias" in shapes,
-    )
-
-
-def _unscaled(section: Section) -> None:
-    """Pictures go in as numbers from 0 to 1; what a processor of another model would do is not."""
-    section.only("image_mean", (0.0, 0.0, 0.0))
-    section.only("image_std", (1.0, 1.0, 1.0))
-
-
-def _clipped(shapes: Shapes, prefix: str) -> bool:
-    return any(name.startswith(prefix) and name.endswith(".input_min") for name in shapes)
-
-
-def _patches(section: Section, shapes: Shapes) -> PatchConfig:
-    _unscaled(section)
-    return PatchConfig(
-        patch_size=section.size("patch_size", 16),
-        pooling=section.size("projector.scale_factor", 3),
-        hidden_size=_need(section, "embedding_length"),
-        position_table_size=_axis(shapes, "v.position_embd.weight", 1, 1120),
-        eps=section.number("attention.layer_norm_epsilon", 1e-6),
-    )
-
-
-def _audio(section: Section, shapes: Shapes) -> AudioConfig:
-    hidden, heads = _need(section, "embedding_length"), _need(section, "attention.head_count")
-    if hidden % heads:
-        raise section.wrong("attention.head_count", heads, f"but embedding_length is {hidden}")
-    section.only("feed_forward_length", 4 * hidden)
-    section.only("num_mel_bins", 128)
-    return AudioConfig(
-        hidden_size=hidden,
-        num_layers=_need(section, "block_count"),
-        num_heads=heads,
-        conv_channels=(
-            _axis(shapes, "a.conv1d.0.weight", 0, 128),
-            _axis(shapes, "a.conv1d.1.weight", 0, 32),
-        ),
-        conv_kernel=_axis(shapes, "a.blk.0.conv_dw.weight", -1, 5),
-        residual_weight=0.5,
-        chunk=12,
-        left=13,
-        right=0,
-        logit_cap=50.0,
-        eps=1e-6,  # the converter once wrote a wrong one; llama.cpp does not read it either
-        gradient_clipping=1e10,
-        output_size=_axis(shapes, "a.pre_encode.out.weight", 0, 1536),
-        clipped=_clipped(shapes, "a."),
-    )
-
-
-def _frames(section: Section, shapes: Shapes) -> FrameConfig:
-    del shapes  # metadata says it all
-    return FrameConfig(samples=_need(section, "embedding_length"), eps=1e-6)

@@ -52,6 +52,12 @@ class Section:
             raise self.wrong(key, value, f"expected {kind}")
         return value
 
+    def needed(self, key: str) -> int:
+        """A size that has no default."""
+        if key not in self.values:
+            raise self.wrong(key, None, "expected a size; the model cannot be told without it")
+        return self.size(key, 1)
+
     def number(self, key: str, default: float) -> float:
         """A finite number that is not negative."""
         value = self._read(key, default, (int, float), "a number")

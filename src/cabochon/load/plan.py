@@ -13,8 +13,9 @@ from itertools import chain
 from typing import Any, Literal
 
 from cabochon.checkpoint.folder import Checkpoint
+from cabochon.checkpoint.gguf_model import GgufModel
 from cabochon.checkpoint.headers import TensorMeta
-from cabochon.config import Gemma4Config
+from cabochon.config import Gemma4Config, unknown_keys
 from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
@@ -157,8 +158,7 @@ def build_plan(
         where = "config.json" if checkpoint.gguf is None else "metadata"
         problems = [*(Problem("CONFIG", where, str(c)) for c in found), *problems]
     if checkpoint.gguf is not None:
-        detail = "makes vectors of another width than this model takes: not used"
-        notes += [Note(str(path), detail) for path in checkpoint.gguf.others]
+        notes += _gguf_notes(checkpoint.gguf)
         names = GgufNames(config)
         problems = [replace(problem, where=names.stored(problem.where)) for problem in problems]
     return LoadPlan(
@@ -170,6 +170,13 @@ def build_plan(
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+def _gguf_notes(model: GgufModel) -> Iterator[Note]:
+    for path in model.others:
+        yield Note(str(path), "makes vectors of another width than this model takes: not used")
+    for key in unknown_keys(model.metadata):
+        yield Note(key, "this version does not know this key of the metadata: not used")
 
 
 def _named(checkpoint: Checkpoint, config: Gemma4Config) -> list[Named]:
