@@ -52,12 +52,13 @@ def weight(
     bits: int,
     group: int,
 ) -> Weight:
-    """The matrix of int32 words `[ceil(in * bits / 32), out]` and scales `[groups, out]`.
+    """The matrix of int32 words `[n, out]` and scales `[groups, out]`.
 
     Args:
+        words: at least `ceil(in * bits / 32)` rows; what is beyond is nothing.
         order: columns by their group; None: as they are.
     """
-    words = words.T.contiguous()
+    words = words[: -(-in_features * bits // 32)].T.contiguous()
     if order is not None and torch.equal(order, torch.arange(in_features, device=order.device)):
         order = None
     if order is not None:

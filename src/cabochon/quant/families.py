@@ -13,6 +13,7 @@ from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.quant import (
+    auto_round,
     awq,
     bitsandbytes,
     compressed_tensors,
@@ -35,6 +36,12 @@ class Family:
     candidates: Callable[[Site, Mapping[str, TensorMeta]], Iterable[Scheme]]
 
 
+def nothing_else(site: Site, stored: Mapping[str, TensorMeta]) -> Iterable[Scheme]:
+    """Of a producer whose tensors are those of others."""
+    del site, stored
+    return ()
+
+
 FAMILIES = (
     Family(
         "compressed-tensors",
@@ -51,5 +58,6 @@ FAMILIES = (
     Family("GPTQ", frozenset({"gptq"}), gptq.rules, gptq.candidates),
     Family("MLX", frozenset({mlx.METHOD}), mlx.rules, mlx.candidates),
     Family("Gemma", frozenset({"gemma"}), gemma.rules, gemma.candidates),
+    Family("AutoRound", auto_round.METHODS, auto_round.rules, nothing_else),
     Family("AWQ", frozenset({"awq"}), awq.rules, awq.candidates),
 )

@@ -36,6 +36,7 @@ class Gptq:
     group: int | None  # None: one scale a row
     version: Version  # of zero points
     ordered: bool = False  # `g_idx`, the group of each column, must be there
+    padded: bool = False  # codes fill the last group, though columns do not
 
     @property
     def name(self) -> str:
@@ -46,8 +47,9 @@ class Gptq:
     def slots(self) -> tuple[Slot, ...]:
         words = frozenset({"I32"})
         count = "1" if self.group is None else f"in/{self.group}"
+        width = f"in^{self.group}" if self.padded and self.group else "in"
         return (
-            Slot("qweight", words, (f"in*{self.bits}/32", "out"), "codes"),
+            Slot("qweight", words, (f"{width}*{self.bits}/32", "out"), "codes"),
             Slot("qzeros", words, (count, f"out*{self.bits}/32"), "codes"),
             Slot("scales", FLOATS, (count, "out"), "scales"),
             Slot("g_idx", words, ("in",), "codes", optional=not self.ordered),
@@ -83,10 +85,13 @@ def candidates(site: Site, stored: Mapping[str, TensorMeta]) -> Iterator[Scheme]
     rows = stored["qweight"].shape[0] if stored["qweight"].shape else 0
     count = groups.count(stored.get("scales"), 0)
     for bits in WIDTHS:
-        if -(-site.in_features * bits // 32) == rows:
-            for group in groups.sizes(site.in_features, count):
-                yield Gptq(bits, group, "v1", "g_idx" in stored)
-                yield Gptq(bits, group, "v2", "g_idx" in stored)
+        for group in groups.sizes(site.in_features, count):
+            filled = site.extent(f"in^{group or 1}")
+            for width in {site.in_features, filled}:
+                if -(-width * bits // 32) == rows:
+                    padded = width > site.in_features
+                    yield Gptq(bits, group, "v1", "g_idx" in stored, padded)
+                    yield Gptq(bits, group, "v2", "g_idx" in stored, padded)
 
 
 def rules(key: str, config: Mapping[str, Any]) -> Rules:

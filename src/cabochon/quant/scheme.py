@@ -5,7 +5,6 @@ Shape checks, byte counts and error texts all follow from the slots that a schem
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -44,10 +43,17 @@ class Site:
         return replace(self, out_features=self.out_features // self.parts, parts=1)
 
     def extent(self, axis: str) -> int:
-        """The size of an axis: "out", "in*3/32" (the last may be cut), "out*in/2", or a number."""
+        """The size of an axis: "out", "in*3/32" (the last may be cut), "out*in/2", or a number.
+
+        "in^64" is the width filled up to a multiple of 64.
+        """
         factors, _, divisor = axis.partition("/")
         sizes = {"out": self.out_features, "in": self.in_features}
-        size = math.prod(sizes.get(factor) or int(factor) for factor in factors.split("*"))
+        size = 1
+        for factor in factors.split("*"):
+            name, _, multiple = factor.partition("^")
+            whole = sizes.get(name) or int(name)
+            size *= whole + -whole % int(multiple or 1)
         return -(-size // int(divisor or 1))
 
 
