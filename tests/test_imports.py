@@ -67,6 +67,11 @@ TORCHLESS = (
     "cabochon.load.names",
     "cabochon.load.plan",
     "cabochon.load.report",
+    "cabochon.load.card",
+    "cabochon.load.certificate",
+    "cabochon.load.explain",
+    "cabochon.load.obtain",
+    "cabochon.load.places",
 )
 
 

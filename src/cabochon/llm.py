@@ -106,7 +106,7 @@ class LLM:
         compute = _DTYPES[dtype]
         kept = compute if dtype != "auto" else torch.float16
         kept = _KV_DTYPES.get(kv_dtype, kept)
-        self.report = plan_checkpoint(source.path, weights_only=weights_only)
+        self.report = plan_checkpoint(source.path, weights_only=weights_only, source=source.shown)
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config

@@ -30,6 +30,7 @@ class Source:
 
     path: Path
     name: str
+    shown: str  # in reports: the path as it was given, or the hub's id, with the commit if known
 
 
 def hub_id(model: str | Path) -> HubId | None:

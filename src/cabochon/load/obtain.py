@@ -60,20 +60,20 @@ def obtain(
         ResourceError: the disk is too small.
     """
     if model is None:
-        return Source(DEMO, DEMO_NAME)
+        return Source(DEMO, DEMO_NAME, str(DEMO))
     id = hub_id(model)
     if id is None:
         path = Path(model)
-        return Source(path, path.resolve().name.removesuffix(".gguf"))
+        return Source(path, path.resolve().name.removesuffix(".gguf"), str(model))
     hub = hub or Hub()
     if hub.offline:
-        return Source(_downloaded(hub, id), str(id))
+        return Source(_downloaded(hub, id), str(id), str(id))
     listing = hub.listing(id)
     report = _inspect_remote(hub, listing, weights_only=weights_only)
     if not report.loads:
         raise LoadError(report.text())
     logger.info("%s, of %s", listing, hub.endpoint)
-    return Source(download(hub, listing, progress), str(id))
+    return Source(download(hub, listing, progress), str(id), str(listing))
 
 
 def _inspect_remote(hub: Hub, listing: Listing, *, weights_only: bool) -> Report:

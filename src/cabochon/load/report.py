@@ -198,14 +198,16 @@ def inspect_checkpoint(
     )
 
 
-def plan_checkpoint(path: Path, *, weights_only: bool = False) -> Report:
+def plan_checkpoint(path: Path, *, weights_only: bool = False, source: str | None = None) -> Report:
     """The report on a checkpoint that loads, with its plan; what else it needs can be read next.
+
+    `source` is what the report calls it; the path without it.
 
     Raises:
         UnreadableError: there is no checkpoint that could be judged, or there are no weights.
         LoadError: it would not load exactly right; the text is the report.
     """
-    report = inspect_checkpoint(path, weights_only=weights_only)
+    report = inspect_checkpoint(path, weights_only=weights_only, source=source)
     if not report.loads:
         raise LoadError(report.text())
     report.require_weights()
