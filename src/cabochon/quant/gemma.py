@@ -124,8 +124,8 @@ def _both(
     linear = Claim(rule, scheme=Gemma(bits), activations=_ROUNDED)
     table = Claim(rule, deferred=bool(config.get("quantize_embeddings")))
     return {
-        f"{rule} linear": (Targets(exact, {}, patterns, "linear"), linear),
-        f"{rule} table": (Targets(exact, {}, patterns, "embedding"), table),
+        f"{rule} linear": (Targets(exact, patterns, kind="linear"), linear),
+        f"{rule} table": (Targets(exact, patterns, kind="embedding"), table),
     }
 
 
