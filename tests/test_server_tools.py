@@ -252,6 +252,9 @@ def test_the_client_parses_arguments(client: OpenAI) -> None:
     )  # fmt: skip
     (called,) = parsed.choices[0].message.tool_calls
     assert isinstance(called.function.parsed_arguments, Shape)
+    message = parsed.choices[0].message.model_dump(mode="json")  # with all that the client added
+    history = [*ASK, message, {"role": "tool", "tool_call_id": called.id, "content": "ok"}]
+    assert create(client, history, tools=[tool], max_tokens=2).choices
 
 
 def test_json_objects_regular_expressions_and_grammars(client: OpenAI) -> None:

@@ -49,7 +49,7 @@ class Grammars:
     def json_object(self) -> Grammar:
         return self.json_schema({"type": "object"})
 
-    def json_schema(self, schema: Mapping[str, Any] | bool, where: str = "json_schema") -> Grammar:
+    def json_schema(self, schema: Mapping[str, Any], where: str = "json_schema") -> Grammar:
         """JSON that `schema` allows.
 
         Raises:

@@ -146,7 +146,8 @@ def candidates(logits: Logits, params: SamplingParams) -> Candidates:
         ids = np.flatnonzero(logits >= least)
     else:
         ids = np.arange(len(logits))
-    exponents = (logits[ids].astype(np.float64) - logits.max()) / params.temperature
+    with np.errstate(over="ignore"):  # by a temperature next to 0: all but the likeliest go
+        exponents = (logits[ids].astype(np.float64) - logits.max()) / params.temperature
     kept = Candidates(ids, np.exp(exponents))
     if params.top_p < 1.0:
         kept = _nucleus(kept, params.top_p)

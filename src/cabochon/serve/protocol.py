@@ -34,6 +34,7 @@ class FunctionCall(BaseModel):
 
     name: FunctionName
     arguments: str = Field(max_length=MAX_ARGUMENTS)
+    parsed_arguments: Any = None  # what clients made of `arguments` and send back with them
 
 
 class MessageToolCall(BaseModel):
@@ -71,6 +72,7 @@ class AssistantMessage(BaseModel):
     reasoning_content: str | None = None
     reasoning: str | None = None  # another spelling of the same
     tool_calls: list[MessageToolCall] | None = Field(None, max_length=MAX_CALLS)
+    parsed: Any = None  # what clients made of `content`
 
 
 class ToolMessage(BaseModel):

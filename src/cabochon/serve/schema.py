@@ -129,6 +129,7 @@ _STREAMS = frozenset(
         "/v1/audio/transcriptions",
     }
 )
+_PLAIN: Json = {"text/plain": {"schema": {"type": "string"}}}
 _ERRORS = {
     "400": "a field is malformed, unknown or not supported; `param` names it",
     "401": "no key, or a wrong one",
@@ -156,6 +157,9 @@ def components(model: str) -> Json:
         field = found[request.__name__]["properties"]["model"]
         field.clear()
         field.update({"type": "string", "enum": [model]})
+    form = found[TranscriptionRequest.__name__]
+    form["properties"]["file"] = {"type": "string", "format": "binary"}
+    form["required"].append("file")
     return found
 
 
@@ -166,6 +170,8 @@ def describe_routes(paths: Json) -> None:
         for operation in methods.values():
             answers = operation.setdefault("responses", {})
             answers.pop("422", None)  # what does not fit is a 400 here
+            if path == "/metrics":
+                answers["200"] = {"description": "The counters", "content": _PLAIN}
             if path in _REQUESTS:
                 operation["requestBody"] = _body(path)
                 answers["200"] = _answer(path)
@@ -175,19 +181,15 @@ def describe_routes(paths: Json) -> None:
 
 def _body(path: str) -> Json:
     kind = "multipart/form-data" if path.startswith("/v1/audio") else "application/json"
-    schema: Json = _ref(_REQUESTS[path].__name__)
-    if kind == "multipart/form-data":
-        file = {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
-        schema = {"allOf": [schema, {**file, "required": ["file"]}]}
-    return {"required": True, "content": {kind: {"schema": schema}}}
+    return {"required": True, "content": {kind: {"schema": _ref(_REQUESTS[path].__name__)}}}
 
 
 def _answer(path: str) -> Json:
     content: Json = {"application/json": {"schema": _ref(_ANSWERS[path].__name__)}}
     if path in _STREAMS:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"description": "An event of the answer"}}
     if path.startswith("/v1/audio"):
-        content["text/plain"] = {"schema": {"type": "string"}}
+        content |= _PLAIN
     return {"description": "The answer", "content": content}
 
 

@@ -166,7 +166,7 @@ def _text(chat: ChatRequest, llm: LLM) -> Grammar | None:
             return llm.grammars.json_object()
         case JsonSchemaFormat(json_schema=given):
             where = "response_format.json_schema.schema"
-            return llm.grammars.json_schema(True if given.schema_ is None else given.schema_, where)
+            return llm.grammars.json_schema(given.schema_ or {}, where)
         case RegexFormat(regex=pattern):
             return llm.grammars.regex(pattern, "response_format.regex")
         case GrammarFormat(grammar=grammar):
