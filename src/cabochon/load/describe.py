@@ -11,8 +11,10 @@ from cabochon.checkpoint.headers import HEADER_ONLY
 from cabochon.config import Described, Gemma4Config, parse_gguf, read_config
 from cabochon.errors import ConfigError
 from cabochon.files import read_json_object
+from cabochon.load.names import canonical
 from cabochon.quant.gguf import METHOD
 from cabochon.quant.modelopt import BESIDE
+from cabochon.quant.torchao import HEADER, header_of
 
 _ROPE = "rope_freqs.weight"
 
@@ -20,8 +22,8 @@ _ROPE = "rope_freqs.weight"
 def describe(checkpoint: Checkpoint) -> tuple[Gemma4Config, Mapping[str, Any]]:
     """The configuration of `checkpoint`, and the raw mapping it came from.
 
-    What ModelOpt leaves beside it is in that mapping under the name of its file. Of a GGUF model
-    the mapping says no more than that it is one.
+    What ModelOpt leaves beside it is in that mapping under the name of its file, and what torchao
+    wrote into headers under a name of ours. Of a GGUF model it says no more than that it is one.
 
     Raises:
         ConfigError: there is none, or it describes no model.
@@ -30,8 +32,11 @@ def describe(checkpoint: Checkpoint) -> tuple[Gemma4Config, Mapping[str, Any]]:
     model = checkpoint.gguf
     if model is None:
         config, raw = read_config(checkpoint.folder)
-        beside = read_json_object(checkpoint.folder / BESIDE)
-        return config, {**raw, BESIDE: beside} if beside else raw
+        found = {
+            BESIDE: read_json_object(checkpoint.folder / BESIDE) or None,
+            HEADER: _canonical(header_of(checkpoint.metadata)),
+        }
+        return config, {**raw, **{key: said for key, said in found.items() if said is not None}}
     described = Described(
         metadata=model.metadata,
         projector=model.projector,
@@ -40,6 +45,11 @@ def describe(checkpoint: Checkpoint) -> tuple[Gemma4Config, Mapping[str, Any]]:
         file=str(model.path),
     )
     return parse_gguf(described), {"quantization_config": {"quant_method": METHOD}}
+
+
+def _canonical(header: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Headers name modules as they were in memory, tensors as upstream renames them to be saved."""
+    return None if header is None else {canonical(name): text for name, text in header.items()}
 
 
 def _rope_factors(model: GgufModel) -> tuple[float, ...] | None:

@@ -65,6 +65,14 @@ _RENAMES = (
         ),
         r"\1.\2",
     ),
+    # torchao's names of the parts into which it takes a parameter apart
+    (re.compile(r"\._weight_qdata$"), ".weight"),
+    (re.compile(r"\._weight_(scale|zero_point)$"), r".weight_\1"),
+    (re.compile(r"\.experts\._(gate_up|down)_proj_qdata$"), r".experts.\1_proj"),
+    (
+        re.compile(r"\.experts\._(gate_up|down)_proj_(scale|zero_point)$"),
+        r".experts.\1_proj.weight_\2",
+    ),
     # ModelOpt's names of the low-rank corrections of SVDQuant
     (re.compile(r"\.(?:weight_quantizer\.)?_?svdquant_lora_([ab])$"), r".svdquant_lora_\1"),
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from cabochon.quant import mlx, modelopt
+from cabochon.quant import mlx, modelopt, torchao
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.families import FAMILIES
 from cabochon.quant.fields import mapping
@@ -18,6 +18,8 @@ def read_rules(raw: Mapping[str, Any]) -> Rules:
     Raises:
         ConfigError: a quantization configuration that is not built as its own format demands.
     """
+    if torchao.HEADER in raw:
+        return torchao.rules_of(raw[torchao.HEADER])
     beside = raw.get(modelopt.BESIDE)
     beside = None if beside is None else modelopt.details(modelopt.BESIDE, beside)
     text = raw.get("text_config")

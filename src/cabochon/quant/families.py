@@ -23,6 +23,7 @@ from cabochon.quant import (
     gptq,
     mlx,
     modelopt,
+    torchao,
 )
 from cabochon.quant.claims import Rules
 from cabochon.quant.scheme import Scheme, Site
@@ -54,6 +55,7 @@ FAMILIES = (
     ),
     Family("ModelOpt", modelopt.METHODS, modelopt.rules, modelopt.candidates),
     Family("fine-grained FP8", frozenset({"fp8"}), fp8.rules, fp8.candidates),
+    Family("torchao", frozenset({"torchao"}), torchao.rules, torchao.candidates),
     Family("GGUF", frozenset({gguf.METHOD}), gguf.rules, gguf.candidates),
     Family("GPTQ", frozenset({"gptq"}), gptq.rules, gptq.candidates),
     Family("MLX", frozenset({mlx.METHOD}), mlx.rules, mlx.candidates),

@@ -1,0 +1,232 @@
+"""torchao: what transformers and torchao save is read as torchao decodes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchao.quantization as ao
+from checkpoints import Tensors, load_model, tensors_of
+from conftest import FIXTURES
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_schemes import check
+from torch import Tensor
+from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
+from upstream import reference, same_answers
+
+from cabochon.errors import ConfigError, UnreadableError
+from cabochon.load.report import inspect_checkpoint
+from cabochon.nn.activations import RoundedWeight
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "int8": ao.Int8WeightOnlyConfig,
+    "int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig,
+    "fp8": ao.Float8WeightOnlyConfig,
+    "int4": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
+    "int8-int4": lambda: ao.Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=ao.PerGroup(32)
+    ),
+}
+STORED_AS = {
+    "int8": {"int8 channel asymmetric"},
+    "int8-dynamic": {"int8 channel asymmetric, inputs int8 per token"},
+    "fp8": {"fp8 channel"},
+    "int4": {"int8 g32 asymmetric", "int8 channel asymmetric"},
+    "int8-int4": {
+        "int8 g32 asymmetric, inputs int8 per token asymmetric",
+        "int8 channel asymmetric, inputs int8 per token asymmetric",
+    },
+}
+MADE = [*(("31b", kind) for kind in KINDS), ("12b", "int8"), ("26b", "fp8"), ("e2b", "int8")]
+GATE = "model.language_model.layers.1.mlp.gate_proj"
+SKIPPED = ["lm_head", "model.vision_embedder", "model.audio_tower", "model.embed_audio"]
+
+Make = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    folders: dict[tuple[str, str], Path] = {}
+
+    def make(member: str, kind: str) -> Path:
+        if (member, kind) not in folders:
+            folders[member, kind] = save(member, kind, tmp_path_factory.mktemp(f"{member}-{kind}"))
+        return folders[member, kind]
+
+    return make
+
+
+def save(member: str, kind: str, folder: Path) -> Path:
+    from transformers import AutoModelForImageTextToText, TorchAoConfig
+
+    source = FIXTURES / f"{member}-bf16"
+    recipe = TorchAoConfig(KINDS[kind](), modules_to_not_convert=SKIPPED)
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=recipe, device_map="cpu"
+    )
+    model.save_pretrained(folder)
+    for path in source.iterdir():
+        if not (folder / path.name).exists():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def header(folder: Path) -> dict[str, str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict(file.metadata())
+
+
+def as_stored(labels: dict[str, str]) -> dict[str, str]:
+    """transformers renames tensors of the encoder-free model when it saves them; not the header."""
+
+    def rename(text: str) -> str:
+        text = text.replace("model.embed_vision.multimodal_embedder.", "model.embed_vision.")
+        return re.sub(r"model\.embed_vision\.(patch_|pos_)", r"model.vision_embedder.\1", text)
+
+    return {rename(name): rename(text) for name, text in labels.items()}
+
+
+def decoded(folder: Path) -> Tensors:
+    """All tensors as torchao puts them together and decodes them."""
+    whole, left = unflatten_tensor_state_dict(tensors_of(folder), as_stored(header(folder)))
+    assert not left
+    return {n: t.dequantize() if hasattr(t, "qdata") else t for n, t in whole.items()}
+
+
+@pytest.mark.parametrize(("member", "kind"), MADE)
+def test_every_matrix_equals_upstreams_decoding(made: Make, member: str, kind: str) -> None:
+    folder = made(member, kind)
+    model, report = load_model(folder, dtype=torch.float32)
+    assert report.plan is not None
+    assert not report.plan.notes
+    expected = decoded(folder)
+    quantized = [read for read in report.plan.sites if len(read.stored) > 1]
+    assert len(quantized) > 20
+    if member == "31b":
+        assert {read.stored_as for read in quantized} == STORED_AS[kind]
+    for read in quantized:
+        weight = model.get_submodule(read.site.name).weight
+        weight = weight.weight if isinstance(weight, RoundedWeight) else weight
+        theirs = expected[f"{read.site.name}.weight"]
+        assert torch.equal(weight.dense(theirs.dtype), theirs), read.site.name
+        check(weight, weight.dense(torch.float32))
+
+
+@pytest.mark.parametrize(("member", "kind"), [("31b", "int8-int4"), *MADE[5:]])
+def test_answers_are_those_of_upstreams_decoding(
+    made: Make, tmp_path: Path, member: str, kind: str
+) -> None:
+    """In float32, in which bytes and scales multiply exactly as stored."""
+    folder = made(member, kind)
+    model, report = load_model(folder, dtype=torch.float32)
+    assert report.plan is not None
+    dense = decoded(folder)
+    for read in report.plan.sites:
+        if len(read.stored) > 1:
+            name, weight = f"{read.site.name}.weight", model.get_submodule(read.site.name).weight
+            exact = weight.dense(torch.float32)
+            torch.testing.assert_close(exact, dense[name].float(), rtol=2**-8, atol=0)
+            dense[name] = exact
+    same_answers(folder, reference(folder, dense, tmp_path), weights_only=True)
+
+
+def test_activations_are_rounded_as_torchao_rounds_them(made: Make) -> None:
+    model, _ = load_model(made("31b", "int8-int4"), dtype=torch.float32)
+    weight = model.get_submodule(GATE).weight
+    torch.manual_seed(0)
+    x = torch.randn(6, weight.in_features)
+    inputs = intx._apply_int8_act_asym_per_token_quant_dequant(x)
+    expected = inputs @ weight.dense(torch.float32).T
+    torch.testing.assert_close(weight.linear(x), expected, rtol=1e-4, atol=1e-4)
+    assert (weight.linear(x) - x @ weight.dense(torch.float32).T).abs().max() > 1e-3
+    model, _ = load_model(made("31b", "int8-dynamic"), dtype=torch.float32)
+    weight = model.get_submodule(GATE).weight
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127.5
+    expected = (x / scale).round().clamp(-128, 127) * scale @ weight.dense(torch.float32).T
+    torch.testing.assert_close(weight.linear(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def relabelled(folder: Path, source: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy whose header describes one matrix differently."""
+    labels = header(source)
+    said = json.loads(labels[f"{GATE}.weight"])
+    change(said)
+    labels[f"{GATE}.weight"] = json.dumps(said)
+    folder.mkdir()
+    save_file(tensors_of(source), folder / "model.safetensors", metadata=labels)
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+def dynamic_fp8(said: dict[str, Any]) -> None:
+    kwargs = {"float8_dtype": "float8_e4m3fn", "granularity": {"_type": "PerRow", "_data": {}}}
+    said["_data"]["act_quant_kwargs"] = {"_type": "QuantizeTensorToFloat8Kwargs", "_data": kwargs}
+
+
+def test_fp8_with_activations(made: Make, tmp_path: Path) -> None:
+    """What `Float8DynamicActivationFloat8WeightConfig` stores, which no CPU may write."""
+    folder = relabelled(tmp_path / "a", made("26b", "fp8"), dynamic_fp8)
+    report = inspect_checkpoint(folder)
+    assert report.loads
+    assert report.plan is not None
+    (read,) = (read for read in report.plan.sites if read.site.name == GATE)
+    assert read.stored_as == "fp8 channel, inputs fp8 per token"
+
+
+UNKNOWN: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "tiles of a GPU": (lambda s: s.update(_type="Int4TilePackedTo4dTensor"), "Int4TilePackedTo4d"),
+    "smoothing": (lambda s: s["_tensor_data_names"].append("act_pre_scale"), "act_pre_scale"),
+    "blocks of rows": (lambda s: s["_data"].update(block_size=[32, 32]), "blocks of [32, 32]"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_is_not_known_is_refused_by_name(made: Make, tmp_path: Path, case: str) -> None:
+    change, wanted = UNKNOWN[case]
+    report = inspect_checkpoint(relabelled(tmp_path / "a", made("26b", "fp8"), change))
+    assert not report.loads
+    assert f"{GATE}" in report.text()
+    assert wanted in report.text()
+    assert "is not supported by this version" in report.text()
+
+
+def test_a_description_that_is_none(made: Make, tmp_path: Path) -> None:
+    folder = relabelled(tmp_path / "a", made("26b", "fp8"), lambda said: said.pop("_data"))
+    with pytest.raises(ConfigError, match="gate_proj"):
+        inspect_checkpoint(folder)
+
+
+def test_a_header_that_says_nothing(made: Make, tmp_path: Path) -> None:
+    source = made("31b", "int8-dynamic")
+    save_file(tensors_of(source), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    report = inspect_checkpoint(tmp_path)
+    assert not report.loads
+    assert "no header describes its tensors" in report.text()
+
+
+def test_pickles_are_never_read(tmp_path: Path) -> None:
+    """Files of older releases are pickled subclasses of tensors."""
+    (tmp_path / "config.json").write_bytes((FIXTURES / "31b-bf16" / "config.json").read_bytes())
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UnreadableError, match="pickled weights"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_zero_points_and_scales_the_other_way_are_another_matrix(made: Make) -> None:
+    folder = made("31b", "int4")
+    stored = tensors_of(folder)
+    expected = decoded(folder)[f"{GATE}.weight"].float()
+    model, _ = load_model(folder, dtype=torch.float32)
+    weight = model.get_submodule(GATE).weight
+    codes: Tensor = stored[f"{GATE}._weight_qdata"].float()
+    scales = stored[f"{GATE}._weight_scale"].float().repeat_interleave(32, dim=1)
+    assert not torch.allclose(codes / scales, expected, rtol=0.5)
+    assert torch.equal(weight.dense(torch.float32), expected)
