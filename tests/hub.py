@@ -27,6 +27,8 @@ class Repository:
     folder: Path
     token: str | None = None  # without it: 401
     gated: bool = False
+    elsewhere: bool = False  # large files are redirected to another host, as the hub does
+    leaked: bool = False  # that host was shown a token
     faults: dict[str, list[Fault]] = field(default_factory=dict)  # by file; each counts once
     listing_status: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)  # lies about lengths
@@ -83,13 +85,11 @@ class Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             name, revision = "/".join(parts[2:4]), "/".join(parts[5:]) or "main"
             kind, file = parts[4] if len(parts) > 4 else "revision", ""
+        elif parts[0] == "cdn":
+            return self._elsewhere("/".join(parts[1:3]), "/".join(parts[3:]))
         else:
-            name, kind, revision, file = (
-                "/".join(parts[:2]),
-                parts[2],
-                parts[3],
-                "/".join(parts[4:]),
-            )
+            name, file = "/".join(parts[:2]), "/".join(parts[4:])
+            kind, revision = parts[2:4]
         repository = self.server.hub.repositories.get(name)  # type: ignore[attr-defined]
         if repository is None or (repository.token and not self._may(repository.token)):
             return self.refuse(401, "RepoNotFound" if repository is None else "")
@@ -101,7 +101,25 @@ class Handler(BaseHTTPRequestHandler):
             return self._listing(repository)
         if kind == "tree":
             return self._tree(repository)
+        if repository.elsewhere and file.endswith(LARGE):
+            return self._redirect(repository, name, file)
         return self._file(repository, file)
+
+    def _redirect(self, repository: Repository, name: str, file: str) -> None:
+        content = (repository.folder / file).read_bytes()
+        self.send_response(302)
+        port = self.server.server_port  # type: ignore[attr-defined]
+        self.send_header("Location", f"http://localhost:{port}/cdn/{name}/{file}")
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("X-Linked-Etag", f'"{_etag(file, content)}"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _elsewhere(self, name: str, file: str) -> None:
+        repository = self.server.hub.repositories[name]  # type: ignore[attr-defined]
+        repository.leaked |= "authorization" in self.headers
+        self._file(repository, file)
 
     def _may(self, token: str) -> bool:
         return self.headers.get("authorization") == f"Bearer {token}"

@@ -334,6 +334,18 @@ def test_a_token_opens_what_is_private(
         inspect_model("org/tiny", hub=Hub(server.url, tmp_path / "cache", token="hf_wrong"))
 
 
+def test_large_files_may_lie_on_another_host_which_gets_no_token(
+    repository: Repository, server: FakeHub, tmp_path: Path
+) -> None:
+    repository.token, repository.elsewhere = "hf_secret", True
+    repository.faults = {WEIGHTS: [cut(100), lambda *_: False, cut(200_000)]}
+    hub = Hub(server.url, tmp_path / "cache", token="hf_secret")
+    found = obtain("org/tiny", hub=hub).path
+    assert (found / WEIGHTS).read_bytes() == (repository.folder / WEIGHTS).read_bytes()
+    assert repository.sent[WEIGHTS]
+    assert not repository.leaked
+
+
 def test_nobody_answers(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="cannot be reached"):
         inspect_model("org/tiny", hub=Hub("http://127.0.0.1:9", tmp_path))
