@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from cabochon.errors import CabochonError, RequestError
+from cabochon.errors import RequestError
 from cabochon.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -74,9 +74,14 @@ class Grammars:
             raise RequestError(f"the {kind} is longer than {MAX_SOURCE:,} characters", where)
         tokenizer = self._llguidance()
         matcher = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
-        if matcher.is_error():
-            raise _refusal(kind, matcher.get_error(), where)
-        return Grammar(matcher, tokenizer.vocab_size)
+        if not matcher.is_error():
+            # The first step is taken here: what it finds is still the client's to hear as a 400.
+            first = matcher.deep_copy()
+            first.compute_bitmask()
+            if not first.is_error():
+                return Grammar(matcher, tokenizer.vocab_size)
+            matcher = first
+        raise _refusal(kind, matcher.get_error(), where)
 
     def _llguidance(self) -> LLTokenizer:
         with self._lock:
@@ -94,13 +99,18 @@ def _limits() -> LLParserLimits:
         step_lexer_fuel=200_000,
         max_lexer_states=100_000,
         step_max_items=50_000,
-        max_items_in_row=2_000,
+        max_items_in_row=20_000,
     )
 
 
 def _refusal(kind: str, error: object, where: str) -> RequestError:
-    reason = " ".join(str(error).split())
+    reason = " ".join(_first_lines(error).split()) or "nothing can be written by it"
     return RequestError(f"the {kind} cannot be compiled: {reason[:300]}", where)
+
+
+def _first_lines(error: object) -> str:
+    """What llguidance says, without the state of its parser behind it."""
+    return str(error).partition("<state>")[0].strip().removesuffix("NoExtensionBias")
 
 
 class Grammar:
@@ -130,7 +140,7 @@ class Matcher:
         """For each token of the vocabulary, whether it may come next.
 
         Raises:
-            CabochonError: the grammar took more work than it may.
+            RequestError: the grammar took more work than it may.
         """
         mask = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
         self._check()
@@ -143,4 +153,5 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            raise CabochonError(f"the grammar failed: {self._inner.get_error()[:300]}")
+            reason = _first_lines(self._inner.get_error())
+            raise RequestError(f"the grammar cannot be followed: {reason[:300]}")

@@ -78,7 +78,10 @@ def call_grammar(tools: Sequence[Tool], structure: Structure, where: str = "tool
     for i, tool in enumerate(tools):
         if tool.bound:
             writer = _Writer(tool.parameters or {"type": "object"}, f"f{i}_", f"{where}[{i}]")
-            arguments = writer.mapping(writer.root, "parameters")
+            try:
+                arguments = writer.mapping(writer.root, "parameters")
+            except RecursionError:
+                raise writer.refuse("the schema is nested too deep", "parameters") from None
             rules += writer.rules
         else:
             arguments = "object"
