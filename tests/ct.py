@@ -5,8 +5,8 @@ transformers runs the dense copy, each of whose layers is one that compressed-te
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from upstream import reference
 
 WEIGHT = re.compile(r"(.+)\.(weight_\w+|weight)")
 ENDS = re.compile(r"(.+)\.((?:input|output)_(?:scale|zero_point|global_scale))")
+# The recipes of experts, by number and kind, and what calibration found.
+Parts = dict[tuple[int, str], tuple[QuantizationScheme, Tensors]]
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj")
 
 
@@ -84,28 +86,55 @@ def decompressed(folder: Path) -> Tensors:
 
 def oracle(folder: Path, scratch: Path) -> Any:
     """transformers' model of the decompressed weights, whose layers round activations."""
-    model = reference(folder, decompressed(folder), scratch)
+    return rounding(reference(folder, decompressed(folder), scratch), folder)
+
+
+def rounding(model: Any, folder: Path) -> Any:
+    """`model`, each of whose layers rounds activations as the recipe of `folder` has it."""
     ends: dict[str, Tensors] = {}
     for name, tensor in tensors_of(folder).items():
         match = ENDS.fullmatch(name)
         if match is not None:
             ends.setdefault(match[1], {})[match[2]] = tensor
-    claims, experts = Claims(folder), {}
-    layers = {on_disk(name, model): module for name, module in model.named_modules()}
+    claims = Claims(folder)
+    experts: dict[str, Parts] = {}
+    layers = layers_of(model)
     for module in modules_of(folder):
         scheme = claims.scheme(module)
         assert scheme is not None
+        recipe = scheme, ends.get(module, {})
         expert = EXPERT.fullmatch(module)
         if expert is not None:
-            experts.setdefault(expert[1], {})[int(expert[2]), expert[3]] = (
-                scheme,
-                ends.get(module, {}),
-            )
+            experts.setdefault(expert[1], {})[int(expert[2]), expert[3]] = recipe
         elif isinstance(layers[module], nn.Linear):
-            simulate(layers[module], scheme, ends.get(module, {}))
+            simulate(layers[module], *recipe)
     for name, parts in experts.items():
         layers[name].forward = Experts(layers[name], parts)
     return model
+
+
+def decompressed_into(model: Any, folder: Path) -> Any:
+    """A copy of `model`, the dense one of `folder`, with the decompressed weights."""
+    model = copy.deepcopy(model)
+    claims, layers = Claims(folder), layers_of(model)
+    for module, parts in modules_of(folder).items():
+        scheme = claims.scheme(module)
+        assert scheme is not None
+        dense = decompress(parts, scheme).float()
+        expert = EXPERT.fullmatch(module)
+        if expert is None:
+            layers[module].weight.data = dense
+        elif expert[3] == "down":
+            layers[expert[1]].down_proj.data[int(expert[2])] = dense
+        else:
+            fused = layers[expert[1]].gate_up_proj.data[int(expert[2])]
+            fused.chunk(2)[expert[3] == "up"].copy_(dense)
+    return model
+
+
+def layers_of(model: Any) -> dict[str, Any]:
+    """The modules of transformers' `model` by the names of their tensors in checkpoints."""
+    return {on_disk(name, model): module for name, module in model.named_modules()}
 
 
 def on_disk(name: str, model: Any) -> str:
@@ -157,9 +186,7 @@ def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
 class Experts:
     """Experts as upstream unfolds them: a linear layer each, that rounds its activations."""
 
-    def __init__(
-        self, stacked: Any, parts: Mapping[tuple[int, str], tuple[QuantizationScheme, Tensors]]
-    ) -> None:
+    def __init__(self, stacked: Any, parts: Parts) -> None:
         self.act = stacked.act_fn
         self.layers = {}
         for (number, kind), (scheme, ends) in parts.items():

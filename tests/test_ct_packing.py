@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_schemes import check, compressed, upstream
 
 from cabochon.errors import LoadError
+from cabochon.quant.compressed_tensors import rules
 from cabochon.quant.packed_int import ALIGNED, PackedInt
 from cabochon.quant.scheme import Site
 
@@ -119,8 +120,6 @@ def test_where_widths_coincide_the_version_tells(tmp_path: Path) -> None:
     stored = compressed(new, site, torch.bfloat16)
     found, wrong = (s.build(stored, site).dense(torch.float32) for s in (new, old))
     assert not torch.equal(found, wrong)
-    from cabochon.quant.compressed_tensors import rules
-
     for version, expected in (
         ("0.17.0", old),
         ("0.18.0", new),

@@ -1,0 +1,237 @@
+"""Each format of compressed-tensors on each architecture, encoded by its own compressors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import FIXTURES, Tensors, load_model
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
+from conftest import MEMBERS
+from ct import Claims, decompress, decompressed_into, modules_of, rounding
+from ct_writer import compress, encode, form_of
+from guided import same_logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_schemes import check
+
+from cabochon.checkpoint.headers import TensorMeta
+from cabochon.quant.byte_codes import ByteCodes
+from cabochon.quant.compressed_tensors import candidates, rules
+from cabochon.quant.microscaled import Mxfp4
+from cabochon.quant.packed_int import PackedInt
+from cabochon.quant.scheme import Scheme, Site, differences
+
+References = Callable[[str], Any]
+
+
+def scheme(
+    form: str | None = None, inputs: str | None = None, **weights: Any
+) -> QuantizationScheme:
+    given = None if inputs is None else preset_name_to_scheme(inputs, ["Linear"]).input_activations
+    arguments = QuantizationArgs(**weights)
+    return QuantizationScheme(
+        targets=["Linear"], weights=arguments, input_activations=given, format=form
+    )
+
+
+# Upstream's words, the scheme that they mean here, and what is done to inputs.
+FORMATS: dict[str, tuple[QuantizationScheme, Scheme, str | None]] = {
+    "W2A16": (
+        scheme(num_bits=2, strategy="group", group_size=32),
+        PackedInt(2, 32, True),
+        None,
+    ),
+    "W3A16 asymmetric": (
+        scheme(num_bits=3, strategy="group", group_size=32, symmetric=False),
+        PackedInt(3, 32, False),
+        None,
+    ),
+    "W6A16 channel": (
+        scheme(num_bits=6, strategy="channel"),
+        PackedInt(6, None, True),
+        None,
+    ),
+    "W8A8": (
+        preset_name_to_scheme("W8A8", ["Linear"]),
+        ByteCodes("int8", (1, None)),
+        "int8 per token",
+    ),
+    "W4A8 in bytes": (
+        scheme(inputs="W8A8", num_bits=4, strategy="group", group_size=32),
+        ByteCodes("int8", (1, 32)),
+        "int8 per token",
+    ),
+    "FP8 block, cut short": (
+        scheme(
+            inputs="FP8_DYNAMIC",
+            num_bits=8,
+            type="float",
+            strategy="block",
+            block_structure=[40, 24],
+        ),
+        ByteCodes("fp8", (40, 24)),
+        "fp8 per token",
+    ),
+    "FP8 tensor": (
+        scheme(inputs="FP8_DYNAMIC", num_bits=8, type="float", strategy="tensor"),
+        ByteCodes("fp8", (None, None)),
+        "fp8 per token",
+    ),
+    "MXFP4A16": (preset_name_to_scheme("MXFP4A16", ["Linear"]), Mxfp4(), None),
+    "MXFP8": (
+        preset_name_to_scheme("MXFP8", ["Linear"]),
+        ByteCodes("mxfp8", (1, 32)),
+        "fp8 g32 e8m0",
+    ),
+    "naive, asymmetric": (
+        scheme("naive-quantized", num_bits=8, strategy="group", group_size=32, symmetric=False),
+        ByteCodes("int8", (1, 32), symmetric=False),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_on_every_architecture(
+    references: References, tmp_path: Path, name: str, member: str
+) -> None:
+    claimed, expected, inputs = FORMATS[name]
+    folder = encode(tmp_path, FIXTURES / f"{member}-bf16", claimed)
+    model, report = load_model(folder, dtype=torch.float32)
+    assert not report.notes
+    reads = [read for read in report.plan.sites if read.scheme.name != "bf16"]
+    assert {read.scheme for read in reads} == {expected}
+    assert {r.activations and r.activations.name for r in reads} == {inputs}
+    claims, modules = Claims(folder), modules_of(folder)
+    for read in reads:
+        module = next(iter(read.stored.values())).name.rpartition(".")[0]
+        weight = model.get_submodule(read.site.name).weight
+        found = (weight if read.part is None else weight.parts[read.part]).dense(torch.float32)
+        theirs = decompress(modules.pop(module), claims.scheme(module)).float()
+        assert torch.equal(found, theirs), module
+    assert not modules
+    if inputs is not None or member == MEMBERS[len(name) % len(MEMBERS)]:
+        model = rounding(decompressed_into(references(member), folder), folder)
+        same_logits(folder, model, picture=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["int", "float"]),
+    strategy=st.sampled_from(["tensor", "channel", "group", "block"]),
+    symmetric=st.booleans(),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 2**16),
+)
+def test_bytes_of_odd_sizes(
+    kind: str, strategy: str, symmetric: bool, rows: int, groups: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    symmetric = symmetric or kind == "float" or strategy == "block"
+    size = {"group": {"group_size": 8}, "block": {"block_structure": [16, 24]}}.get(strategy, {})
+    claimed = scheme(
+        "naive-quantized", num_bits=8, type=kind, strategy=strategy, symmetric=symmetric, **size
+    )
+    stored = compress(torch.randn(rows, 8 * groups).to(dtype), claimed)
+    site = Site("w", "linear", rows, 8 * groups)
+    cells = {"tensor": (None, None), "channel": (1, None), "group": (1, 8), "block": (16, 24)}
+    ours = ByteCodes("int8" if kind == "int" else "fp8", cells[strategy], symmetric)
+    assert claim_of(claimed) == ours
+    check(ours.build(stored, site), decompress(stored, claimed))
+
+
+def claim_of(claimed: QuantizationScheme) -> Scheme | None:
+    group = claimed.model_dump(mode="json") | {"targets": ["Linear"], "format": form_of(claimed)}
+    found = rules("quantization_config", {"config_groups": {"group_0": group}})
+    return found.claim(Site("w", "linear", 1, 1), ["w"]).scheme
+
+
+# Blocks are of 128 by 128 unless a configuration says otherwise.
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"FP8 block, cut short"}))
+def test_a_silent_configuration_leaves_it_to_the_tensors(name: str) -> None:
+    """In the dimensions of a real matrix, tensors alone tell the format."""
+    claimed, expected, _ = FORMATS[name]
+    site = Site("w", "linear", 96, 704)
+    stored = compress(torch.randn(96, 704).bfloat16(), claimed)
+    metas = {
+        leaf: TensorMeta(leaf, DTYPES[tensor.dtype], tuple(tensor.shape), Path("w"), (0, 0))
+        for leaf, tensor in stored.items()
+        if not leaf.startswith("input")
+    }
+    fitting = [s for s in candidates(site, metas) if not differences(s, metas, site)]
+    assert expected in fitting
+    assert {s.name.split()[0] for s in fitting} == {expected.name.split()[0]}
+
+
+DTYPES = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+def gate(preset: QuantizationScheme) -> tuple[Tensors, Site]:
+    torch.manual_seed(0)
+    return compress(torch.randn(96, 64).bfloat16(), preset), Site("w", "linear", 96, 64)
+
+
+# A convention that somebody else has, done to the tensors, so that `dense` must not be the same.
+WRONG: dict[str, tuple[str, Callable[[Tensors], object]]] = {
+    "swapped nibbles": (
+        "MXFP4A16",
+        lambda t: t.update(weight_packed=t["weight_packed"] << 4 | t["weight_packed"] >> 4),
+    ),
+    "a bias of 128": ("MXFP4A16", lambda t: t.update(weight_scale=t["weight_scale"] + 1)),
+    "reciprocal powers": ("MXFP8", lambda t: t.update(weight_scale=254 - t["weight_scale"])),
+    "reciprocal scale": ("W8A8", lambda t: t.update(weight_scale=1 / t["weight_scale"])),
+    "unsigned bytes": ("W8A8", lambda t: t.update(weight=(t["weight"] ^ -128))),
+    "zero point of the other sign": (
+        "naive, asymmetric",
+        lambda t: t.update(weight_zero_point=-t["weight_zero_point"]),
+    ),
+    "zero point off by one": (
+        "naive, asymmetric",
+        lambda t: t.update(weight_zero_point=t["weight_zero_point"] + 1),
+    ),
+    "high bits first": (
+        "W2A16",
+        lambda t: t.update(weight_packed=reversed_bytes(t["weight_packed"])),
+    ),
+    "blocks the other way round": (
+        "FP8 block, cut short",
+        lambda t: t.update(weight_scale=t["weight_scale"].flip(0, 1)),
+    ),
+}
+
+
+def reversed_bytes(words: torch.Tensor) -> torch.Tensor:
+    octets = words.view(torch.uint8)
+    swapped = octets << 6 | (octets << 2 & 0x30) | (octets >> 2 & 0x0C) | octets >> 6
+    return swapped.contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_convention_is_another_matrix(name: str) -> None:
+    """What upstream decompresses is what we build, and not what the other convention would be."""
+    form, change = WRONG[name]
+    claimed, ours, _ = FORMATS[form]
+    stored, site = gate(claimed)
+    right = decompress(stored, claimed).float()
+    assert torch.equal(ours.build(stored, site).dense(torch.float32), right)
+    change(stored)
+    assert not torch.allclose(ours.build(stored, site).dense(torch.float32), right, rtol=0.01)
