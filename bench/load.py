@@ -30,6 +30,7 @@ from PIL import Image
 
 MODEL = "cabochon-demo"
 QUESTIONS = ("Who are you?", "What is 3 plus 4?", "Tell me something.", "What colour is the sky?")
+CHAT = "/v1/chat/completions"
 BODY_LIMIT = 2**20
 FLAT = 0.05  # of the memory of the first minute that the last one may have more
 
@@ -67,7 +68,9 @@ class Client:
 
     async def live(self, end: float) -> None:
         actions: list[tuple[Callable[[], Awaitable[str]], float]] = [
-            (self.stream, 60),
+            (self.stream, 50),
+            (self.bound_answer, 4),
+            (self.other_endpoint, 8),
             (self.answer, 12),
             (self.leave_stream, 12),
             (self.leave_early, 4),
@@ -96,6 +99,26 @@ class Client:
 
     async def answer(self) -> str:
         return await self._whole(question(self.rng), 200, 429)
+
+    async def bound_answer(self) -> str:
+        choices = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}}
+        schema = {**choices, "required": ["colour"], "additionalProperties": False}
+        shape = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema}}
+        return await self._whole(question(self.rng, response_format=shape), 200, 429)
+
+    async def other_endpoint(self) -> str:
+        words = self.rng.choice(QUESTIONS)
+        messages = [{"role": "user", "content": words}]
+        path, body = self.rng.choice(
+            [
+                ("/v1/completions", {"prompt": words, "max_tokens": 20, "logprobs": 2}),
+                ("/v1/responses", {"input": words, "max_output_tokens": 20}),
+                ("/v1/messages", {"messages": messages, "max_tokens": 20}),
+                ("/tokenize", {"prompt": words}),
+            ]
+        )
+        body = {"model": MODEL, **body}
+        return await self._whole(json.dumps(body).encode(), 200, 429, path=path)
 
     async def leave_stream(self) -> str:
         reader, writer = await self._post(question(self.rng, stream=True, max_tokens=1000))
@@ -128,19 +151,22 @@ class Client:
         writer.transport.abort()
         return "left"
 
-    async def _whole(self, body: bytes, *expected: int) -> str:
-        reader, writer = await self._post(body)
+    async def _whole(self, body: bytes, *expected: int, path: str = CHAT) -> str:
+        reader, writer = await self._post(body, path)
         status = await self._status(reader)
         await reader.read()
         writer.close()
         return str(status) if status in expected else f"unexpected {status}"
 
-    async def _post(self, body: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _post(
+        self, body: bytes, path: str = CHAT
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-            b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
+        writer.write(head.encode() + body)
         return reader, writer
 
     async def _status(self, reader: asyncio.StreamReader) -> int:
