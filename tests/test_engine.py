@@ -211,7 +211,7 @@ def test_a_token_that_cannot_be_drawn_ends_one_request(
         return sample(logits, rows, *rest)
 
     many = prompts(tiny, 2)
-    monkeypatch.setattr("cabochon.engine.engine.sample", choosy)
+    monkeypatch.setattr("cabochon.engine.work.sample", choosy)
     unlucky = tiny.stream(many[0], replace(GREEDY, seed=13))
     assert tiny.generate(many[1], GREEDY)[0] == alone[1]
     with pytest.raises(CabochonError, match="ArithmeticError: injected"):

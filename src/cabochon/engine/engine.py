@@ -7,8 +7,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.guide import Guide
-from cabochon.engine.reader import Read, Reader, delta_of
-from cabochon.engine.request import Delta, FinishReason, Prompt, SamplingParams, TokenLogprob
+from cabochon.engine.reader import Reader, delta_of
+from cabochon.engine.request import Delta, Prompt, SamplingParams, TokenLogprob
 from cabochon.engine.runner import Runner, new_sequence
-from cabochon.engine.sampler import Sampling, logprob, sample
+from cabochon.engine.sampler import Sampling, logprob
 from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
-from cabochon.engine.stats import Stats, Timeline
+from cabochon.engine.stats import Stats
+from cabochon.engine.work import Sink, Work
 from cabochon.errors import (
     BusyError,
     CabochonError,
@@ -34,8 +35,6 @@ from cabochon.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Sink = Callable[[Delta], None]
-
 LONGEST_WAIT = 60  # seconds after which a client that was turned away may well try again
 
 
@@ -45,58 +44,6 @@ class Limits:
 
     waiting_tokens: int | None = None  # of all prompts that wait
     seconds: float | None = None  # from a request's arrival to its last token
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """What the engine knows of a request beside its tokens."""
-
-    sequence: TokenSequence
-    params: SamplingParams
-    sink: Sink
-    sampling: Sampling
-    reader: Reader
-    guide: Guide | None
-    prompt_length: int
-    limit: int  # length of prompt and answer at which it ends
-    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt, but its first token
-    timeline: Timeline = field(default_factory=Timeline)
-
-    def take(self, token: int, ends: frozenset[int]) -> tuple[list[Read], FinishReason | None]:
-        """What `token`, the last of the sequence, makes certain, and whether it ends the answer."""
-        params, reads = self.params, []
-        reason: FinishReason | None = None
-        if token in params.stop_token_ids or (token in ends and not params.ignore_eos):
-            reason = "stop"
-        else:
-            reads.append(self.reader.push(token))
-            if reads[0].stop is not None:
-                return reads, "stop"
-            if self.guide and self.guide.ended:
-                reason = "stop"
-            elif len(self.sequence.tokens) >= self.limit:
-                reason = "length"
-        if reason:
-            reads.append(self.reader.finish())
-        return reads, "stop" if reads and reads[-1].stop is not None else reason
-
-    def told(self) -> tuple[TokenLogprob, ...] | None:
-        """The probabilities of the prompt's tokens, once."""
-        if self.params.prompt_logprobs is None or self.sequence.scored:
-            return None
-        scores, self.scores = tuple(self.scores), []
-        return scores or None
-
-    def draw(self, row: Tensor) -> tuple[int, tuple[TokenLogprob, ...]]:
-        """The next token of the answer, and its probability if it is text and that is asked for."""
-        state, asked = self.reader.state, self.params.logprobs
-        allowed = self.guide.allowed(state) if self.guide else None
-        token = sample(row[None], [self.sampling], [allowed])[0]
-        if self.guide:
-            self.guide.take(token, state)
-        if asked is None or not self.reader.is_text(token):
-            return token, ()
-        return token, (logprob(row.cpu().numpy(), token, asked),)
 
 
 class Engine:
@@ -125,10 +72,10 @@ class Engine:
         self.limits = Limits()
         self.stats = Stats()
         self._waiting_tokens = 0  # of what the scheduler holds
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Work] = {}
         self._by_sequence: dict[TokenSequence, int] = {}
         self._ids = count()
-        self._inbox: list[tuple[int, _Request | None]] = []  # None: cancel
+        self._inbox: list[tuple[int, Work | None]] = []  # None: cancel
         self._wake = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="cabochon-engine", daemon=True)
@@ -196,7 +143,7 @@ class Engine:
                 min(max(1, seconds), LONGEST_WAIT),
             )
 
-    def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> _Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> Work:
         sequence = new_sequence(self.runner.model, prompt, self.cache)
         sequence.scored = params.prompt_logprobs is not None
         length = len(prompt.tokens)
@@ -208,7 +155,7 @@ class Engine:
             )
         vocab = self.runner.model.config.text.vocab_size
         most = self.max_context - length
-        return _Request(
+        return Work(
             sequence=sequence,
             params=params,
             sink=sink,
@@ -219,7 +166,7 @@ class Engine:
             limit=length + min(params.max_tokens or most, most),
         )
 
-    def _put(self, number: int, request: _Request) -> None:
+    def _put(self, number: int, request: Work) -> None:
         with self._wake:
             if self._closed or not self._thread.is_alive():
                 raise CabochonError("the engine is closed")
@@ -244,7 +191,7 @@ class Engine:
                 number, CabochonError("the engine was closed before the answer was complete")
             )
 
-    def _accept(self, number: int, request: _Request | None) -> None:
+    def _accept(self, number: int, request: Work | None) -> None:
         if request is not None:
             self._requests[number] = request
             self._by_sequence[request.sequence] = number
@@ -333,7 +280,7 @@ class Engine:
             last = torch.cat([rows[i][-1:] for i in complete])
             self._sample([part[i] for i in complete], last)
 
-    def _score(self, request: _Request, scheduled: Scheduled, rows: Tensor) -> None:
+    def _score(self, request: Work, scheduled: Scheduled, rows: Tensor) -> None:
         """Tell the probabilities of the prompt's tokens, each by the row before it."""
         tokens, asked = request.sequence.tokens, request.params.prompt_logprobs
         assert asked is not None
@@ -394,7 +341,7 @@ class Engine:
         self.scheduler.remove(request.sequence)
         self.stats.end(request.timeline, reason, request.prompt_length)
 
-    def _emit(self, request: _Request, delta: Delta) -> None:
+    def _emit(self, request: Work, delta: Delta) -> None:
         try:
             request.sink(delta)
         except Exception:  # a client's sink must not take the engine with it

@@ -1,0 +1,69 @@
+"""One request at work: what it asked for, what it has said, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cabochon.engine.guide import Guide
+from cabochon.engine.reader import Read, Reader
+from cabochon.engine.request import Delta, FinishReason, SamplingParams, TokenLogprob
+from cabochon.engine.sampler import Sampling, logprob, sample
+from cabochon.engine.scheduler import TokenSequence
+from cabochon.engine.stats import Timeline
+
+Sink = Callable[[Delta], None]
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """What the engine knows of a request beside its tokens."""
+
+    sequence: TokenSequence
+    params: SamplingParams
+    sink: Sink
+    sampling: Sampling
+    reader: Reader
+    guide: Guide | None
+    prompt_length: int
+    limit: int  # length of prompt and answer at which it ends
+    scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt, but its first token
+    timeline: Timeline = field(default_factory=Timeline)
+
+    def take(self, token: int, ends: frozenset[int]) -> tuple[list[Read], FinishReason | None]:
+        """What `token`, the last of the sequence, makes certain, and whether it ends the answer."""
+        params, reads = self.params, []
+        reason: FinishReason | None = None
+        if token in params.stop_token_ids or (token in ends and not params.ignore_eos):
+            reason = "stop"
+        else:
+            reads.append(self.reader.push(token))
+            if reads[0].stop is not None:
+                return reads, "stop"
+            if self.guide and self.guide.ended:
+                reason = "stop"
+            elif len(self.sequence.tokens) >= self.limit:
+                reason = "length"
+        if reason:
+            reads.append(self.reader.finish())
+        return reads, "stop" if reads and reads[-1].stop is not None else reason
+
+    def told(self) -> tuple[TokenLogprob, ...] | None:
+        """The probabilities of the prompt's tokens, once."""
+        if self.params.prompt_logprobs is None or self.sequence.scored:
+            return None
+        scores, self.scores = tuple(self.scores), []
+        return scores or None
+
+    def draw(self, row: Tensor) -> tuple[int, tuple[TokenLogprob, ...]]:
+        """The next token of the answer, and its probability if it is text and that is asked for."""
+        state, asked = self.reader.state, self.params.logprobs
+        allowed = self.guide.allowed(state) if self.guide else None
+        token = sample(row[None], [self.sampling], [allowed])[0]
+        if self.guide:
+            self.guide.take(token, state)
+        if asked is None or not self.reader.is_text(token):
+            return token, ()
+        return token, (logprob(row.cpu().numpy(), token, asked),)
