@@ -89,17 +89,27 @@ class Completion(BaseModel):
     usage: Usage | None = Field(default=None, exclude_if=is_none)
 
 
+def parse_completion(body: bytes) -> CompletionRequest:
+    """The completion that `body` asks for.
+
+    Raises:
+        RequestError: no JSON object, a field that is unknown or not served, a value out of range.
+    """
+    asked = parse(parse_json(body), CompletionRequest, _KNOWN)
+    check_stream(asked.stream, asked.stream_options)
+    if asked.best_of not in (None, asked.n or 1):
+        raise RequestError("best_of other than n is not supported: leave it out", "best_of")
+    return asked
+
+
 def completion_job(service: Service, body: bytes) -> Job:
     """What a body asks for.
 
     Raises:
         CabochonError: it is refused.
     """
-    asked, llm = parse(parse_json(body), CompletionRequest, _KNOWN), service.llm
+    asked, llm = parse_completion(body), service.llm
     service.check_model(asked.model)
-    check_stream(asked.stream, asked.stream_options)
-    if asked.best_of not in (None, asked.n or 1):
-        raise RequestError("best_of other than n is not supported: leave it out", "best_of")
     check_tokens(asked.logit_bias, asked.stop_token_ids, llm)
     prompts = [_prompt(one, llm) for one in _several(asked.prompt)]
     if len(prompts) * (asked.n or 1) > MAX_PROMPTS:
