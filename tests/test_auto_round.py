@@ -19,9 +19,8 @@ SCHEMES = {
     "26b-round4": {"gptq v1 int4 g32"},
     "31b-round4": {"gptq v1 int4 g32"},
     "12b-round-awq": {"awq int4 g32"},
-    "e2b-round-awq-asym": {"awq int4 g32"},
     "e2b-round2-asym": {"gptq v2 int2 g32"},
-    "e2b-round3": {"gptq v1 int3 g32"},
+    "e2b-round3-tail": {"gptq v1 int3 g64"},
     # 32 columns in groups of 64, filled up to 64
     "e2b-round-mixed": {"gptq v1 int8 g64", "gptq v1 int4 g32", "gptq v1 int2 g32"},
 }
