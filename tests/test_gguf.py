@@ -26,6 +26,7 @@ from cabochon.checkpoint.folder import Checkpoint
 from cabochon.config import read_config
 from cabochon.load.describe import describe
 from cabochon.load.execute import tensors_of
+from cabochon.load.places import places
 from cabochon.load.plan import SiteRead
 from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.gguf_blocks import BlockWeight
@@ -221,6 +222,16 @@ def test_experts_of_nvfp4_have_their_own_scales() -> None:
     parts = [r for r in report.plan.sites if r.site.name.endswith("0.experts.gate_up_proj")]
     assert all(isinstance(r, SiteRead) and r.scheme.name == "gguf nvfp4" for r in parts)
     assert len(parts) == 8
+
+
+def test_a_tensor_of_several_matrices_is_listed_with_all() -> None:
+    report = inspect_checkpoint(MODELS["31b fused"][0])
+    rows = {row.tensor.name: row for row in places(report.checkpoint.tensors, report.plan)}
+    for projection in "qkv":
+        assert f"layers.0.self_attn.{projection}_proj" in rows["blk.0.attn_qkv.weight"].where
+    report = inspect_checkpoint(MODELS["26b nvfp4"][0])
+    rows = {row.tensor.name: row for row in places(report.checkpoint.tensors, report.plan)}
+    assert "and 3 others up to" in rows["blk.0.ffn_up_exps.weight"].where
 
 
 def test_saved_headers_are_planned(tmp_path: Path) -> None:

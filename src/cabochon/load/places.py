@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cabochon.checkpoint.headers import HEADER_ONLY, TensorMeta
 from cabochon.load.plan import LoadPlan
+
+MOST = 3  # places of a tensor that are named one by one
 
 Fate = Literal["matrix", "parameter", "dropped", "refused"]
 
@@ -38,10 +40,20 @@ class Placed:
 
 def places(tensors: Mapping[str, TensorMeta], plan: LoadPlan | None) -> Iterator[Placed]:
     """One for each of `tensors`, in the order of the files."""
-    known = dict(_known(plan)) if plan is not None else {}
+    known: dict[str, list[tuple[Fate, str, str]]] = {}
+    for name, place in _known(plan) if plan is not None else ():
+        known.setdefault(name, []).append(place)
     for name, tensor in tensors.items():
-        fate, where, scheme = known.get(name, ("refused", "no place", ""))
-        yield Placed(tensor, fate, where, scheme)
+        found = known.get(name, [("refused", "no place", "")])
+        fate, _, scheme = found[0]
+        yield Placed(tensor, fate, _together([where for _, where, _ in found]), scheme)
+
+
+def _together(places: Sequence[str]) -> str:
+    """Where a tensor goes whose rows belong to several: queries, keys and values, or experts."""
+    if len(places) <= MOST:
+        return " and ".join(places)
+    return f"{places[0]}, and {len(places) - 1} others up to {places[-1]}"
 
 
 def table(placed: Iterable[Placed]) -> Iterator[str]:

@@ -47,7 +47,8 @@ class BlockWeight(Weight):
         scales, shared, minima, shared_minima = kind.scales(self.blocks.view(-1, self._bytes))
         return Coded(
             bits=kind.bits,
-            codes=self._codes,
+            codes=self._codes if kind.nibbles is None else self._pairs,
+            nibbles=kind.nibbles is not None,
             group=kind.group,
             scales=scales.reshape(self.out_features, -1),
             levels=self._levels(),
@@ -60,6 +61,12 @@ class BlockWeight(Weight):
 
     def _by_row(self, numbers: Tensor | None) -> Tensor | None:
         return None if numbers is None else numbers.reshape(self.out_features, -1)
+
+    def _pairs(self, start: int, stop: int) -> Tensor:
+        assert self._kind.nibbles is not None
+        at, run = self._kind.nibbles
+        pairs = _pairs(self._of(slice(start, stop))[:, at:], run)
+        return pairs.view(-1, self.in_features // 2)
 
     def _codes(self, start: int, stop: int) -> Tensor:
         return self._kind.codes(self._of(slice(start, stop))).view(-1, self.in_features)
@@ -96,7 +103,7 @@ def damaged(blocks: Tensor, kind: str) -> int:
     else:
         halves = [t for t in KINDS[kind].scales(blocks) if t is not None and t.is_floating_point()]
         bad = ~torch.cat(halves, dim=1).isfinite()
-    return int(bad.any(dim=1).sum())
+    return int(bad.any(dim=1).sum()) if bad.any() else 0
 
 
 def magnitudes(blocks: Tensor, kind: str) -> Tensor:
@@ -131,6 +138,7 @@ class Kind:
     zero: int = 0
     values: tuple[float, ...] | None = None
     levels: Tensor | None = None  # float32 [256]: what a byte of `scales` stands for
+    nibbles: tuple[int, int] | None = None  # where codes of 4 bits begin, and how long a run is
 
 
 def _decode(blocks: Tensor, kind: Kind, levels: Tensor | None) -> Tensor:
@@ -153,8 +161,8 @@ def _decode(blocks: Tensor, kind: Kind, levels: Tensor | None) -> Tensor:
     return grouped.flatten(1)
 
 
-def _half(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> float16 [n, 1]
-    return blocks[:, at : at + 2].contiguous().view(torch.float16)
+def _half(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> float16 [n, 1], not copied
+    return blocks.view(torch.float16)[:, at // 2 : at // 2 + 1]
 
 
 def _split(octets: Tensor, bits: int, run: int) -> Tensor:
@@ -162,9 +170,22 @@ def _split(octets: Tensor, bits: int, run: int) -> Tensor:
 
     `[n, m]` to `[n, 8 / bits * m]`, uint8.
     """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=octets.device)
-    runs = octets.unflatten(1, (-1, 1, run)) >> shifts[:, None]
-    return (runs & ((1 << bits) - 1)).flatten(1)
+    runs, mask = octets.unflatten(1, (-1, run)), (1 << bits) - 1
+    parts = [runs >> shift & mask for shift in range(0, 8, bits)]
+    return torch.stack(parts, dim=2).flatten(1)
+
+
+def _pairs(octets: Tensor, run: int) -> Tensor:
+    """The numbers of 4 bits of `_split`, two to an octet: `[n, m]` to `[n, m]`."""
+    words = octets.contiguous().view(torch.int64)
+    halves = []
+    for part in (words & _LOW, words >> 4 & _LOW):
+        part |= part >> 4  # an even octet gets that of the odd one behind it
+        halves.append(part.view(torch.uint8)[:, ::2].unflatten(1, (-1, run // 2)))
+    return torch.cat(halves, dim=2).flatten(1)
+
+
+_LOW = 0x0F0F0F0F0F0F0F0F
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> [n, 32], 0 or 16
@@ -247,8 +268,8 @@ _E2M1_TWICE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0,
 # fmt: on
 
 KINDS: Mapping[str, Kind] = {
-    "Q4_0": Kind(32, 4, 32, _nibbles(2, 16), _one_half, zero=8),
-    "Q4_1": Kind(32, 4, 32, _nibbles(4, 16), _half_and_least),
+    "Q4_0": Kind(32, 4, 32, _nibbles(2, 16), _one_half, zero=8, nibbles=(2, 16)),
+    "Q4_1": Kind(32, 4, 32, _nibbles(4, 16), _half_and_least, nibbles=(4, 16)),
     "Q5_0": Kind(
         32,
         5,
@@ -268,11 +289,11 @@ KINDS: Mapping[str, Kind] = {
     "Q8_0": Kind(32, 8, 32, lambda blocks: blocks[:, 2:] ^ 128, _one_half, zero=128),
     "Q2_K": Kind(256, 2, 16, lambda blocks: _split(blocks[:, 16:80], 2, 32), _scales_q2_k),
     "Q3_K": Kind(256, 3, 16, _codes_q3_k, _scales_q3_k, zero=4),
-    "Q4_K": Kind(256, 4, 32, _nibbles(16, 32), _scales_q4_k),
+    "Q4_K": Kind(256, 4, 32, _nibbles(16, 32), _scales_q4_k, nibbles=(16, 32)),
     "Q5_K": Kind(256, 5, 32, _codes_q5_k, _scales_q4_k),
     "Q6_K": Kind(256, 6, 16, _codes_q6_k, _scales_q6_k, zero=32),
-    "IQ4_NL": Kind(32, 4, 32, _nibbles(2, 16), _one_half, values=_IQ4),
-    "IQ4_XS": Kind(256, 4, 32, _nibbles(8, 16), _scales_iq4_xs, values=_IQ4),
+    "IQ4_NL": Kind(32, 4, 32, _nibbles(2, 16), _one_half, values=_IQ4, nibbles=(2, 16)),
+    "IQ4_XS": Kind(256, 4, 32, _nibbles(8, 16), _scales_iq4_xs, values=_IQ4, nibbles=(8, 16)),
     "MXFP4": Kind(
         32,
         4,
@@ -281,6 +302,7 @@ KINDS: Mapping[str, Kind] = {
         lambda blocks: Scales(blocks[:, :1]),
         values=_E2M1_TWICE,
         levels=_mxfp4_levels(),
+        nibbles=(1, 16),
     ),
     "NVFP4": Kind(
         64,
@@ -290,5 +312,6 @@ KINDS: Mapping[str, Kind] = {
         lambda blocks: Scales(blocks[:, :4]),
         values=_E2M1_TWICE,
         levels=_nvfp4_levels(),
+        nibbles=(4, 8),
     ),
 }
