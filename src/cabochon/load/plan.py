@@ -20,13 +20,12 @@ from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
 from cabochon.load.names import KV_SCALES, Named, absences, canonical, drops, locate
+from cabochon.load.optional import half_given
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
 from cabochon.quant.activations import ACTIVATION_LEAVES
-from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.configs import read_rules
-from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.resolve import Refusal, resolve
 from cabochon.quant.scheme import FLOATS, Activations, Dense, Scheme, Site
 
@@ -259,7 +258,8 @@ def _resolve_all(
                 problems.append(Problem("SCHEME", stored["weight"].name, detail))
                 continue
             reads.append(SiteRead(site, verdict.scheme, stored, part, verdict.activations, how))
-    return reads, notes, problems + list(_partial_zero_points(reads, claims))
+    problems += [Problem("SCHEME", *found) for found in half_given(reads, claims)]
+    return reads, notes, problems
 
 
 def _without_idle(
@@ -302,25 +302,6 @@ def _spellings(site: Site, stored: Mapping[str, TensorMeta]) -> tuple[str, ...]:
     """The site's canonical name and the one in the file: rules may be written in either."""
     leaf, meta = next(iter(stored.items()))
     return tuple({site.name, meta.name.removesuffix("." + leaf)})
-
-
-def _partial_zero_points(
-    reads: Iterable[SiteRead], claims: Mapping[str, Claim]
-) -> Iterator[Problem]:
-    """Optional tensors are there for all the sites of a config group or for none of them."""
-    groups: dict[str, list[SiteRead]] = {}
-    for read in reads:
-        if isinstance(read.scheme, PackedInt | ByteCodes):
-            groups.setdefault(claims[read.site.name].rule, []).append(read)
-    for rule, members in groups.items():
-        kinds = (PackedInt, ByteCodes)
-        lacking = [r for r in members if isinstance(r.scheme, kinds) and r.scheme.symmetric]
-        if 0 < len(lacking) < len(members):
-            detail = (
-                f"weight_zero_point is missing, but {len(members) - len(lacking)} of"
-                f" {len(members)} matrices under the same rule ({rule}) have one"
-            )
-            yield from (Problem("SCHEME", read.site.name, detail) for read in lacking)
 
 
 def _match_parameters(tree: Tree, placed: _Placed) -> tuple[list[ParameterRead], list[Problem]]:
