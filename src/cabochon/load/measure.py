@@ -15,7 +15,9 @@ from cabochon.load.plan import LoadPlan, SiteRead
 from cabochon.load.values import Array, Floats, Scales, in_pieces, look_at_blocks, look_at_scales
 from cabochon.nn.weight import DenseWeight, Weight
 
-_CHUNKS, _ROWS = 4, 16  # of a quantized matrix that are looked at, unless all are
+# Of a quantized matrix that are looked at, unless all are. So few rows at a time are turned into
+# floats by one thread; on a busy machine, waking others made a load take half as long again.
+_CHUNKS, _ROWS = 4, 4
 _ENTRIES = 1 << 20  # turned into floats at a time
 _WORDS = 1 << 13  # of eight bytes: what one sum is of
 _SUMS = 1 << 9  # that one thread makes
