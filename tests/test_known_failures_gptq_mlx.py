@@ -11,7 +11,7 @@ import google
 import pytest
 import thin
 import torch
-from checkpoints import Config, Tensors, altered
+from checkpoints import Config, Tensors
 from known import Known, load
 
 from cabochon.nn.packed_int import PackedIntWeight
@@ -88,7 +88,7 @@ KNOWN = (
         "dense three-dimensional experts beside int4 attention",
         THIN / "26b-gptq4",
     ),
-    Known("vLLM #43227", "AutoRound's experts one by one, dense router", THIN / "26b-round4"),
+    Known("vLLM #43227", "AutoRound's experts one by one, the router too", THIN / "26b-round4"),
     Known(
         "vLLM #43227",
         "a last group that is not full, filled up",
@@ -215,20 +215,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
 def test_known(tmp_path: Path, known: Known, made: Callable[[Path], Path]) -> None:
     replace(known, source=made(known.source)).check(tmp_path)
-
-
-def test_vllm_43227_a_quantized_router(tmp_path: Path, made: Callable[[Path], Path]) -> None:
-    """AutoRound quantizes `router.proj` too; here with the first rows of another matrix."""
-    router, query = f"{HF}.layers.0.router.proj", f"{HF}.layers.0.self_attn.q_proj"
-
-    def quantize(tensors: Tensors) -> None:
-        del tensors[f"{router}.weight"]
-        for leaf, columns in (("qweight", 8), ("qzeros", 1), ("scales", 8)):
-            tensors[f"{router}.{leaf}"] = tensors[f"{query}.{leaf}"][:, :columns].clone()
-
-    found = load(altered(tmp_path, made(THIN / "26b-round4"), tensors=quantize))[1]
-    rows = found[query].dense(torch.float32, 0, 8)
-    assert torch.equal(found[router].dense(torch.float32), rows)
 
 
 def test_mlx_node_73_the_per_layer_table_stays_in_its_bits(made: Callable[[Path], Path]) -> None:
