@@ -124,7 +124,7 @@ def refused(response: httpx.Response, status: int, param: str | None, *words: st
     assert response.headers["x-request-id"]
 
 
-def until(condition: Any, seconds: float = 2.0) -> bool:
+def until(condition: Any, seconds: float = 10.0) -> bool:
     """Whether `condition` comes true within this time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

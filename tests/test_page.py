@@ -52,6 +52,13 @@ def shoot(page: Browser, name: str) -> None:
         page.screenshot(Path(folder) / f"{name}.webp")
 
 
+def ask(page: Browser, words: str) -> None:
+    page.until("document.getElementById('model').textContent === 'cabochon-demo'")
+    page.run("document.getElementById('prompt').focus()")
+    page.type(words)
+    page.press("Enter", 13, "\r")
+
+
 def test_pages_name_nobody_else(url: str) -> None:
     """Neither in what they load nor in what they may load."""
     for path in ("/", "/docs", *(f"/static/{file.name}" for file in STATIC.iterdir())):
@@ -102,12 +109,10 @@ def test_a_pasted_picture_and_a_second_question(page: Browser, url: str) -> None
         data.items.add(new File([new Uint8Array({blue})], 'blue.png', {{type: 'image/png'}}));
         document.dispatchEvent(new ClipboardEvent('paste', {{clipboardData: data}})); }})()""")
     page.until("document.querySelectorAll('#attachments li').length === 1")
-    page.type("What colour is this rectangle?")
-    page.press("Enter", 13, "\r")
+    ask(page, "What colour is this rectangle?")
     page.until(ANSWERED)
     assert "blue" in page.run("document.querySelector('.model .body').innerText").lower()
-    page.type("Who are you?")
-    page.press("Enter", 13, "\r")
+    ask(page, "Who are you?")
     page.until("document.querySelectorAll('.model').length === 2 && " + ANSWERED)
     assert page.run("document.getElementById('status').textContent").startswith("Answer: ")
 
@@ -118,8 +123,7 @@ def test_stop_ends_the_answer_here_and_there(page: Browser, url: str, llm: LLM) 
     generate = llm.engine.ends
     llm.engine.ends = frozenset()  # an answer that never ends by itself
     try:
-        page.type("Who are you?")
-        page.press("Enter", 13, "\r")
+        ask(page, "Who are you?")
         page.until(
             "!document.getElementById('stop').hidden && "
             "(document.querySelector('.model .body')?.innerText.length ?? 0) > 20"
@@ -142,8 +146,7 @@ def test_what_is_wrong_is_said_in_the_servers_words(page: Browser, url: str) -> 
     page.run("document.getElementById('set-temperature').value = '9'")
     page.run("document.getElementById('settings-close').click()")
     page.run("document.getElementById('prompt').focus()")
-    page.type("Who are you?")
-    page.press("Enter", 13, "\r")
+    ask(page, "Who are you?")
     page.until("!!document.querySelector('[role=alert]')")
     assert "Temperature" in page.run("document.querySelector('[role=alert]').innerText")
     page.run("document.getElementById('set-temperature').value = ''")
@@ -206,8 +209,7 @@ def test_a_tool_is_called_and_answered(page: Browser, url: str) -> None:
     page.until("document.getElementById('model').textContent === 'cabochon-demo'")
     page.run(f"document.getElementById('tools').value = {json.dumps(json.dumps(PAINT))}")
     page.run("document.getElementById('tool-choice').value = 'required'")
-    page.type("Paint it red.")
-    page.press("Enter", 13, "\r")
+    ask(page, "Paint it red.")
     page.until(ANSWERED)
     assert "paint" in page.run("document.querySelector('.call summary').innerText")
     arguments = json.loads(page.run("document.querySelector('.call pre').textContent"))

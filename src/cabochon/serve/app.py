@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -47,7 +48,8 @@ def _add_operation(app: FastAPI, llm: LLM) -> None:
     """What operators and the page ask."""
     traffic: Traffic = app.state.traffic
     metrics: Metrics = app.state.metrics
-    loaded = {**llm.report.as_dict(), "certificate": llm.certificate.as_dict()}
+    # Written once: of a large model it is long.
+    loaded = json.dumps({**llm.report.as_dict(), "certificate": llm.certificate.as_dict()})
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -63,10 +65,10 @@ def _add_operation(app: FastAPI, llm: LLM) -> None:
         """Counters of engine, requests and event loop, for Prometheus."""
         return Response(metrics.text(), media_type=METRICS_TYPE)
 
-    @app.get("/plan")
-    async def plan() -> dict[str, Any]:
+    @app.get("/plan", response_model=dict[str, Any])
+    async def plan() -> Response:
         """How the checkpoint was loaded: what `inspect --json` prints, and the certificate."""
-        return loaded
+        return Response(loaded, media_type="application/json")
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:

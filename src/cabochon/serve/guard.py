@@ -20,6 +20,7 @@ from cabochon.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+LEFT = 499  # what logs have, since nginx, for a client that left before it got a status
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -54,9 +55,10 @@ class Guard:
             await self._answer(scope, receive, answer)
         finally:
             self.traffic.inside -= 1
-            seconds = entry.close(answer.status)
+            status = answer.status or LEFT
+            seconds = entry.close(status)
             handler = getattr(scope.get("route"), "path", "none")
-            self.metrics.request(scope["method"], handler, answer.status, seconds)
+            self.metrics.request(scope["method"], handler, status, seconds)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         try:

@@ -43,8 +43,8 @@ class Entry:
         }
         _current.set(self.fields)
 
-    def close(self, status: int | None) -> float:
-        """Write the line; no status stands for a client that left before it got one."""
+    def close(self, status: int) -> float:
+        """Write the line."""
         seconds = time.monotonic() - self._start
         self.fields |= {"status": status, "seconds": round(seconds, 4)}
         said = "{method} {path} {status}".format_map(self.fields)

@@ -148,9 +148,9 @@ class Metrics:
             "cabochon:event_loop_tasks", "Tasks on the event loop", registry=self._registry
         )
 
-    def request(self, method: str, handler: str, status: int | None, seconds: float) -> None:
-        """Count a request; no status stands for a client that left."""
-        self._requests.labels(method, handler, str(status or 499)).inc()
+    def request(self, method: str, handler: str, status: int, seconds: float) -> None:
+        """Count a request that ended."""
+        self._requests.labels(method, handler, str(status)).inc()
         self._seconds.labels(method, handler).observe(seconds)
 
     async def watch_loop(self) -> None:
