@@ -189,7 +189,7 @@ def test_white_space_has_an_end() -> None:
 
 
 def guide(**rules: Any) -> Guide:
-    made = TurnRules(structure=STRUCTURE, **rules)
+    made = TurnRules(structure=STRUCTURE, special=TOKENIZER.special, **rules)
     return Guide(made, ENDS, TOKENIZER.vocab_size)
 
 
@@ -238,6 +238,20 @@ def test_one_call_ends_a_turn_that_may_have_no_more() -> None:
     wrong.take(STRUCTURE.call or 0, State.CONTENT)
     with pytest.raises(RequestError):
         wrong.take(TOKENIZER.encode("x")[0], State.CALL)
+
+
+def test_frames_are_not_the_models_to_write() -> None:
+    """Pictures, turns and stray ends of channels and calls: an answer of them would be nothing."""
+    for rules, kept in (
+        ({}, {STRUCTURE.channel}),
+        ({"calls": bound({"type": "object"})}, {STRUCTURE.channel, STRUCTURE.call}),
+        ({"thinking_budget": 0}, set()),
+    ):
+        assert choices(guide(**rules)) & TOKENIZER.special == kept | {*ENDS}
+        inside = choices(guide(**{**rules, "thinking_budget": 9}), State.REASONING)
+        assert inside & TOKENIZER.special == (
+            (kept - {STRUCTURE.channel}) | {STRUCTURE.channel_end, *ENDS}
+        )
 
 
 def test_patterns_are_searched_for_as_json_schema_says() -> None:

@@ -5,7 +5,7 @@ A grammar binds the text, never the thoughts before it: it starts where the chan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ class TurnRules:
     """What an answer must look like. The default leaves all to the model, but for calls."""
 
     structure: Structure
+    special: frozenset[int] = frozenset()  # of these the turn's own structure alone is drawn
     text: Grammar | None = None  # of the content
     calls: Grammar | None = None  # of one tool call with its tokens; None: none may be made
     must_call: bool = False
@@ -38,6 +39,9 @@ class Guide:
         self._tokens = rules.structure
         self._ends = [end for end in ends if end < vocab_size]
         self._vocab_size = vocab_size
+        # A turn of tokens without text would be an answer of nothing.
+        self._frames = {token for token in rules.special if token < vocab_size} - {*self._ends}
+        self._masks: dict[frozenset[int], Allowed] = {}
         self._text: Matcher | None = rules.text.start() if rules.text else None
         self._call: Matcher | None = None
         self._calls = 0
@@ -91,8 +95,8 @@ class Guide:
             return self._only(self._tokens.channel_end)
         tokens = self._tokens
         if self._bound:  # a turn that owes something more does not end here
-            return self._without(*self._ends, tokens.call, tokens.channel)
-        return self._without(tokens.channel, *([] if self.rules.calls else [tokens.call]))
+            return self._without({tokens.channel_end}, *self._ends)
+        return self._without({tokens.channel_end, *self._call_token()})
 
     def _content(self) -> Allowed | None:
         rules, tokens = self.rules, self._tokens
@@ -101,9 +105,8 @@ class Guide:
             more = self._ends if self._calls else []
             return self._only(tokens.call, *more, *self._channel(fresh))
         if self._text is None:
-            if rules.thinking_budget == 0:
-                return self._without(tokens.channel, *([] if rules.calls else [tokens.call]))
-            return self._no_calls()
+            channel = set() if rules.thinking_budget == 0 else {tokens.channel}
+            return self._without({*channel, *self._call_token()})
         if self._calls:  # the answer is its calls, not the text that was asked for
             return self._only(tokens.call, *self._ends)
         allowed = self._text.allowed()
@@ -118,16 +121,24 @@ class Guide:
         may = self.rules.thinking and fresh and not self._thoughts
         return [open_] if may and open_ is not None and self.rules.thinking_budget != 0 else []
 
-    def _no_calls(self) -> Allowed | None:
-        call = self._tokens.call
-        return None if self.rules.calls or call is None else self._without(call)
+    def _call_token(self) -> set[int | None]:
+        """The token that begins a call, where one may be made."""
+        return {self._tokens.call} if self.rules.calls else set()
 
     def _only(self, *tokens: int | None) -> Allowed:
         allowed = np.zeros(self._vocab_size, dtype=np.bool_)
         allowed[[token for token in tokens if token is not None]] = True
         return allowed
 
-    def _without(self, *tokens: int | None) -> Allowed:
-        allowed = np.ones(self._vocab_size, dtype=np.bool_)
-        allowed[[token for token in tokens if token is not None]] = False
-        return allowed
+    def _without(self, kept: Set[int | None], *tokens: int) -> Allowed:
+        """All but `tokens`, and of special ones but `kept` and the ends."""
+        left_out = frozenset({*self._frames - kept, *self._never(kept), *tokens})
+        if left_out not in self._masks:
+            self._masks[left_out] = np.ones(self._vocab_size, dtype=np.bool_)
+            self._masks[left_out][sorted(left_out)] = False
+        return self._masks[left_out]
+
+    def _never(self, kept: Set[int | None]) -> set[int]:
+        """Tokens of structure that have no place here, whatever the rules say of special ones."""
+        openings = {self._tokens.channel, self._tokens.call}
+        return {token for token in openings - kept if token is not None}

@@ -79,7 +79,8 @@ def transcription_job(service: Service, headers: Headers, body: bytes) -> Job:
         {"type": "text", "text": " ".join(words)},
     ]
     prompt = llm.prompts.chat([{"role": "user", "content": parts}])
-    rules = TurnRules(structure=Structure.of(llm.prompts.tokenizer))
+    tokenizer = llm.prompts.tokenizer
+    rules = TurnRules(structure=Structure.of(tokenizer), special=tokenizer.special)
     params = replace(
         llm.defaults,
         temperature=asked.temperature or 0.0,

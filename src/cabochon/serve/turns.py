@@ -117,6 +117,7 @@ def _rules(chat: ChatRequest, llm: LLM) -> TurnRules:
     calls, must_call = _calls(chat, llm, structure)
     return TurnRules(
         structure=structure,
+        special=llm.prompts.tokenizer.special,
         text=_text(chat, llm),
         calls=calls,
         must_call=must_call,
