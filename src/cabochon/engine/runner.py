@@ -58,14 +58,14 @@ class Runner:
         With `every`, of every position of the step.
         """
         logits: Tensor = self.model(
-            self._batch(step, every), CacheStep(cache, [s.chunk for s in step])
+            self.batch(step, every), CacheStep(cache, [s.chunk for s in step])
         )
         for scheduled in step:
             scheduled.sequence.computed = scheduled.chunk.stop
             cache.settle(scheduled.chunk)
         return logits
 
-    def _batch(self, step: Sequence[Scheduled], every: bool) -> Batch:
+    def batch(self, step: Sequence[Scheduled], every: bool) -> Batch:
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []

@@ -65,12 +65,16 @@ class Gemma4(nn.Module):
 
     def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
         """Logits of the wanted rows after the soft-cap: `[rows, vocab_size]`, float32."""
+        ids, x = self.embed(batch)
         text = self.model.language_model
+        return self.logits(text(ids, x, batch.positions, kv, batch.wanted))
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the decoder gets: ids `[tokens]` and embeddings `[tokens, hidden_size]`."""
         # The ids of media count for nothing, not even where the model itself wrote one.
         ids = batch.tokens.masked_fill(self._media(batch.tokens), self.config.text.pad_token_id)
-        x = text.embed_tokens(ids, batch.soft.dtype)
-        x = x.index_copy(0, batch.soft_at, batch.soft)
-        return self.logits(text(ids, x, batch.positions, kv, batch.wanted))
+        x = self.model.language_model.embed_tokens(ids, batch.soft.dtype)
+        return ids, x.index_copy(0, batch.soft_at, batch.soft)
 
     def _media(self, tokens: Tensor) -> Tensor:
         ids = self.config.tokens

@@ -24,6 +24,12 @@ class Matrix:
         return " and ".join(dict.fromkeys(read.stored_as for read in self.reads))
 
     @property
+    def parts(self) -> int:
+        """Into how many equal slices of rows it falls, however it is stored: experts, mostly."""
+        first = self.reads[0]
+        return first.site.parts if first.part is None else len(self.reads)
+
+    @property
     def nbytes(self) -> int:
         return sum(read.nbytes for read in self.reads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,15 @@ class Measure:
         both = math.sqrt(expected * found)
         cosine = product / both if both else 0.0
         return Distance(relative, min(cosine, 1.0), self._largest)
+
+
+def total(measures: Iterable[Measure]) -> Distance:
+    """Of everything that any of `measures` has seen."""
+    whole = Measure()
+    for measure in measures:
+        whole._sums += measure._sums
+        whole._largest = max(whole._largest, measure._largest)
+    return whole.distance
 
 
 def distance(expected: Tensor, found: Tensor) -> Distance:

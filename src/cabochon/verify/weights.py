@@ -15,10 +15,11 @@ from torch import Tensor
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.plan import LoadPlan
 from cabochon.nn.weight import TILE_BYTES, Weight
-from cabochon.verify.distance import Distance, Measure
+from cabochon.verify.distance import Distance, Measure, total
 
 GROUP = 32  # columns that are looked at together; recipes have groups of 16 to 128
 OUTLIER = 8.0  # times the median error, from which on a group is one
+SKETCH = 16
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -55,11 +56,17 @@ class Loss:
     Attributes:
         outliers: groups whose error is `OUTLIER` times the matrix' median.
         groups: how many there are.
+        parts: the relative error of each part, such as an expert, of a matrix that has some.
+        concentration: share of the difference along the one direction of its input that has most
+            of it, seen through `SKETCH` random ones. Rounding goes in all directions alike, 1 in
+            `SKETCH`; what was trained, or added, goes in one.
     """
 
     distance: Distance
     outliers: int
     groups: int
+    parts: tuple[float, ...]
+    concentration: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,7 @@ def compare(
     for matrix in matrices(plan):
         other = expected.get(matrix.name)
         weight = matrix.weight()
-        loss = None if other is None else _loss(other.weight(), weight)
+        loss = None if other is None else _loss(other.weight(), weight, matrix.parts)
         stored = None if other is None else other.stored_as
         yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, weight), stored, loss)
         done += matrix.nbytes
@@ -118,16 +125,40 @@ def _signs(matrix: Matrix, weight: Weight) -> Signs:
     return Signs(entries, matrix.nbytes, largest, zeros / entries, dead, edge / entries)
 
 
-def _loss(expected: Weight, found: Weight) -> Loss:
-    measure, errors = Measure(), []
-    for start, stop in _tiles(found):
+def _loss(expected: Weight, found: Weight, count: int) -> Loss:
+    rows = found.out_features // count
+    parts = [Measure() for _ in range(count)]
+    errors = []
+    directions = torch.randn(
+        found.in_features, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    sketch = torch.zeros(SKETCH, SKETCH)
+    for part, start, stop in _tiles_of_parts(found, rows):
         a = expected.dense(torch.float32, start, stop)
         b = found.dense(torch.float32, start, stop)
-        measure.add(a, b)
-        errors.append(_groups(a - b).square().mean(dim=-1).flatten())
+        parts[part].add(a, b)
+        gap = a - b
+        errors.append(_groups(gap).square().mean(dim=-1).flatten())
+        seen = gap @ directions
+        sketch += seen.T @ seen
     mean = torch.cat(errors).sqrt()
     outliers = int((mean > OUTLIER * mean.median()).sum()) if mean.any() else 0
-    return Loss(measure.distance, outliers, len(mean))
+    trace = float(sketch.trace())
+    return Loss(
+        total(parts),
+        outliers,
+        len(mean),
+        tuple(part.distance.relative for part in parts) if count > 1 else (),
+        float(torch.linalg.eigvalsh(sketch)[-1]) / trace if trace else 0.0,
+    )
+
+
+def _tiles_of_parts(weight: Weight, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Tiles that lie inside one of the parts of `rows` each: the part, and where it begins."""
+    step = min(rows, max(1, TILE_BYTES // (4 * weight.in_features)))
+    for part in range(weight.out_features // rows):
+        for start in range(part * rows, (part + 1) * rows, step):
+            yield part, start, min(start + step, (part + 1) * rows)
 
 
 def _tiles(weight: Weight) -> Iterator[tuple[int, int]]:
