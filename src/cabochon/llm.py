@@ -111,7 +111,7 @@ class LLM:
         assert plan is not None
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
-        self.prompts, generation = _open_text(self.report.folder, self.report, self.config)
+        self.prompts, generation = open_text(self.report)
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)
@@ -226,9 +226,10 @@ class LLM:
         return self.prompts.raw(prompt)
 
 
-def _open_text(
-    folder: Path, report: Report, config: Gemma4Config
-) -> tuple[Prompts, GenerationDefaults]:
+def open_text(report: Report) -> tuple[Prompts, GenerationDefaults]:
+    """What turns conversations into prompts for a checkpoint that loads, and its own defaults."""
+    assert report.plan is not None
+    folder, config = report.folder, report.plan.config
     gguf = report.checkpoint.gguf
     if gguf is None:
         prompts = Prompts(folder, config)

@@ -15,6 +15,7 @@ from cabochon.cli.inspect import inspect
 from cabochon.cli.options import State
 from cabochon.cli.run import run
 from cabochon.cli.serve import serve
+from cabochon.cli.verify import verify
 from cabochon.errors import CabochonError, LoadError, ResourceError
 from cabochon.flags import SETTINGS_HELP
 
@@ -46,6 +47,7 @@ def _root(
 app.command(epilog=SETTINGS_HELP)(run)
 app.command(epilog=SETTINGS_HELP)(serve)
 app.command()(inspect)
+app.command()(verify)
 app.command()(compare)
 app.command("eval", epilog=SETTINGS_HELP)(evaluate)
 

@@ -10,15 +10,15 @@ from typing import Annotated
 
 import typer
 
-from cabochon.cli.model import progress_bar
+from cabochon.cli.model import obtained, progress_bar
 from cabochon.cli.options import Debug
 from cabochon.files import write_text
 
 
 def compare(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint")],
     original: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="[ORIGINAL]", help="What it was made from, or another of its kind"),
     ] = None,
     html: Annotated[
@@ -32,8 +32,9 @@ def compare(
     """Compare weights, site by site; no model is run."""
     from cabochon.verify.comparison import compare_checkpoints
 
+    path, other = obtained(model), None if original is None else obtained(original)
     with progress_bar("comparing") as progress:
-        found = compare_checkpoints(model, original, progress)
+        found = compare_checkpoints(path, other, progress)
     print(found.text())
     if as_json is not None:
         write_text(as_json, json.dumps(found.as_dict(), indent=2) + "\n")

@@ -76,13 +76,10 @@ def _text(report: Report, seen: Certificate | None, tensors: bool, card: bool) -
 
 def _certificate(report: Report) -> Certificate:
     """All that a load would see, from every entry."""
-    import torch
-
     from cabochon.cli.model import progress_bar
-    from cabochon.load.execute import execute
+    from cabochon.load.certify import certify
 
     report.require_weights()
     assert report.plan is not None
     with progress_bar("reading") as told:
-        loaded = execute(report.plan, dtype=torch.float32, progress=told, thorough=True)
-    return loaded.certificate
+        return certify(report.plan, thorough=True, progress=told)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cabochon.console import tell
@@ -20,6 +21,14 @@ def given(model: str | None) -> str | None:
     if model is None:
         tell("no MODEL given: using the demo that comes with cabochon")
     return model
+
+
+def obtained(model: str | None) -> Path:
+    """Where the checkpoint is, after a download if it has to be."""
+    from cabochon.load.obtain import obtain
+
+    with progress_bar("downloading") as progress:
+        return obtain(model, progress).path
 
 
 def load(model: str | None, settings: Settings) -> LLM:

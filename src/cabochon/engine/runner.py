@@ -39,16 +39,18 @@ class Runner:
         for position, item in list(sequence.media.items()):
             if not (position < chunk.stop and chunk.start < position + item.soft_tokens):
                 continue
-            soft = self._see(item) if isinstance(item, Picture) else self._hear(item)
+            soft = self.see(item) if isinstance(item, Picture) else self.hear(item)
             assert len(soft) == item.soft_tokens
             sequence.soft[position] = soft
             del sequence.media[position]
 
-    def _see(self, picture: Picture) -> Tensor:
+    def see(self, picture: Picture) -> Tensor:
+        """The soft tokens of a picture."""
         pixels = torch.from_numpy(picture.patches).to(self.device, self.dtype)
         return self.model.see(pixels, torch.from_numpy(picture.positions).to(self.device))
 
-    def _hear(self, sound: Sound) -> Tensor:
+    def hear(self, sound: Sound) -> Tensor:
+        """The soft tokens of a sound."""
         return self.model.hear(torch.from_numpy(sound.features).to(self.device, self.dtype))
 
     @torch.inference_mode()

@@ -68,6 +68,9 @@ def total(measures: Iterable[Measure]) -> Distance:
 
 
 def distance(expected: Tensor, found: Tensor) -> Distance:
+    """Of two tensors; as far as can be where they have not even the same shape."""
+    if expected.shape != found.shape:
+        return Distance(math.inf, 0.0, math.inf)
     measure = Measure()
     measure.add(expected, found)
     return measure.distance

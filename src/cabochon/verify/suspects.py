@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from cabochon.verify.together import ModuleError
-from cabochon.verify.weights import SKETCH, SiteSigns
+from cabochon.verify.weights import SiteSigns
 
 TIMES = 3.0  # the median of its kind: rounding of alike matrices differs by a few percent
 FEW = 4  # of a kind are too few to learn from
 SPREADS = 32.0  # what the original differs from itself, so many times, is no rounding of weights
-ALONG_ONE = 3.0 / SKETCH  # share of an error along one direction, where rounding has 1 / SKETCH
+ALONG_ONE = 2.0  # times what noise has along one direction
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -44,26 +44,40 @@ def suspicious_weights(sites: Sequence[SiteSigns], bits: Mapping[str, int]) -> l
             made += _parts(site, site.loss.parts)
             if site.loss.concentration > ALONG_ONE and site.loss.distance.relative > 1e-6:
                 reason = (
-                    f"{site.loss.concentration:.0%} of its error is along one direction:"
-                    " something was added that is no rounding"
+                    f"its error goes along one direction, {site.loss.concentration:.1f} times as"
+                    " much as rounding does: something was added"
                 )
                 made.append(Suspect(site.name, reason, site.loss.distance.relative))
     return _worst_first(made)
 
 
 def suspicious_modules(
-    errors: Iterable[ModuleError], stored: Mapping[str, str], bits: Mapping[str, int]
+    runs: Sequence[Sequence[ModuleError]], stored: Mapping[str, str], bits: Mapping[str, int]
 ) -> list[Suspect]:
-    """Modules that, given the original's inputs, depart further from it than those like them."""
+    """Modules that depart further from the original than those like them, given its inputs.
+
+    So does one whose inputs depart although nothing that ran before it does. Each of `runs` is of
+    one prompt, in the order of execution.
+    """
     found: dict[str, float] = {}
     spread = 0.0
-    for error in errors:
+    for error in (error for run in runs for error in run):
         spread = max(spread, error.spread)
         if error.added is not None:
             found[error.name] = max(found.get(error.name, 0.0), error.added.relative)
     alike = {name: stored.get(name, "") for name in found}
     floor = SPREADS * max(spread, torch.finfo(torch.float32).eps)
-    return _worst_first(_unlike(found, alike, bits, floor=floor))
+    misled = {s.name: s for run in runs if (s := _misled(run, floor)) is not None}
+    return _worst_first([*_unlike(found, alike, bits, floor=floor), *misled.values()])
+
+
+def _misled(run: Sequence[ModuleError], floor: float) -> Suspect | None:
+    """The first module to depart, if it does so only for what it was given."""
+    first = next((error for error in run if error.reached.relative > floor), None)
+    if first is None or first.added is None or first.added.relative > floor:
+        return None
+    reason = "what goes into it departs, although no module before it does"
+    return Suspect(first.name, reason, first.reached.relative)
 
 
 def _unlike(

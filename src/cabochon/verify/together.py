@@ -93,9 +93,11 @@ def together(original: Gemma4, found: Gemma4, prompt: Prompt) -> Iterator[Module
 
 def _compared(first: Watch, second: Watch) -> Iterator[ModuleError]:
     """Calls since the last time, in pairs; a module may be called more than once."""
-    ours, theirs = second.take(), first.take()
-    assert [seen.name for seen in ours] == [seen.name for seen in theirs]
-    for seen, expected in zip(ours, theirs, strict=True):
+    theirs: dict[str, list[Seen]] = {}
+    for seen in first.take():
+        theirs.setdefault(seen.name, []).append(seen)
+    for seen in second.take():
+        expected = theirs[seen.name].pop(0)
         yield ModuleError(
             seen.name,
             distance(expected.output, seen.output),

@@ -5,6 +5,7 @@ No model is run and one matrix of each file is in memory at a time, decoded tile
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.plan import LoadPlan
+from cabochon.load.tree import HEAD, TEXT
 from cabochon.nn.weight import TILE_BYTES, Weight
 from cabochon.verify.distance import Distance, Measure, total
 
 GROUP = 32  # columns that are looked at together; recipes have groups of 16 to 128
 OUTLIER = 8.0  # times the median error, from which on a group is one
 SKETCH = 16
+TOKENS = f"{TEXT}.embed_tokens"
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -57,9 +60,8 @@ class Loss:
         outliers: groups whose error is `OUTLIER` times the matrix' median.
         groups: how many there are.
         parts: the relative error of each part, such as an expert, of a matrix that has some.
-        concentration: share of the difference along the one direction of its input that has most
-            of it, seen through `SKETCH` random ones. Rounding goes in all directions alike, 1 in
-            `SKETCH`; what was trained, or added, goes in one.
+        concentration: how much of the difference goes along one direction of the input, in times
+            what it is of noise. Rounding goes in all directions, what was trained in few.
     """
 
     distance: Distance
@@ -95,10 +97,12 @@ def compare(
 ) -> Iterator[SiteSigns]:
     """The same for `plan`, and what each matrix lost against the one of `original`.
 
-    A matrix that only one of them has, such as a head of its own, has no loss.
+    A head that the original does not store is compared with its token table. Any other matrix that
+    only one of them has, has no loss.
     """
     done = 0
     expected = {matrix.name: matrix for matrix in matrices(original)}
+    expected.setdefault(HEAD, expected[TOKENS])
     for matrix in matrices(plan):
         other = expected.get(matrix.name)
         weight = matrix.weight()
@@ -143,14 +147,24 @@ def _loss(expected: Weight, found: Weight, count: int) -> Loss:
         sketch += seen.T @ seen
     mean = torch.cat(errors).sqrt()
     outliers = int((mean > OUTLIER * mean.median()).sum()) if mean.any() else 0
-    trace = float(sketch.trace())
     return Loss(
         total(parts),
         outliers,
         len(mean),
         tuple(part.distance.relative for part in parts) if count > 1 else (),
-        float(torch.linalg.eigvalsh(sketch)[-1]) / trace if trace else 0.0,
+        _concentration(sketch, found.out_features, found.in_features),
     )
+
+
+def _concentration(sketch: Tensor, rows: int, columns: int) -> float:
+    """The largest eigenvalue's share of the trace, by what it is of noise of this shape.
+
+    Source: Marchenko and Pastur 1967 on the eigenvalues of `[rows, SKETCH]` of noise; the sketch
+    itself is of `[columns, SKETCH]` random numbers.
+    """
+    trace = float(sketch.trace())
+    edge = (1 + math.sqrt(SKETCH / rows) + math.sqrt(SKETCH / columns)) ** 2 / SKETCH
+    return float(torch.linalg.eigvalsh(sketch)[-1]) / trace / edge if trace else 0.0
 
 
 def _tiles_of_parts(weight: Weight, rows: int) -> Iterator[tuple[int, int, int]]:

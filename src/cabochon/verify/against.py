@@ -1,0 +1,179 @@
+"""A checkpoint against its original: weights, then every module, then what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cabochon.engine.request import Prompt
+from cabochon.gemma4.model import Gemma4
+from cabochon.load.groups import group_of
+from cabochon.load.plan import LoadPlan
+from cabochon.verify.chart import scatter
+from cabochon.verify.stage import Finding, Table
+from cabochon.verify.suspects import Suspect, suspicious_modules, suspicious_weights
+from cabochon.verify.together import Logits, ModuleError, together
+from cabochon.verify.weights import Progress, SiteSigns, compare
+
+MOST = 10  # modules of a list
+WORST = ("module", "error added", "error reached", "cosine")
+
+
+def weights_against(original: LoadPlan, plan: LoadPlan, progress: Progress | None) -> Finding:
+    """Every matrix against the original's; no model is run."""
+    sites = list(compare(original, plan, progress))
+    suspects = suspicious_weights(sites, _bits(plan))
+    lossy = [s for s in sites if s.loss is not None and s.loss.distance.relative > 0]
+    finding = Finding(
+        f"{len(sites)} matrices, {len(lossy)} of them changed",
+        faults=_sentences(suspects),
+        data={"suspects": [suspect.name for suspect in suspects]},
+    )
+    finding.tables["Loss by kind"] = Table(
+        ("group", "stored as", "bits", "matrices", "least dB", "mean dB"), list(_kinds(lossy))
+    )
+    if lossy:
+        caption = "Bits that a matrix takes for each entry, and what it lost: bits against damage."
+        finding.figures.append((scatter(_damage(lossy), "bits", "dB"), caption))
+    return finding
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Two models and the plan of the second, whose sites bear the names of modules."""
+
+    original: Gemma4
+    found: Gemma4
+    plan: LoadPlan
+
+
+def modules_against(models: Models, prompts: Mapping[str, Prompt]) -> Finding:
+    """Both models side by side on every prompt, module by module."""
+    finding = Finding("")
+    runs: list[list[ModuleError]] = []
+    rows = []
+    for name, prompt in prompts.items():
+        runs.append([])
+        for step in together(models.original, models.found, prompt):
+            if isinstance(step, Logits):
+                rows.append([name, *_ends(step, prompt)])
+            else:
+                runs[-1].append(step)
+    errors = [error for run in runs for error in run]
+    stored = {read.site.name: read.stored_as for read in models.plan.sites}
+    suspects = suspicious_modules(runs, stored, _bits(models.plan))
+    first = next((e for e in errors if e.name in {s.name for s in suspects}), None)
+    finding.faults = _sentences(suspects)
+    if first is not None:
+        finding.faults.insert(0, f"the first to depart is {first.name}")
+    spread = max(error.spread for error in errors)
+    finding.summary = f"{len({e.name for e in errors})} modules on {len(prompts)} prompts"
+    finding.facts.append(f"the original differs from itself by at most {spread:.1e}, in two parts")
+    finding.tables["What comes out"] = Table(ENDS, rows)
+    finding.tables["The modules that add most"] = Table(WORST, [_worst(e) for e in _top(errors)])
+    caption = "What each module adds to the error, given the original's inputs, along depth."
+    finding.figures.append((scatter(_depth(errors), "layer", "error added", log=True), caption))
+    finding.data = {
+        "suspects": [suspect.name for suspect in suspects],
+        "first": None if first is None else first.name,
+        "ends": [dict(zip(ENDS, row, strict=True)) for row in rows],
+        "modules": [_as_dict(error) for error in errors],
+    }
+    return finding
+
+
+ENDS = ("prompt", "KL divergence", "top 1 agrees", "top 5 agree", "perplexity", "original's")
+
+
+def _ends(logits: Logits, prompt: Prompt) -> list[str]:
+    """Mean over positions of the divergence of `found` from the original, in nats, and the rest."""
+    p, q = logits.original.log_softmax(-1), logits.found.log_softmax(-1)
+    divergence = float((p.exp() * (p - q)).sum(-1).mean())
+    first = (p.argmax(-1) == q.argmax(-1)).float().mean()
+    five = [len(set(a) & set(b)) for a, b in zip(_five(p), _five(q), strict=True)]
+    both = [_perplexity(q, prompt), _perplexity(p, prompt)]
+    share = sum(five) / (5 * len(five))
+    return [f"{divergence:.3g}", f"{first:.1%}", f"{share:.1%}", *(f"{v:.2f}" for v in both)]
+
+
+def _five(logits: Tensor) -> list[list[int]]:
+    found: list[list[int]] = logits.topk(5, dim=-1).indices.tolist()
+    return found
+
+
+def _perplexity(log_probabilities: Tensor, prompt: Prompt) -> float:
+    wanted = torch.tensor(prompt.tokens[1:])[:, None]
+    loss = -log_probabilities[:-1].gather(1, wanted).mean()
+    return float(loss.exp())
+
+
+def _bits(plan: LoadPlan) -> Mapping[str, int]:
+    return {read.site.name: read.scheme.bits for read in plan.sites}
+
+
+def _sentences(suspects: Sequence[Suspect]) -> list[str]:
+    return [f"{suspect.name}: {suspect.reason}" for suspect in suspects]
+
+
+def _kinds(sites: Sequence[SiteSigns]) -> Iterator[list[str]]:
+    groups: dict[tuple[str, str], list[SiteSigns]] = {}
+    for site in sites:
+        groups.setdefault((group_of(site.name), site.stored_as), []).append(site)
+    for (group, stored), found in groups.items():
+        decibels = [site.loss.distance.decibels for site in found if site.loss is not None]
+        bits = sum(site.signs.bits for site in found) / len(found)
+        mean = sum(decibels) / len(decibels)
+        yield [group, stored, f"{bits:.2f}", str(len(found)), f"{min(decibels):.1f}", f"{mean:.1f}"]
+
+
+def _damage(sites: Sequence[SiteSigns]) -> Mapping[str, list[tuple[float, float, str]]]:
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for site in sites:
+        assert site.loss is not None
+        point = (site.signs.bits, site.loss.distance.decibels, site.name)
+        series.setdefault(group_of(site.name), []).append(point)
+    return series
+
+
+def _depth(errors: Iterable[ModuleError]) -> Mapping[str, list[tuple[float, float, str]]]:
+    """By the last name of a module: all q_proj are one series."""
+    series: dict[str, list[tuple[float, float, str]]] = {}
+    for error in errors:
+        number = next((int(part) for part in error.name.split(".") if part.isdecimal()), None)
+        if number is not None and error.added is not None and error.added.relative > 0:
+            kind = error.name.rpartition(".")[2]
+            point = (number, error.added.relative, f"{error.name}, {error.added.relative:.2g}")
+            series.setdefault(kind, []).append(point)
+    return series
+
+
+def _top(errors: Sequence[ModuleError]) -> list[ModuleError]:
+    worst: dict[str, ModuleError] = {}
+    for error in errors:
+        if error.added is not None and (
+            error.name not in worst or _added(worst[error.name]) < _added(error)
+        ):
+            worst[error.name] = error
+    return sorted(worst.values(), key=_added, reverse=True)[:MOST]
+
+
+def _added(error: ModuleError) -> float:
+    return error.added.relative if error.added is not None else 0.0
+
+
+def _worst(error: ModuleError) -> list[str]:
+    added = f"{_added(error):.3g}"
+    return [error.name, added, f"{error.reached.relative:.3g}", f"{error.reached.cosine:.6f}"]
+
+
+def _as_dict(error: ModuleError) -> dict[str, object]:
+    return {
+        "name": error.name,
+        "relative": error.reached.relative,
+        "cosine": error.reached.cosine,
+        "added": None if error.added is None else error.added.relative,
+        "spread": error.spread,
+    }

@@ -1,0 +1,83 @@
+"""A verification as text for terminals and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cabochon.verify.page import Page, verdict
+from cabochon.verify.stage import Stage, Table
+from cabochon.verify.verification import Verification
+
+MOST = 10  # faults of a stage that a terminal gets to see
+
+_SIGNS = {"passed": "ok  ", "failed": "FAIL", "not run": "--  "}
+
+
+def text(found: Verification) -> str:
+    """The verdict, then the stages."""
+    against = "" if found.against is None else f" against {found.against}"
+    word = "verified" if found.passed else "not verified"
+    lines = [f"{found.path}{against}: {word}", ""]
+    for stage in found.stages:
+        lines += _stage(stage)
+    return "\n".join(lines)
+
+
+def _stage(stage: Stage) -> Iterator[str]:
+    sign, finding = _SIGNS[stage.verdict], stage.finding
+    yield f"{sign}  {stage.name}: {finding.summary} ({stage.seconds:.1f} s)"
+    for fault in finding.faults[:MOST]:
+        yield f"      {fault}"
+    if len(finding.faults) > MOST:
+        yield f"      and {len(finding.faults) - MOST} more"
+    for fact in finding.facts[:MOST]:
+        yield f"      {fact}"
+    for title, table in finding.tables.items():
+        yield f"      {title}"
+        yield from (f"        {line}" for line in _aligned(table))
+
+
+def _aligned(table: Table) -> Iterator[str]:
+    rows = [tuple(table.columns), *(tuple(row) for row in table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
+    for row in rows:
+        first, *rest = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join((first, *rest)).rstrip()
+
+
+def page(found: Verification, command: str) -> str:
+    """One HTML page; `command` makes it again."""
+    made = Page(f"Verification of {found.path.name}")
+    made.paragraph(verdict(found.passed, "Verified." if found.passed else "Not verified."))
+    if found.against is not None:
+        made.paragraph(f"Against {found.against}.", soft=True)
+    made.code(command)
+    made.heading("Plan")
+    made.table(PLAN, _plan(found))
+    for stage in found.stages:
+        _add(made, stage)
+    return made.text()
+
+
+PLAN = ("group", "stored as", "bits", "matrices", "MB")
+
+
+def _plan(found: Verification) -> Sequence[Sequence[str]]:
+    return [
+        (row.group, row.scheme, str(row.bits), str(row.count), f"{row.bytes / 1e6:.2f}")
+        for row in found.report.groups
+    ]
+
+
+def _add(made: Page, stage: Stage) -> None:
+    finding = stage.finding
+    made.heading(stage.name.capitalize())
+    made.paragraph(verdict(stage.passed, f"{stage.verdict.capitalize()}."))
+    made.paragraph(f"{finding.summary} ({stage.seconds:.1f} s)", soft=True)
+    for sentence in (*finding.faults, *finding.facts):
+        made.paragraph(sentence)
+    for drawing, caption in finding.figures:
+        made.figure(drawing, caption)
+    for title, table in finding.tables.items():
+        made.paragraph(title, soft=True)
+        made.table(table.columns, table.rows)

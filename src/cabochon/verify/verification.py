@@ -1,0 +1,162 @@
+"""`cabochon verify`: the stages in their order, and one verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cabochon.engine.request import Prompt
+from cabochon.errors import LoadError, UnreadableError
+from cabochon.gemma4.model import Gemma4
+from cabochon.kernels.choose import Kernels
+from cabochon.kernels.library import library
+from cabochon.kernels.packed import Activations
+from cabochon.llm import open_text
+from cabochon.load.certify import certify
+from cabochon.load.execute import execute
+from cabochon.load.in_file import in_file
+from cabochon.load.plan import LoadPlan
+from cabochon.load.report import Report, plan_checkpoint
+from cabochon.verify.against import Models, modules_against, weights_against
+from cabochon.verify.alive import is_alive
+from cabochon.verify.probes import probes
+from cabochon.verify.stage import Finding, Stage, left_out, timed
+from cabochon.verify.truth import kernels_tell_the_truth
+
+SCHEMA = 1  # of the JSON
+IN_MEMORY = 1 << 30  # bytes of weights up to which they are not read from files again and again
+
+Progress = Callable[[int, int], None]  # bytes done, and in all
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was verified, against what, and how it went."""
+
+    path: Path
+    against: Path | None
+    report: Report
+    stages: tuple[Stage, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(stage.passed for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "checkpoint": str(self.path),
+            "against": None if self.against is None else str(self.against),
+            "verified": self.passed,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "verdict": stage.verdict,
+                    "seconds": round(stage.seconds, 3),
+                    "summary": stage.finding.summary,
+                    "faults": stage.finding.faults,
+                    "facts": stage.finding.facts,
+                    "data": stage.finding.data,
+                }
+                for stage in self.stages
+            ],
+        }
+
+
+class Subject:
+    """A checkpoint with all that its verification needs. A large one stays in its files.
+
+    Raises:
+        UnreadableError, LoadError: it is no checkpoint that loads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.report = plan_checkpoint(path)
+        assert self.report.plan is not None
+        self.plan = self.report.plan
+
+    @cached_property
+    def model(self) -> Gemma4:
+        if self.plan.nbytes > IN_MEMORY:
+            return in_file(self.plan, dtype=torch.float32)
+        return execute(self.plan, dtype=torch.float32).model
+
+
+def verify(
+    path: Path,
+    against: Path | None = None,
+    *,
+    activations: Activations = "int8",
+    to_the_end: bool = False,
+    progress: Progress | None = None,
+) -> Verification:
+    """Verify the checkpoint `path`, by itself or against the one it was made from.
+
+    Args:
+        activations: how serving would round activations, which the kernels are tried with.
+        to_the_end: run the stages that follow one that failed, too.
+
+    Raises:
+        UnreadableError, LoadError: one of the checkpoints cannot be used at all.
+    """
+    subject = Subject(path)
+    original = None if against is None else Subject(against)
+    _check_alike(subject, original)
+    stages: list[Stage] = []
+    for name, work in _stages(subject, original, activations, progress):
+        if all(stage.passed for stage in stages) or to_the_end:
+            stages.append(timed(name, work))
+        else:
+            stages.append(left_out(name, "an earlier stage failed; --to-the-end goes on"))
+    return Verification(path, against, subject.report, tuple(stages))
+
+
+def _stages(
+    subject: Subject,
+    original: Subject | None,
+    activations: Activations,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Callable[[], Finding]]]:
+    yield "plan and certificate", lambda: _certified(subject.plan, progress)
+    kernels = Kernels(library(), activations)
+    yield "kernels", lambda: kernels_tell_the_truth(subject.plan, kernels)
+    prompts, defaults = open_text(subject.report)
+    yield "alive", lambda: is_alive(subject.model, prompts, frozenset(defaults.ends))
+    if original is not None:
+        plan = original.plan
+        yield "weights", lambda: weights_against(plan, subject.plan, progress)
+        yield "modules", lambda: _side_by_side(original, subject, probes(prompts))
+
+
+def _side_by_side(original: Subject, subject: Subject, prompts: Mapping[str, Prompt]) -> Finding:
+    return modules_against(Models(original.model, subject.model, subject.plan), prompts)
+
+
+def _certified(plan: LoadPlan, progress: Progress | None) -> Finding:
+    try:
+        certificate = certify(plan, progress=progress)
+    except (LoadError, UnreadableError) as error:
+        return Finding("the weights cannot be right", faults=[str(error)])
+    notes = [f"{where}: {note.detail}" for note in certificate.notes for where in note.where]
+    return Finding(
+        f"fingerprint {certificate.fingerprint}; {certificate.filled} matrices and parameters,"
+        f" {plan.nbytes / 1e9:.3g} GB",
+        facts=notes,
+        data={"fingerprint": certificate.fingerprint},
+    )
+
+
+def _check_alike(subject: Subject, original: Subject | None) -> None:
+    if original is None:
+        return
+    ours, theirs = subject.plan.config, original.plan.config
+    if ours.text != theirs.text or ours.architecture != theirs.architecture:
+        raise UnreadableError(
+            f"{original.report.folder} is no original of {subject.report.folder}: their"
+            " configurations describe different models"
+        )
