@@ -15,9 +15,9 @@ from cabochon.load.plan import LoadPlan, SiteRead
 from cabochon.load.values import Array, Floats, Scales, in_pieces, look_at_blocks, look_at_scales
 from cabochon.nn.weight import DenseWeight, Weight
 
-# Of a quantized matrix that are looked at, unless all are. So few rows at a time are turned into
-# floats by one thread; on a busy machine, waking others made a load take half as long again.
-_CHUNKS, _ROWS = 4, 4
+# Of a quantized matrix that are looked at, unless all are: runs of rows, and entries of a run. One
+# thread turns so few into floats; waking others, on a busy machine, took a third of a load.
+_RUNS, _FEW = 4, 1 << 14
 _ENTRIES = 1 << 20  # turned into floats at a time
 _WORDS = 1 << 13  # of eight bytes: what one sum is of
 _SUMS = 1 << 9  # that one thread makes
@@ -87,8 +87,8 @@ class Measure:
     def _entries(self, weight: Weight) -> tuple[int, float, int]:
         """How many entries were looked at, their largest magnitude, and how many are zero."""
         rows, width = weight.out_features, weight.in_features
-        step = max(1, _ENTRIES // width) if self._thorough else _ROWS
-        starts = range(0, rows, step if self._thorough else max(step, rows // _CHUNKS))
+        step = max(1, (_ENTRIES if self._thorough else _FEW) // width)
+        starts = range(0, rows, step if self._thorough else max(step, rows // _RUNS))
         seen, most, none = 0, 0.0, 0
         for start in starts:
             tile = weight.dense(torch.float32, start, min(start + step, rows))
