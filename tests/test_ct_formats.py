@@ -174,6 +174,19 @@ def test_a_silent_configuration_leaves_it_to_the_tensors(name: str) -> None:
     assert {s.name.split()[0] for s in fitting} == {expected.name.split()[0]}
 
 
+def test_a_scale_for_all_that_is_computed_at_once_becomes_one_a_token() -> None:
+    inputs = QuantizationArgs(num_bits=8, strategy="tensor", dynamic=True)
+    group = FORMATS["W8A8"][0].model_dump(mode="json") | {
+        "targets": ["Linear"],
+        "input_activations": inputs.model_dump(mode="json"),
+    }
+    found = rules("quantization_config", {"config_groups": {"group_0": group}})
+    claim = found.claim(Site("w", "linear", 1, 1), ["w"])
+    assert claim.activations is not None
+    assert claim.activations.name == "int8 per token"
+    assert ["each token has its own" in note for note in found.notes] == [True]
+
+
 DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",

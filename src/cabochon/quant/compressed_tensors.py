@@ -100,6 +100,20 @@ def _notes(key: str, config: Mapping[str, Any]) -> Iterator[str]:
         scheme = mapping(scheme, f"{key}.kv_cache_scheme")
         kind = f"{scheme.get('num_bits')}-bit {kind_of(scheme)} per {strategy_of(scheme)}"
         yield f"{KV_NOTE} (claimed: {kind})"
+    for name, group in (config.get("config_groups") or {}).items():
+        if _shares_at_run_time(group.get("input_activations") or {}):
+            yield (
+                f"config group {name!r} has one scale for all that is computed at once; here each"
+                " token has its own, so that requests do not change each other's answers"
+            )
+
+
+def _shares_at_run_time(inputs: Any) -> bool:
+    return (
+        isinstance(inputs, Mapping)
+        and inputs.get("dynamic") is True
+        and strategy_of(inputs) == "tensor"
+    )
 
 
 def _group(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[Targets, Claim]:
