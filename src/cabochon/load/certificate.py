@@ -31,6 +31,7 @@ class SiteStatistics:
     largest_scale: float
     median_scale: float
     far_scales: bool  # the largest is beyond FAR medians
+    activation_scale: float = 0.0  # the largest of the fixed ones; 0: none
     parts: int = 1  # stored one by one, such as experts
     far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
 
@@ -115,7 +116,11 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
     for group in alike.values():
         scale = _usual([site.median_scale for site in group])
         entry = _usual([site.largest for site in group])
+        inputs = _usual([site.activation_scale for site in group])
         for site in group:
+            if _far(site.activation_scale, inputs):
+                times = f"{site.activation_scale / inputs:.3g} times that"
+                yield "", site.name, 1, f"its scale of activations is {times} elsewhere"
             if _far(site.median_scale, scale):
                 times = f"{site.median_scale / scale:.3g} times those"
                 yield "", site.name, 1, f"its scales are {times} of the same matrix elsewhere"
@@ -155,6 +160,7 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             largest_scale=max(part.largest_scale for part in found),
             median_scale=statistics.median(part.median_scale for part in found),
             far_scales=any(part.far_scales for part in found),
+            activation_scale=max(part.activation_scale for part in found),
             parts=len(found),
             far_parts=sum(
                 _far(part.median_scale, scale) or _far(part.largest, entry) for part in found

@@ -67,6 +67,7 @@ class Measure:
             largest_scale=found.largest,
             median_scale=found.median,
             far_scales=found.largest > FAR * found.median > 0,
+            activation_scale=_activation_scale(read, stored),
         )
         self._sites.setdefault(site.name, []).append(statistics)
 
@@ -106,6 +107,12 @@ def _scales(read: SiteRead, stored: Mapping[str, Tensor], floats: Mapping[str, F
         if slot.holds.endswith("scales"):
             return look_at_scales(stored[slot.leaf], floats[slot.leaf])
     return Scales(0, 0, 0.0, 0.0)
+
+
+def _activation_scale(read: SiteRead, stored: Mapping[str, Tensor]) -> float:
+    slots = read.activations.slots if read.activations else ()
+    fixed = [stored[slot.leaf] for slot in slots if slot.holds in ("scale", "scale or none")]
+    return max((float(scale) for scale in fixed), default=0.0)
 
 
 def _digest(tensor: Tensor) -> bytes:
