@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, Literal
 
 from cabochon.checkpoint.folder import Checkpoint
@@ -147,8 +146,9 @@ def build_plan(
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
-    dense = [read.stored.values() for read in sites if isinstance(read.scheme, Dense)]
-    notes += _other_halves(raw, [*chain.from_iterable(dense), *placed.parameters.values()])
+    slots = ((read, slot) for read in sites for slot in read.scheme.slots)
+    dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
+    notes += _other_halves(raw, [*dense, *placed.parameters.values()])
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
     problems += [*placed.problems, *parameter_problems, *_unused(inside, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]

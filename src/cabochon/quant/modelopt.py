@@ -41,7 +41,7 @@ def _smoothed(schemes: tuple[Scheme, ...]) -> tuple[Scheme, ...]:
 
 
 def _row_pairs(group: int | None, *, rounded: bool) -> tuple[Scheme, ...]:
-    groups = _GROUPS if group is None else (group, *_GROUPS)
+    groups = _GROUPS if group is None else (group,)
     return _smoothed(tuple(RowPairs(size, rounded) for size in groups))
 
 

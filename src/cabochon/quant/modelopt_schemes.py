@@ -81,7 +81,8 @@ class Smoothed:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (*self.inner.slots, Slot("pre_quant_scale", FLOATS, ("in",), "scales"))
+        # in the model's own dtype, like a matrix
+        return (*self.inner.slots, Slot("pre_quant_scale", FLOATS, ("in",), "matrix"))
 
     def build(self, stored: Mapping[str, Tensor], site: Site) -> Weight:
         from cabochon.nn.smoothed import SmoothedWeight
