@@ -8,17 +8,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from cabochon.engine.guide import TurnRules
 from cabochon.engine.request import SamplingParams
 from cabochon.errors import CabochonError, RequestError, UnreadableError
 from cabochon.gemma4.pictures import decode_picture
 from cabochon.gemma4.sounds import Wave, decode_sound
 from cabochon.gemma4.videos import check_video
+from cabochon.text.parser import Structure
 
 if TYPE_CHECKING:
     from cabochon.llm import LLM
@@ -80,7 +82,7 @@ class Conversation:
         self, llm: LLM, params: SamplingParams, *, system: str | None = None, verbose: bool = False
     ) -> None:
         self.llm = llm
-        self.params = params
+        self.params = replace(params, rules=_plain_turns(llm))
         self.verbose = verbose
         self._pending: list[dict[str, Any]] = []  # parts of the next message
         self._system = [{"role": "system", "content": system}] if system else []
@@ -148,6 +150,14 @@ class Conversation:
             print(flush=True)
         if self.verbose and first is not None:
             _print_speed(len(prompt.tokens), tokens, first - start, time.perf_counter() - first)
+
+
+def _plain_turns(llm: LLM) -> TurnRules:
+    """Neither thoughts nor calls: nobody asked for them, and nobody would see them here."""
+    tokenizer = llm.prompts.tokenizer
+    return TurnRules(
+        structure=Structure.of(tokenizer), special=tokenizer.special, thinking_budget=0
+    )
 
 
 def _print_speed(prompt: int, tokens: int, first: float, rest: float) -> None:
