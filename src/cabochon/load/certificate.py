@@ -113,10 +113,11 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
     for site in sites:
         alike.setdefault(_layerless(site.name), []).append(site)
     everywhere = _usual([site.largest for site in sites])
+    all_inputs = _usual([site.activation_scale for site in sites])
     for group in alike.values():
         scale = _usual([site.median_scale for site in group])
         entry = _usual([site.largest for site in group])
-        inputs = _usual([site.activation_scale for site in group])
+        inputs = _usual([site.activation_scale for site in group]) or all_inputs
         for site in group:
             if _far(site.activation_scale, inputs):
                 times = f"{site.activation_scale / inputs:.3g} times that"
