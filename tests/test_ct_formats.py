@@ -187,6 +187,15 @@ def test_a_scale_for_all_that_is_computed_at_once_becomes_one_a_token() -> None:
     assert ["each token has its own" in note for note in found.notes] == [True]
 
 
+@pytest.mark.parametrize("value", [None, [], {}, "8", 8.5, -1, 2**70])
+def test_what_is_no_number_of_bits_is_unsupported_and_no_crash(value: object) -> None:
+    for end in ("weights", "input_activations"):
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": {"num_bits": 8}}
+        group[end] = {"num_bits": value, "strategy": "channel"}
+        found = rules("quantization_config", {"config_groups": {"group_0": group}})
+        assert found.claim(Site("w", "linear", 1, 1), ["w"]).unsupported is not None
+
+
 DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",

@@ -64,7 +64,7 @@ def _rules(key: str, config: Mapping[str, Any]) -> Rules:
         note = f"{key} has no quant_method: taken to claim nothing"
         return Rules(everything=Claim(note), notes=(note,))
     for family in FAMILIES:
-        if method in family.methods:
+        if isinstance(method, str) and method in family.methods:
             return family.rules(key, config)
     reason = f"quant_method {method!r} is not supported by this version"
     return Rules(everything=Claim(key, unsupported=reason))

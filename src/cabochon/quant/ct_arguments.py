@@ -16,11 +16,11 @@ from cabochon.quant.scheme import Scheme
 
 Arguments = Mapping[str, Any]  # of weights, or of activations
 
-_NUMBERS: dict[tuple[str, Any], Numbers] = {
-    ("int", 4): "int4",
-    ("int", 8): "int8",
-    ("float", 4): "fp4",
-    ("float", 8): "fp8",
+_NUMBERS: dict[tuple[str, str], Numbers] = {
+    ("int", "4"): "int4",
+    ("int", "8"): "int8",
+    ("float", "4"): "fp4",
+    ("float", "8"): "fp8",
 }
 
 
@@ -92,7 +92,7 @@ def _end(name: str, arguments: Arguments, *, may_lack: bool) -> Static | Dynamic
     where = f"{name}_activations"
     if not isinstance(arguments, Mapping):
         raise UnsupportedError(f"{where} is {arguments!r}, expected an object")
-    numbers = _NUMBERS.get((kind_of(arguments), arguments.get("num_bits")))
+    numbers = _NUMBERS.get((kind_of(arguments), str(arguments.get("num_bits"))))
     if numbers is None:
         text = f"{arguments.get('num_bits')}-bit {kind_of(arguments)}"
         raise UnsupportedError(f"{where} of {text} are not supported by this version")
