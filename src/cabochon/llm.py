@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,25 @@ _CHOICES = {
     "activations": ("auto", *ACTIVATIONS),
     "kv_dtype": ("auto", *_KV_DTYPES),
 }
+
+
+class _Numbers(NamedTuple):
+    """What is computed in, what keys and values are kept in, what inputs are rounded to."""
+
+    compute: torch.dtype
+    kept: torch.dtype
+    activations: Activations
+
+    @classmethod
+    def of(
+        cls, dtype: Dtype, kv_dtype: str, activations: Activations | Literal["auto"]
+    ) -> _Numbers:
+        """Exact where a `dtype` is named, fast where it is not; what is named for itself counts."""
+        compute = _DTYPES[dtype]
+        kept = _KV_DTYPES.get(kv_dtype, torch.float16 if dtype == "auto" else compute)
+        if activations == "auto":
+            activations = "int8" if dtype == "auto" else "float32"
+        return cls(compute, kept, activations)
 
 
 class LLM:
@@ -103,9 +122,7 @@ class LLM:
         self.name = source.name
         if threads is not None:
             torch.set_num_threads(threads)
-        compute = _DTYPES[dtype]
-        kept = compute if dtype != "auto" else torch.float16
-        kept = _KV_DTYPES.get(kv_dtype, kept)
+        numbers = _Numbers.of(dtype, kv_dtype, activations)
         self.report = plan_checkpoint(source.path, weights_only=weights_only, source=source.shown)
         plan = self.report.plan
         assert plan is not None
@@ -121,20 +138,14 @@ class LLM:
         memory = _memory_for(plan, source.path)
         budget = kv_cache_bytes or memory // 8
         cache = CachePlan.fit(
-            self.config.text, kept, budget, max_batch, self._longest_step, max_context
+            self.config.text, numbers.kept, budget, max_batch, self._longest_step, max_context
         )
         self.max_context = cache.max_context
-        self.capacity = cache.describe(kept, asked=max_batch)
+        self.capacity = cache.describe(numbers.kept, asked=max_batch)
         logger.info("%s", self.capacity)
-        if activations == "auto":
-            activations = "int8" if dtype == "auto" else "float32"
-        self.kernels = Kernels(library(), activations)
-        gemma, self.certificate = _load(plan, compute, self.kernels, progress)
-        logger.log(
-            logging.INFO if self.kernels.built else logging.WARNING, "%s", self.kernels.describe()
-        )
-        logger.info("%s", fuse(gemma, library()))
-        self.runner = Runner(gemma, compute, torch.device("cpu"), kept)
+        self.kernels = Kernels(library(), numbers.activations)
+        gemma, self.certificate = _load(plan, numbers.compute, self.kernels, progress)
+        self.runner = Runner(gemma, numbers.compute, torch.device("cpu"), numbers.kept)
         ends, never = generation.ends, generation.suppressed
         self.engine = Engine(
             self.runner, cache, tokenizer, ends=ends, suppressed=never, prefill_chunk=prefill_chunk
@@ -257,8 +268,9 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
 def _load(
     plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress | None
 ) -> Loaded:
+    """The model, its kernels chosen, said and joined."""
     try:
-        return execute(plan, dtype=dtype, progress=progress, prepare=kernels.for_weight)
+        loaded = execute(plan, dtype=dtype, progress=progress, prepare=kernels.for_weight)
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise ResourceError(
@@ -266,6 +278,10 @@ def _load(
                 " other processes, or a limit on this one, leave too little"
             ) from None
         raise
+    level = logging.INFO if kernels.built else logging.WARNING
+    logger.log(level, "%s", kernels.describe())
+    logger.info("%s", fuse(loaded.model, library()))
+    return loaded
 
 
 def _check_options(choices: Mapping[str, str], sizes: Mapping[str, int | None]) -> None:
