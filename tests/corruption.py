@@ -5,10 +5,12 @@ Files are taken apart and written by hand, since libraries do not write what mus
 
 from __future__ import annotations
 
+import atexit
 import json
 import random
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import thin
 from checkpoints import FIXTURES, config_of
 
 from cabochon.load.report import inspect_checkpoint
@@ -309,7 +312,7 @@ def strange_config(copy: Copy, chance: random.Random) -> Words:
     def change(config: dict[str, Any]) -> None:
         others = [
             other["quantization_config"]
-            for other in map(config_of, sound(folders=True))
+            for other in map(config_of, folders())
             if other["architectures"] == own["architectures"]
             and other.get("quantization_config") not in (None, own.get("quantization_config"))
         ]
@@ -324,7 +327,7 @@ def strange_config(copy: Copy, chance: random.Random) -> Words:
 def strange_shard(copy: Copy, chance: random.Random) -> Words:
     """Half of the tensors come from another checkpoint, whose own half has other names or sizes."""
     tensors = copy.read()
-    other = chance.choice([folder for folder in sound(folders=True) if folder != copy.source])
+    other = chance.choice([folder for folder in folders() if folder != copy.source])
     foreign = Copy(other, copy.folder / "other").read()
     half = len(tensors) // 2
     if {(t.name, t.dtype, tuple(t.shape)) for t in foreign[half:]} == {
@@ -374,11 +377,22 @@ WOUNDS: Mapping[str, Wound] = {
 
 
 @cache
-def sound(*, folders: bool) -> tuple[Path, ...]:
-    """The fixtures that load, in folders of safetensors or as GGUF files."""
-    found = (
-        (path.parent for path in sorted(FIXTURES.glob(f"*/{WEIGHTS}")))
-        if folders
-        else (path for path in sorted(FIXTURES.rglob("*.gguf")) if "mmproj" not in path.name)
+def folders() -> tuple[Path, ...]:
+    """Every fixture of safetensors; what is kept thin is made whole."""
+    room = Path(tempfile.mkdtemp(prefix="cabochon-"))
+    atexit.register(shutil.rmtree, room, ignore_errors=True)
+    found = {path.parent for path in FIXTURES.rglob(WEIGHTS)}
+    return tuple(
+        thin.whole(folder.name, room / folder.name) if folder.parent == thin.THIN else folder
+        for folder in sorted(found)
     )
-    return tuple(path for path in found if inspect_checkpoint(path).loads)
+
+
+def files() -> tuple[Path, ...]:
+    """Every fixture that is a GGUF file, or the first of its parts; projectors are none."""
+    found = sorted(FIXTURES.rglob("*.gguf"))
+    return tuple(path for path in found if "mmproj" not in path.name and not _later(path.name))
+
+
+def _later(name: str) -> bool:
+    return "-of-" in name and "-00001-of-" not in name

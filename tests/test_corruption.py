@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from corruption import WOUNDS, Copy, Unfit, sound
+from corruption import WOUNDS, Copy, Unfit, folders
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
@@ -88,7 +88,7 @@ def _peak(*, reset: bool = False) -> int:
 )
 @given(
     st.sampled_from(sorted(WOUNDS)),
-    st.sampled_from(sound(folders=True)),
+    st.sampled_from(folders()),
     st.integers(0, 2**32 - 1),
 )
 def test_a_damaged_folder_never_loads_in_silence(wound: str, source: Path, seed: int) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from corruption import sound
+from corruption import files, folders
 
 from cabochon.load.execute import execute
 from cabochon.load.in_file import InFile, in_file
 from cabochon.load.report import plan_checkpoint
 
-FIXTURES = (*sound(folders=True), *sound(folders=False))
+FIXTURES = (*folders(), *files())
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.name)

@@ -19,6 +19,7 @@ from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
 from cabochon.load.names import KV_SCALES, Named, absences, canonical, drops, locate
+from cabochon.load.oddities import oddities
 from cabochon.load.optional import half_given
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Parameter, Tree, needed
@@ -146,16 +147,15 @@ def build_plan(
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
-    slots = ((read, slot) for read in sites for slot in read.scheme.slots)
-    dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
-    notes += _other_halves(raw, [*dense, *placed.parameters.values()])
+    found = oddities(raw, sites, placed.parameters.values())
+    notes += [Note(oddity.where, oddity.detail) for oddity in found]
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
     problems += [*placed.problems, *parameter_problems, *_unused(inside, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
     if problems:
-        found = contradictions(config, placed.stored)
+        contradicted = contradictions(config, placed.stored)
         where = "config.json" if checkpoint.gguf is None else "metadata"
-        problems = [*(Problem("CONFIG", where, str(c)) for c in found), *problems]
+        problems = [*(Problem("CONFIG", where, str(c)) for c in contradicted), *problems]
     if checkpoint.gguf is not None:
         notes += _gguf_notes(checkpoint.gguf)
         names = GgufNames(config)
@@ -386,15 +386,6 @@ def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
     if raw.get("tie_word_embeddings") is False and not has_head:
         detail = "not stored, and config.json says that it is not the token table"
         yield Problem("MISSING", HEAD, f"{detail} (tie_word_embeddings is false)")
-
-
-def _other_halves(raw: Mapping[str, Any], stored: Iterable[TensorMeta]) -> Iterator[Note]:
-    """Two floats of 16 bits can be taken for each other, and only the configuration would know."""
-    said = raw.get("dtype") or raw.get("torch_dtype")
-    other = {"bfloat16": "F16", "float16": "BF16"}.get(str(said))
-    for meta in stored:
-        if meta.dtype == other:
-            yield Note(meta.name, f"stored as {other}, although config.json's dtype is {said}")
 
 
 def _rule_notes(rules: Rules, tree: Tree, modules: set[str]) -> list[Note]:

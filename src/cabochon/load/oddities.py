@@ -1,0 +1,71 @@
+"""What headers may say and hardly ever mean: noted, since only their maker knows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cabochon.checkpoint.headers import TensorMeta
+
+if TYPE_CHECKING:
+    from cabochon.load.plan import SiteRead
+
+FEW = 4  # of a kind are too few to call one of them odd
+
+_HALVES = {"F16", "BF16"}  # two floats of 16 bits can be taken for each other
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Oddity(NamedTuple):
+    where: str
+    detail: str
+
+
+def oddities(
+    raw: Mapping[str, Any], sites: Sequence[SiteRead], parameters: Iterable[TensorMeta]
+) -> Iterator[Oddity]:
+    """What stands out in `sites` and `parameters` of a plan; `raw` is the configuration."""
+    slots = ((read, slot) for read in sites for slot in read.scheme.slots)
+    dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
+    yield from _other_halves(raw, [*dense, *parameters])
+    yield from _odd_halves(sites)
+    yield from _odd_schemes(sites)
+
+
+def _other_halves(raw: Mapping[str, Any], stored: Iterable[TensorMeta]) -> Iterator[Oddity]:
+    """Only the configuration knows which of the two was meant."""
+    said = raw.get("dtype") or raw.get("torch_dtype")
+    other = {"bfloat16": "F16", "float16": "BF16"}.get(str(said))
+    for meta in stored:
+        if meta.dtype == other:
+            yield Oddity(meta.name, f"stored as {other}, although config.json's dtype is {said}")
+
+
+def _odd_halves(sites: Iterable[SiteRead]) -> Iterator[Oddity]:
+    """Scales and the like: the others of their name know."""
+    leaves: dict[tuple[str, str], list[TensorMeta]] = {}
+    for read in sites:
+        for leaf, meta in read.stored.items():
+            if meta.dtype in _HALVES:
+                leaves.setdefault((read.scheme.name, leaf), []).append(meta)
+    for (_, leaf), metas in leaves.items():
+        (usual, most), *rare = Counter(meta.dtype for meta in metas).most_common()
+        if rare and most >= FEW * rare[0][1]:
+            for meta in (meta for meta in metas if meta.dtype != usual):
+                yield Oddity(meta.name, f"{leaf} is {meta.dtype}, where others' is {usual}")
+
+
+def _odd_schemes(sites: Sequence[SiteRead]) -> Iterator[Oddity]:
+    """One of a kind that is stored in another way than all others."""
+    kinds: dict[str, list[SiteRead]] = {}
+    for read in sites:
+        kinds.setdefault(_NUMBER.sub("*", f"{read.site.name}.{read.part}"), []).append(read)
+    for reads in kinds.values():
+        counts = Counter(read.scheme.name for read in reads)
+        if len(reads) >= FEW and len(counts) == 2 and min(counts.values()) == 1:
+            usual = counts.most_common(1)[0][0]
+            odd = next(read for read in reads if read.scheme.name != usual)
+            detail = f"stored as {odd.scheme.name}, where all others of its kind are {usual}"
+            yield Oddity(odd.site.name, detail)
