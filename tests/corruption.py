@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import thin
 from checkpoints import FIXTURES, config_of
@@ -159,7 +160,7 @@ def some(found: list[Stored]) -> list[Stored]:
 
 def place(tensor: Stored) -> Words:
     """Its module or its leaf: reports write the numbers of layers and experts as ranges."""
-    return tuple([part for part in tensor.name.split(".") if not part.isdecimal()][-2:])
+    return tuple([part for part in tensor.name.split(".") if not part.isdecimal()][-3:])
 
 
 def header_byte(copy: Copy, chance: random.Random) -> Words:
@@ -372,6 +373,63 @@ WOUNDS: Mapping[str, Wound] = {
         strange_config,
         strange_shard,
         traversal,
+    )
+}
+
+
+class Gguf:
+    """A GGUF file, with what lies beside it, to be damaged."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        shutil.copytree(source.parent, folder)
+        self.file = folder / source.name
+        reader = gguf.GGUFReader(source)
+        self.data_starts = reader.data_offset
+        tensors = [tensor.field for tensor in reader.tensors]
+        # name length and name, number of axes, axes, type, offset
+        self.offsets = [field.offset + sum(p.nbytes for p in field.parts[:-1]) for field in tensors]
+
+    def put(self, at: int, value: int) -> None:
+        with self.file.open("r+b") as file:
+            file.seek(at)
+            file.write(struct.pack("<Q", value))
+
+
+GgufWound = Callable[[Gguf, random.Random], object]
+
+
+def inflated_tensor_count(copy: Gguf, chance: random.Random) -> None:
+    copy.put(8, chance.choice((len(copy.offsets) + 1, 1 << 20, 1 << 40, (1 << 64) - 1)))
+
+
+def inflated_metadata_count(copy: Gguf, chance: random.Random) -> None:
+    copy.put(16, chance.choice((1 << 10, 1 << 20, 1 << 40, (1 << 64) - 1)))
+
+
+def moved_tensor(copy: Gguf, chance: random.Random) -> None:
+    copy.put(chance.choice(copy.offsets), chance.choice((1, 32, 1 << 20, 1 << 40, (1 << 64) - 32)))
+
+
+def cut_file(copy: Gguf, chance: random.Random) -> None:
+    size = copy.file.stat().st_size
+    with copy.file.open("r+b") as file:
+        file.truncate(chance.randrange(size))
+
+
+def byte_of_header(copy: Gguf, chance: random.Random) -> None:
+    with copy.file.open("r+b") as file:
+        file.seek(chance.randrange(copy.data_starts))
+        file.write(bytes([chance.randrange(256)]))
+
+
+GGUF_WOUNDS: Mapping[str, GgufWound] = {
+    wound.__name__: wound
+    for wound in (
+        inflated_tensor_count,
+        inflated_metadata_count,
+        moved_tensor,
+        cut_file,
+        byte_of_header,
     )
 }
 

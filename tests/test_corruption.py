@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from corruption import WOUNDS, Copy, Unfit, folders
+from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, files, folders
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
@@ -80,12 +80,15 @@ def _peak(*, reset: bool = False) -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
-@settings(
+often = settings(
     max_examples=CASES or 300,
     deadline=None,
     derandomize=not CASES,
     suppress_health_check=list(HealthCheck),
 )
+
+
+@often
 @given(
     st.sampled_from(sorted(WOUNDS)),
     st.sampled_from(folders()),
@@ -99,6 +102,25 @@ def test_a_damaged_folder_never_loads_in_silence(wound: str, source: Path, seed:
         except Unfit:
             reject()
         judge(copy.folder, source, words)
+
+
+@settings(often, max_examples=CASES // 2 or 60)
+@given(
+    st.sampled_from(sorted(GGUF_WOUNDS)),
+    st.sampled_from(files()),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_damaged_gguf_file_never_loads_in_silence(wound: str, source: Path, seed: int) -> None:
+    """A byte of metadata may say another thing that a file may say: a word, a name, a token."""
+    with TemporaryDirectory() as room:
+        copy = Gguf(source, Path(room) / "damaged")
+        GGUF_WOUNDS[wound](copy, random.Random(seed))
+        with bounded(size_of(source)):
+            found = attempt(copy.file)
+    if isinstance(found, str):
+        assert source.name in found or "damaged" in found
+    elif wound != "byte_of_header":
+        assert found[0] == original(source)[0], "loaded in silence"
 
 
 def judge(damaged: Path, source: Path, words: tuple[str, ...]) -> None:
