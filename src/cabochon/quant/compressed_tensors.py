@@ -18,6 +18,7 @@ from cabochon.quant.ct_arguments import (
     strategy_of,
 )
 from cabochon.quant.fields import KV_NOTE, mapping, targets
+from cabochon.quant.groups import count, sizes
 from cabochon.quant.microscaled import BLOCK as MX_BLOCK
 from cabochon.quant.microscaled import Mxfp4
 from cabochon.quant.nvfp4 import Nvfp4
@@ -51,21 +52,10 @@ def _packed(site: Site, stored: Mapping[str, TensorMeta]) -> Iterator[Scheme]:
     """Not as old versions packed: their 7 bits are as wide as 8, and only a claim tells which."""
     symmetric, reordered = "weight_zero_point" not in stored, "weight_g_idx" in stored
     for bits in range(2, 9):
-        for group in _groups(site, stored.get("weight_scale")):
+        for group in sizes(site.in_features, count(stored.get("weight_scale"), -1)):
             scheme = PackedInt(bits, group, symmetric, reordered=reordered)
             if site.extent(scheme.width) == stored["weight_packed"].shape[-1]:
                 yield scheme
-
-
-def _groups(site: Site, scale: TensorMeta | None) -> list[int | None]:
-    """Group sizes that give as many groups as `scale` has: powers of two, and an even split."""
-    count = scale.shape[-1] if scale is not None and scale.shape else 1
-    if count <= 1:
-        return [None]
-    sizes = {2**n for n in range(3, 13) if -(-site.in_features // 2**n) == count}
-    if site.in_features % count == 0:
-        sizes.add(site.in_features // count)
-    return sorted(sizes) or [None]
 
 
 def _cells(site: Site, scale: TensorMeta) -> Iterator[Cell]:
@@ -73,7 +63,7 @@ def _cells(site: Site, scale: TensorMeta) -> Iterator[Cell]:
     if len(scale.shape) < 2:
         yield None, None
     elif scale.shape[0] == site.out_features:
-        for group in _groups(site, scale):
+        for group in sizes(site.in_features, count(scale, -1)):
             yield 1, group
     else:
         yield 128, 128

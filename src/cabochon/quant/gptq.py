@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Version = Literal["v1", "v2"]
 
-WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+WIDTHS = (2, 3, 4, 8)
 _VERSIONS: Mapping[str, Version] = {"gptq": "v1", "gptq_v2": "v2"}
 
 
