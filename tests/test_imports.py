@@ -47,8 +47,9 @@ MAY_NEED = {
     "serve": {*_LLM, "llm", "settings", "console", "cabochon"},
     "verify": {*_LLM, "llm"},
     "evaluate": {*_LLM, "llm"},
-    "cli": {*_APP, "conversation", "serve", "verify", "evaluate"},
-    "__main__": {*_APP, "conversation", "serve", "verify", "evaluate", "cli"},
+    "bench": {*_LLM, "llm"},
+    "cli": {*_APP, "conversation", "serve", "verify", "evaluate", "bench"},
+    "__main__": {*_APP, "conversation", "serve", "verify", "evaluate", "bench", "cli"},
 }
 
 TORCHLESS = (

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cabochon import __version__
+from cabochon.cli.bench import bench
 from cabochon.cli.compare import compare
 from cabochon.cli.eval import evaluate
 from cabochon.cli.inspect import inspect
@@ -49,6 +50,7 @@ app.command(epilog=SETTINGS_HELP)(serve)
 app.command()(inspect)
 app.command()(verify)
 app.command()(compare)
+app.command(epilog=SETTINGS_HELP)(bench)
 app.command("eval", epilog=SETTINGS_HELP)(evaluate)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -133,6 +133,8 @@ _SIGNATURES = {
     "pack_codes": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_int]),
     "pack_scales": (None, [POINTER(Matrix), c_int64, c_void_p, c_int, c_int, c_int]),
     "layer": (None, [POINTER(Layer), POINTER(Cache), POINTER(Step)]),
+    "peak": (c_double, [c_int64, c_int]),
+    "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
 }
 
@@ -152,6 +154,8 @@ class Library:
         self.pack_codes = self._dll.cabochon_pack_codes
         self.pack_scales = self._dll.cabochon_pack_scales
         self.layer = self._dll.cabochon_layer
+        self.peak = self._dll.cabochon_peak
+        self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise
         self.isa = ""
 

@@ -71,4 +71,11 @@ void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, 
 void cabochon_layer(const Layer* layer, const Cache* cache, const Step* step) {
   table->layer(layer, cache, step);
 }
+
+// Additions and multiplications done, of codes of four bits that are already in registers.
+double cabochon_peak(int64_t rounds, int threads) { return table->peak(rounds, threads); }
+
+void cabochon_read(const uint8_t* data, int64_t size, int threads) {
+  table->read(data, size, threads);
+}
 }

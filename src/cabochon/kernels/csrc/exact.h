@@ -74,7 +74,7 @@ static void dense(const Matrix& m, const int64_t* rows, int64_t start, int n, fl
       const int64_t first = rows ? rows[i] : std::max(start, block * ROWS);
       const int64_t last = rows ? rows[i] + 1 : std::min(start + n, (block + 1) * ROWS);
       const uint8_t* p = m.data + block * m.stride;
-      expand(m, p, S, Z, 0, true);
+      expand(m, p, S, Z, 0, true, true);
       for (int u = 0; u < m.units; u++) {
         unit_of(m, p + m.codes_at, u, S, Z, unit);
         const int width = std::min(UNIT, m.columns - u * UNIT);
@@ -117,7 +117,7 @@ static void multiply_exactly(const Matrix& m, const float* x, int64_t ldx, int n
 #pragma omp for schedule(dynamic)
     for (int block = start / ROWS; block < (stop + ROWS - 1) / ROWS; block++) {
       const uint8_t* p = m.data + block * m.stride;
-      expand(m, p, S, Z, 0, true);
+      expand(m, p, S, Z, 0, true, true);
       memset(acc, 0, (size_t)padded * ROWS * sizeof(float));
       for (int u = 0; u < m.units; u++) {
         unit_of(m, p + m.codes_at, u, S, Z, unit);

@@ -1,5 +1,6 @@
 // The kernels for one instruction set, which the build chooses. Each gives a table.
 #include "exact.h"
+#include "limits.h"
 #include "layer.h"
 #include "quantize.h"
 #include "rows.h"
@@ -31,6 +32,6 @@ static void decoder_layer(const Layer* layer, const Cache* cache, const Step* st
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, decoder_layer, entries};
+  static const Table table = {times, times_rows, decoder_layer, peak, read_all, entries};
   return &table;
 }

@@ -20,35 +20,53 @@ static void pack_nibbles(const uint8_t* from, int64_t ld, int rows, int units, u
       }
 }
 
+// The codes of a row's unit, one a byte, to the row's quads; `to` is the unit, `r` the row.
+template <int CODES> static void pack_unit(const uint8_t* code, int r, uint8_t* to) {
+  constexpr bool nibbles = CODES != U8 && CODES != U2 && CODES != U3;
+  constexpr int above = CODES == U3 ? 256 : 512;  // where the plane of high bits begins
+  uint8_t high[8] = {}, low[8] = {};
+  for (int d = 0; d < 4; d++)
+    for (int j = 0; j < 4; j++) {
+      const uint8_t a = code[8 * d + 2 * j], b = code[8 * d + 2 * j + 1];
+      const int T = 2 * d;  // of `a`; the next is `b`'s
+      if (CODES == U8) to[T * 128 + r * 4 + j] = a, to[(T + 1) * 128 + r * 4 + j] = b;
+      if (nibbles) to[d * 128 + r * 4 + j] = (a & 15) | b << 4;
+      if (CODES == U2 || CODES == U3)
+        low[T / 4 * 4 + j] |= (a & 3) << 2 * (T % 4) | (b & 3) << 2 * (T % 4 + 1);
+      if (CODES == U6)
+        high[T / 4 * 4 + j] |= (a >> 4) << 2 * (T % 4) | (b >> 4) << 2 * (T % 4 + 1);
+      if (CODES == U5) high[j] |= (a >> 4) << T | (b >> 4) << (T + 1);
+      if (CODES == U3) high[j] |= (a >> 2) << T | (b >> 2) << (T + 1);
+    }
+  for (int i = 0; i < 2; i++) {
+    if (CODES == U2 || CODES == U3) memcpy(to + i * 128 + r * 4, low + 4 * i, 4);
+    if (CODES == U6) memcpy(to + above + i * 128 + r * 4, high + 4 * i, 4);
+  }
+  if (CODES == U5 || CODES == U3) memcpy(to + above + r * 4, high, 4);
+}
+
 // One code a byte, `ld` of them a row.
+template <int CODES>
 static void pack_bytes(const uint8_t* from, int64_t ld, int rows, const Matrix& m, uint8_t* to) {
   static const int sizes[] = {512, 1024, 512, 512, 256, 384, 640, 768};
-  const int size = sizes[m.codes];
-  memset(to, 0, (size_t)size * m.units);
-  for (int u = 0; u < m.units; u++, to += size)
-    for (int r = 0; r < rows; r++)
-      for (int k = 0; k < UNIT && u * UNIT + k < m.columns; k++) {
-        const uint8_t code = from[r * ld + u * UNIT + k];
-        const int d = k / 8, j = k % 8 / 2, T = 2 * d + k % 2, lane = r * 4 + j;
-        uint8_t* four = to + d * 128 + lane;
-        switch (m.codes) {
-          case U8: to[T * 128 + lane] = code; break;
-          case U4: case TABLE: case TABLE2: *four |= code << 4 * (T % 2); break;
-          case U2: to[T / 4 * 128 + lane] |= code << 2 * (T % 4); break;
-          case U3:
-            to[T / 4 * 128 + lane] |= (code & 3) << 2 * (T % 4);
-            to[256 + lane] |= (code >> 2) << T;
-            break;
-          case U5:
-            *four |= (code & 15) << 4 * (T % 2);
-            to[512 + lane] |= (code >> 4) << T;
-            break;
-          case U6:
-            *four |= (code & 15) << 4 * (T % 2);
-            to[512 + T / 4 * 128 + lane] |= (code >> 4) << 2 * (T % 4);
-            break;
-        }
-      }
+  for (int u = 0; u < m.units; u++, to += sizes[CODES])
+    for (int r = 0; r < ROWS; r++) {
+      uint8_t code[UNIT] = {};
+      const int width = r < rows ? std::min(UNIT, m.columns - u * UNIT) : 0;
+      if (width > 0) memcpy(code, from + r * ld + u * UNIT, width);
+      pack_unit<CODES>(code, r, to);
+    }
+}
+
+static void pack_some(const uint8_t* from, int64_t ld, int rows, const Matrix& m, uint8_t* to) {
+  switch (m.codes) {
+    case U8: return pack_bytes<U8>(from, ld, rows, m, to);
+    case U2: return pack_bytes<U2>(from, ld, rows, m, to);
+    case U3: return pack_bytes<U3>(from, ld, rows, m, to);
+    case U5: return pack_bytes<U5>(from, ld, rows, m, to);
+    case U6: return pack_bytes<U6>(from, ld, rows, m, to);
+    default: return pack_bytes<U4>(from, ld, rows, m, to);
+  }
 }
 
 extern "C" {
@@ -61,7 +79,7 @@ void cabochon_pack_codes(const Matrix* m, const uint8_t* codes, int64_t ld, int 
     const uint8_t* from = codes + (int64_t)(b * ROWS - start) * ld;
     const int rows = std::min(ROWS, stop - b * ROWS);
     if (nibbles) pack_nibbles(from, ld, rows, m->units, to);
-    else pack_bytes(from, ld, rows, *m, to);
+    else pack_some(from, ld, rows, *m, to);
   }
 }
 

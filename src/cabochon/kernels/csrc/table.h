@@ -8,5 +8,7 @@ struct Table {
   void (*times_rows)(const Rows*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                      int64_t ldy, int threads);
   void (*layer)(const Layer*, const Cache*, const Step*);
+  double (*peak)(int64_t rounds, int threads);
+  void (*read)(const uint8_t* data, int64_t size, int threads);
   void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
 };
