@@ -31,7 +31,8 @@ class SiteStatistics:
     largest_scale: float
     median_scale: float
     far_scales: bool  # the largest is beyond FAR medians
-    activation_scale: float = 0.0  # the largest of the fixed ones; 0: none
+    # how large its scales, biases and fixed scales of activations are, by leaf: medians
+    levels: Mapping[str, float] = field(default_factory=dict)
     parts: int = 1  # stored one by one, such as experts
     far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
 
@@ -113,21 +114,33 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
     for site in sites:
         alike.setdefault(_layerless(site.name), []).append(site)
     everywhere = _usual([site.largest for site in sites])
-    all_inputs = _usual([site.activation_scale for site in sites])
     for group in alike.values():
-        scale = _usual([site.median_scale for site in group])
         entry = _usual([site.largest for site in group])
-        inputs = _usual([site.activation_scale for site in group]) or all_inputs
         for site in group:
-            if _far(site.activation_scale, inputs):
-                times = f"{site.activation_scale / inputs:.3g} times that"
-                yield "", site.name, 1, f"its scale of activations is {times} elsewhere"
-            if _far(site.median_scale, scale):
-                times = f"{site.median_scale / scale:.3g} times those"
-                yield "", site.name, 1, f"its scales are {times} of the same matrix elsewhere"
-            elif _far(site.largest, usual := entry if len(group) > 1 else everywhere):
+            found = list(_levels(site, group if len(group) > 1 else _stored_alike(site, sites)))
+            yield from (("", site.name, 1, text) for text in found)
+            usual = entry if len(group) > 1 else everywhere
+            if not found and _far(site.largest, usual):
                 times = f"{site.largest / usual:.3g} times"
                 yield "", site.name, 1, f"its largest entry is {times} what others have"
+
+
+def _stored_alike(site: SiteStatistics, sites: Sequence[SiteStatistics]) -> list[SiteStatistics]:
+    return [other for other in sites if other.scheme == site.scheme]
+
+
+def _levels(site: SiteStatistics, group: Sequence[SiteStatistics]) -> Iterator[str]:
+    """What is said of the numbers that go with `site`, beside those of the others in `group`."""
+    for leaf, level in site.levels.items():
+        others = [
+            other.levels[leaf] for other in group if other is not site if leaf in other.levels
+        ]
+        alive = [value for value in others if value]
+        usual = statistics.median(alive) if alive else 0.0
+        if _far(level, usual):
+            yield f"its {leaf} is {level / usual:.3g} times that of the same matrix elsewhere"
+        elif not level and usual and len(alive) == len(others):
+            yield f"its {leaf} is zero, and that of no other like it"
 
 
 def _usual(values: Sequence[float]) -> float:
@@ -149,6 +162,7 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
     for name, found in parts.items():
         scale = _usual([part.median_scale for part in found])
         entry = _usual([part.largest for part in found])
+        leaves = found[0].levels
         yield SiteStatistics(
             name=name,
             scheme=found[0].scheme,
@@ -161,7 +175,7 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             largest_scale=max(part.largest_scale for part in found),
             median_scale=statistics.median(part.median_scale for part in found),
             far_scales=any(part.far_scales for part in found),
-            activation_scale=max(part.activation_scale for part in found),
+            levels={leaf: statistics.median(p.levels[leaf] for p in found) for leaf in leaves},
             parts=len(found),
             far_parts=sum(
                 _far(part.median_scale, scale) or _far(part.largest, entry) for part in found

@@ -12,7 +12,15 @@ from torch import Tensor
 from cabochon.load.certificate import FAR, Certificate, SiteStatistics, join
 from cabochon.load.fingerprint import plan_hash
 from cabochon.load.plan import LoadPlan, SiteRead
-from cabochon.load.values import Array, Floats, Scales, in_pieces, look_at_blocks, look_at_scales
+from cabochon.load.values import (
+    Array,
+    Floats,
+    Scales,
+    in_pieces,
+    level_of,
+    look_at_blocks,
+    look_at_scales,
+)
 from cabochon.nn.weight import DenseWeight, Weight
 
 # Of a quantized matrix that are looked at, unless all are: runs of rows, and entries of a run. One
@@ -21,6 +29,9 @@ _RUNS, _FEW = 4, 1 << 14
 _ENTRIES = 1 << 20  # turned into floats at a time
 _WORDS = 1 << 13  # of eight bytes: what one sum is of
 _SUMS = 1 << 9  # that one thread makes
+
+# What slots hold that is neither the matrix nor its codes, and multiplies or is added.
+_NUMBERS = {"scales", "float8 scales", "scale", "scale or none", "divisor", "factor"}
 
 
 class Measure:
@@ -67,7 +78,7 @@ class Measure:
             largest_scale=found.largest,
             median_scale=found.median,
             far_scales=found.largest > FAR * found.median > 0,
-            activation_scale=_activation_scale(read, stored),
+            levels=_levels(read, stored),
         )
         self._sites.setdefault(site.name, []).append(statistics)
 
@@ -109,10 +120,14 @@ def _scales(read: SiteRead, stored: Mapping[str, Tensor], floats: Mapping[str, F
     return Scales(0, 0, 0.0, 0.0)
 
 
-def _activation_scale(read: SiteRead, stored: Mapping[str, Tensor]) -> float:
-    slots = read.activations.slots if read.activations else ()
-    fixed = [stored[slot.leaf] for slot in slots if slot.holds in ("scale", "scale or none")]
-    return max((float(scale) for scale in fixed), default=0.0)
+def _levels(read: SiteRead, stored: Mapping[str, Tensor]) -> dict[str, float]:
+    """How large the numbers are that go with a matrix, by the leaf that holds them."""
+    slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
+    return {
+        slot.leaf: level_of(stored[slot.leaf])
+        for slot in slots
+        if slot.leaf in stored and slot.holds in _NUMBERS
+    }
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -136,6 +136,12 @@ def look_at_scales(tensor: Tensor, found: Floats) -> Scales:
     return Scales(len(flat), found.zeros, found.largest, _median(sample))
 
 
+def level_of(tensor: Tensor) -> float:
+    """The median magnitude of a sample of `tensor`; 0 only if all of it is zero."""
+    flat = tensor.reshape(-1)
+    return _median(_magnitudes(flat[:: max(1, len(flat) // _SAMPLE)]))
+
+
 def look_at_blocks(tensor: Tensor, kind: str) -> Scales:
     """`tensor` holds blocks of ggml, in which scales and codes take turns."""
     blocks = tensor.view(-1, BLOCKS[kind][1])
