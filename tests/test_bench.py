@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from command import cabochon
 
 from cabochon import LLM
 from cabochon.bench import machine, measure
-from command import cabochon
 
 
 def test_every_figure_is_there_and_possible(tmp_path: Path) -> None:

@@ -103,7 +103,11 @@ ODD = {
     "dead groups": (W4A16, at("weight_scale", lambda t: t[3].zero_()), "scales are zero"),
     "one scale": (W4A16, at("weight_scale", lambda t: t[3, 1].mul_(1000)), "times the median"),
     "all scales": (W4A16, at("weight_scale", lambda t: t.mul_(1000)), "same matrix elsewhere"),
-    "a global scale": (NVFP4[0], at("weight_global_scale", lambda t: t.div_(1000)), "what others"),
+    "a global scale": (
+        NVFP4[0],
+        at("weight_global_scale", lambda t: t.div_(1000)),
+        "its weight_global_scale is 0.001 times",
+    ),
     "a dense matrix": (DENSE, at("weight", lambda t: t.mul_(1000)), "what others have"),
     "nothing but zeros": (DENSE, at("weight", torch.Tensor.zero_), "every entry"),
 }

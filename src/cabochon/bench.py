@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,9 +186,7 @@ def _rate(
     start = time.perf_counter()
     for index in range(count):
         ids = [2, *(source.randrange(low, vocab) for _ in range(prompt - 1))]
-        llm.engine.submit(
-            llm.prompts.raw(ids), params, lambda delta, index=index: sink(index, delta)
-        )
+        llm.engine.submit(llm.prompts.raw(ids), params, partial(sink, index))
     for _ in range(count):
         ended.acquire()
     # Decoding is what happens after the last of them has its first token.
