@@ -93,6 +93,7 @@ def measure(
 
     Prompts are random, so that none is the beginning of another; medians of `rounds` are given.
     """
+    loaded = _peak()
     step = step_bytes(llm)
     seen: dict[tuple[int, int], list[Rate]] = {}
     limits: list[Limits] = []
@@ -106,7 +107,6 @@ def measure(
         statistics.median(limit.read for limit in limits),
         statistics.median(limit.multiply for limit in limits),
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Bench(
         model=llm.name,
         kernels=llm.kernels.describe(),
@@ -115,8 +115,14 @@ def measure(
         step_bytes=step,
         limits=middle,
         rates=tuple(_middle(rates) for rates in seen.values()),
-        peak=peak if sys.platform == "darwin" else peak * 1024,
+        peak=max(loaded, _peak() - sum(len(room) for room in _rooms)),
     )
+
+
+def _peak() -> int:
+    """Bytes resident at most until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def machine() -> Limits:
