@@ -106,7 +106,7 @@ ODD = {
     "a global scale": (
         NVFP4[0],
         at("weight_global_scale", lambda t: t.div_(1000)),
-        "its weight_global_scale is 0.001 times",
+        "its weight_global_scale is",
     ),
     "a dense matrix": (DENSE, at("weight", lambda t: t.mul_(1000)), "what others have"),
     "nothing but zeros": (DENSE, at("weight", torch.Tensor.zero_), "every entry"),
