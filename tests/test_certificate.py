@@ -27,6 +27,7 @@ from cabochon.errors import LoadError
 from cabochon.load.certificate import Certificate
 from cabochon.load.execute import execute
 from cabochon.load.fingerprint import plan_hash
+from cabochon.load.measure import Measure
 from cabochon.load.values import look_at_blocks
 from cabochon.nn.linear import Embedding, Linear
 
@@ -168,6 +169,20 @@ def test_any_bit_of_the_weights_counts(tmp_path: Path, folder: Path, where: floa
     whole = certified(folder)
     assert damaged.plan_hash == whole.plan_hash
     assert damaged.weights_hash != whole.weights_hash
+
+
+def test_words_that_change_places_count() -> None:
+    def hashed(words: torch.Tensor) -> str:
+        measure = Measure()
+        measure.tensor("weight", words)
+        return measure.certificate(plan_of(W4A16), 0).weights_hash
+
+    words = torch.arange(1 << 14, dtype=torch.int64)  # 128 KiB
+    exchanged = words.clone()
+    exchanged[[3, 700]] = words[[700, 3]]
+    assert hashed(words) == hashed(words.clone())
+    assert hashed(words) != hashed(exchanged)
+    assert hashed(words) != hashed(words.view(2, -1).flip(0))
 
 
 def test_the_certificate_is_json_and_text() -> None:
