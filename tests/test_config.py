@@ -67,6 +67,14 @@ IMPOSSIBLE = {
     "audio_config.subsampling_conv_channels is [2, 0]": audio(subsampling_conv_channels=[2, 0]),
     "audio_config.attention_logit_cap is 0": audio(attention_logit_cap=0),
     "audio_config.gradient_clipping is -5": audio(gradient_clipping=-5),
+    "text_config.num_hidden_layers is 1000000000, expected at most": text(
+        num_hidden_layers=10**9, layer_types=None
+    ),
+    "vision_config.num_hidden_layers is 1000000000": vision(num_hidden_layers=10**9),
+    "audio_config.num_hidden_layers is 1000000000": audio(num_hidden_layers=10**9),
+    "text_config.num_experts is 1000000000": text(
+        enable_moe_block=True, num_experts=10**9, top_k_experts=2, moe_intermediate_size=32
+    ),
 }
 
 

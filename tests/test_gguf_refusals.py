@@ -177,6 +177,7 @@ METADATA: dict[str, tuple[Describe, str]] = {
     "an adapter": (said("general.type", "adapter", STRING), "general.type"),
     "no layers": (unsaid("gemma4.block_count"), "gemma4.block_count"),
     "a layer less": (said("gemma4.block_count", 5), "for each of 5 layers"),
+    "a billion layers": (said("gemma4.block_count", 10**9), "expected at most 4096"),
     "heads": (said("gemma4.attention.head_count", 3), "attention"),
     "width": (said("gemma4.embedding_length", 96), "hidden_size is 96, but output_norm.weight"),
     "head size": (said("gemma4.attention.key_length", 64), "value_length"),

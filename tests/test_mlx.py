@@ -134,6 +134,19 @@ def test_one_expert_too_few(tmp_path: Path) -> None:
     assert "parts are not stored, first 7.up_proj" in text
 
 
+@pytest.mark.parametrize("count", [0, 9, 10**9])
+def test_stacks_of_no_expert_and_of_too_many(tmp_path: Path, count: int) -> None:
+    """A shape with a zero in it takes no bytes, so that any header can say a billion."""
+    made = thin.whole("26b-mlx4", tmp_path / "made")
+    name = f"{LAYER}.experts.switch_glu.up_proj.more"
+
+    def add(tensors: Tensors) -> None:
+        tensors[name] = torch.empty(count, 0, 1)
+
+    text = refusal(altered(tmp_path / "x", made, tensors=add))
+    assert f"UNUSED  {name}" in text
+
+
 def test_scales_that_are_no_numbers(tmp_path: Path) -> None:
     """0x7F is no number as E4M3, and a power of two as E8M0."""
     made = thin.whole("e2b-mlx-nvfp4", tmp_path / "made")

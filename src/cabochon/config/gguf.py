@@ -169,7 +169,7 @@ def _text(section: Section, described: Described, *, unified: bool) -> TextConfi
             f"{described.file}: tokenizer.ggml.padding_token_id is {pad}, but there are"
             f" {vocab_size} tokens"
         )
-    count = section.needed("block_count")
+    count = section.count("block_count")
     heads = set(_per_layer(section, "attention.head_count", count))
     if len(heads) > 1:
         raise section.wrong("attention.head_count", sorted(heads), "expected one number")
@@ -204,7 +204,7 @@ def _per_layer(section: Section, key: str, count: int) -> tuple[int, ...]:
 def _layers(
     section: Section, described: Described, num_heads: int, *, unified: bool
 ) -> tuple[LayerConfig, ...]:
-    count = section.needed("block_count")
+    count = section.count("block_count")
     kinds = _kinds(section, count)
     dims = {"full": _head_dim(section, ""), "sliding": _head_dim(section, "_swa")}
     kv_heads = _per_layer(section, "attention.head_count_kv", count)
@@ -280,11 +280,11 @@ def _picture_sight(*, unified: bool, ple: bool, seeing: bool) -> dict[LayerKind,
 def _experts(section: Section) -> ExpertsConfig | None:
     if not section.integer("expert_count", 0):
         return None
-    widths = set(_per_layer(section, "expert_feed_forward_length", section.needed("block_count")))
+    widths = set(_per_layer(section, "expert_feed_forward_length", section.count("block_count")))
     if len(widths) > 1:
         raise section.wrong("expert_feed_forward_length", sorted(widths), "expected one number")
     experts = ExpertsConfig(
-        count=section.needed("expert_count"),
+        count=section.count("expert_count"),
         chosen=section.needed("expert_used_count"),
         intermediate_size=widths.pop(),
     )

@@ -29,7 +29,7 @@ def vision_of(section: Section, shapes: Shapes) -> VisionConfig:
     return VisionConfig(
         hidden_size=hidden,
         intermediate_size=section.needed("feed_forward_length"),
-        num_layers=section.needed("block_count"),
+        num_layers=section.count("block_count"),
         num_heads=heads,
         head_dim=head_dim,
         eps=section.number("attention.layer_norm_epsilon", 1e-6),
@@ -73,7 +73,7 @@ def audio_of(section: Section, shapes: Shapes) -> AudioConfig:
     section.only("num_mel_bins", 128)
     return AudioConfig(
         hidden_size=hidden,
-        num_layers=section.needed("block_count"),
+        num_layers=section.count("block_count"),
         num_heads=heads,
         conv_channels=(
             _axis(shapes, "a.conv1d.0.weight", 0, 128),

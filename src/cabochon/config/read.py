@@ -124,7 +124,7 @@ def _experts(section: Section) -> ExpertsConfig | None:
     if not section.flag("enable_moe_block", False):
         return None
     experts = ExpertsConfig(
-        count=section.size("num_experts", 0),
+        count=section.count("num_experts", 0),
         chosen=section.size("top_k_experts", 0),
         intermediate_size=section.size("moe_intermediate_size", 0),
     )
@@ -172,7 +172,7 @@ def _picture_sight(section: Section, unified: bool) -> dict[LayerKind, PictureSi
 
 
 def _layer_kinds(section: Section) -> list[LayerKind]:
-    count = section.size("num_hidden_layers", 30)
+    count = section.count("num_hidden_layers", 30)
     names = section.values.get("layer_types")
     if names is None:  # upstream's default: five sliding layers, then a full one
         names = [
@@ -275,7 +275,7 @@ def _vision(section: Section) -> VisionConfig:
     return VisionConfig(
         hidden_size=section.size("hidden_size", 768),
         intermediate_size=section.size("intermediate_size", 3072),
-        num_layers=section.size("num_hidden_layers", 16),
+        num_layers=section.count("num_hidden_layers", 16),
         num_heads=heads,
         head_dim=section.size("head_dim", 64, multiple=4),  # two axes, pairs in each
         eps=section.number("rms_norm_eps", 1e-6),
@@ -310,7 +310,7 @@ def _audio(section: Section) -> AudioConfig:
         raise section.wrong("num_attention_heads", num_heads, f"but hidden_size is {hidden_size}")
     return AudioConfig(
         hidden_size=hidden_size,
-        num_layers=section.size("num_hidden_layers", 12),
+        num_layers=section.count("num_hidden_layers", 12),
         num_heads=num_heads,
         conv_channels=(channels[0], channels[1]),
         conv_kernel=section.size("conv_kernel_size", 5),

@@ -8,6 +8,8 @@ from typing import Any
 
 from cabochon.errors import ConfigError
 
+MOST = 4096  # layers, or experts of one: each becomes an object, and the file may be damaged
+
 
 class Section:
     """One object of the file; `name` is its path in it, empty for the whole."""
@@ -57,6 +59,13 @@ class Section:
         if key not in self.values:
             raise self.wrong(key, None, "expected a size; the model cannot be told without it")
         return self.size(key, 1)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """How many layers or experts there are; without a default, it is needed."""
+        value = self.needed(key) if default is None else self.size(key, default)
+        if value > MOST:
+            raise self.wrong(key, value, f"expected at most {MOST}")
+        return value
 
     def number(self, key: str, default: float) -> float:
         """A finite number that is not negative."""

@@ -16,18 +16,19 @@ from cabochon.load.transforms import shape_after
 _STACKED = re.compile(r"(.+\.experts)\.switch_glu\.((?:gate|up|down)_proj\..+)")
 
 
-def read(meta: TensorMeta, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Named]:
+def read(meta: TensorMeta, shapes: Mapping[str, tuple[int, ...]], experts: int) -> Iterator[Named]:
     """What is in `meta`, under the model's names.
 
     Args:
         shapes: of the parameters that the model needs, by name.
+        experts: how many there are; a stack of more, or of none, has no place.
     """
     name = canonical(meta.name)
     stacked = _STACKED.fullmatch(name)
-    if stacked is not None and len(meta.shape) == 3:
-        experts, leaf = stacked.groups()
+    if stacked is not None and len(meta.shape) == 3 and 0 < meta.shape[0] <= experts:
+        module, leaf = stacked.groups()
         for number, slice_ in enumerate(_slices(meta)):
-            yield Named(f"{experts}.{number}.{leaf}", slice_)
+            yield Named(f"{module}.{number}.{leaf}", slice_)
         return
     wanted = shapes.get(name)
     if wanted is not None and len(wanted) > 2 and meta.shape != wanted:
@@ -41,7 +42,7 @@ def read(meta: TensorMeta, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Na
 def _slices(meta: TensorMeta) -> Iterator[TensorMeta]:
     """Each of the matrices stacked in `meta`, by its own bytes."""
     count, *shape = meta.shape
-    each, start = meta.nbytes // max(count, 1), meta.span[0]
+    each, start = meta.nbytes // count, meta.span[0]
     for number in range(count):
         begin = start + number * each
         yield replace(meta, shape=tuple(shape), span=(begin, begin + each))

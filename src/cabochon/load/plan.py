@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from cabochon.checkpoint.folder import Checkpoint
@@ -182,9 +183,11 @@ def _named(checkpoint: Checkpoint, config: Gemma4Config) -> list[Named]:
     """All that is stored, under the model's names."""
     if checkpoint.gguf is None:
         shapes = {p.name: p.shape for p in needed(config, has_head=False).parameters}
-        return [tensor for meta in checkpoint.tensors.values() for tensor in read_mlx(meta, shapes)]
-    names = GgufNames(config)
-    return [tensor for meta in checkpoint.tensors.values() for tensor in names.read(meta)]
+        experts = config.text.experts.count if config.text.experts else 0
+        read = partial(read_mlx, shapes=shapes, experts=experts)
+    else:
+        read = GgufNames(config).read
+    return [tensor for meta in checkpoint.tensors.values() for tensor in read(meta)]
 
 
 def _place(
