@@ -7,7 +7,7 @@ it is never executed, and still describes what it could, for the report.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -181,6 +181,7 @@ def _gguf_notes(model: GgufModel) -> Iterator[Note]:
 
 def _named(checkpoint: Checkpoint, config: Gemma4Config) -> list[Named]:
     """All that is stored, under the model's names."""
+    read: Callable[[TensorMeta], Iterator[Named]]
     if checkpoint.gguf is None:
         shapes = {p.name: p.shape for p in needed(config, has_head=False).parameters}
         experts = config.text.experts.count if config.text.experts else 0
