@@ -247,11 +247,46 @@ def test_frames_are_not_the_models_to_write() -> None:
         ({"calls": bound({"type": "object"})}, {STRUCTURE.channel, STRUCTURE.call}),
         ({"thinking_budget": 0}, set()),
     ):
+        rules = {**rules, "may_be_empty": True}
         assert choices(guide(**rules)) & TOKENIZER.special == kept | {*ENDS}
         inside = choices(guide(**{**rules, "thinking_budget": 9}), State.REASONING)
         assert inside & TOKENIZER.special == (
             (kept - {STRUCTURE.channel}) | {STRUCTURE.channel_end, *ENDS}
         )
+
+
+def test_a_turn_does_not_end_before_it_has_said_anything() -> None:
+    """An answer of nothing, or of an empty channel, is of no use to anybody."""
+    free = guide()
+    assert not choices(free) & {*ENDS}
+    free.take(STRUCTURE.channel or 0, State.CONTENT)
+    assert not choices(free, State.CHANNEL) & {*ENDS}
+    free.take(STRUCTURE.channel_end or 0, State.CHANNEL)
+    assert not choices(free) & {*ENDS}
+    free.take(TOKENIZER.encode("x")[0], State.CONTENT)
+    assert choices(free) >= {*ENDS}
+    assert choices(guide(may_be_empty=True)) >= {*ENDS}
+
+
+def test_a_budget_that_is_spent_opens_no_second_channel() -> None:
+    thrifty = guide(thinking_budget=2)
+    assert STRUCTURE.channel in choices(thrifty)
+    thrifty.take(STRUCTURE.channel or 0, State.CONTENT)
+    thrifty.take(100, State.REASONING)
+    thrifty.take(STRUCTURE.channel_end or 0, State.REASONING)
+    assert STRUCTURE.channel not in choices(thrifty)
+
+
+def test_a_value_may_be_spelt_like_the_grammars_own_words() -> None:
+    """QUOTE once stood for the token of quotes in these grammars, whoever had written it."""
+    words = {"type": "object", "properties": {"QUOTE": {"enum": ["QUOTE"]}}, "required": ["QUOTE"]}
+    made = bound({**words, "additionalProperties": False})
+    tokens = TOKENIZER.encode('<|tool_call>call:f{QUOTE:<|"|>QUOTE<|"|>}<tool_call|>')
+    matcher = made.start()
+    for token in tokens:
+        assert matcher.allowed()[token]
+        matcher.take(token)
+    assert matcher.ended
 
 
 def test_patterns_are_searched_for_as_json_schema_says() -> None:

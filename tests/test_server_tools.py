@@ -300,6 +300,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (forced({"properties": {"a": {"type": "string", "pattern": "["}}}), "tools"),
     (forced({"properties": {}, "required": ["b"]}), TOOL),
     (forced({"properties": {"a": {"$ref": "#/$defs/b"}}}), f"{TOOL}.properties.a"),
+    (forced({"properties": {"a": {"$ref": []}}}), f"{TOOL}.properties.a"),
+    (forced({"properties": {"a": {"type": [{}]}}}), f"{TOOL}.properties.a"),
+    (forced({"properties": {"a": {}}, "required": [[]]}), TOOL),
+    (forced({"$ref": "#/x", "x": 5}), TOOL),
     ({"tools": [WEATHER, WEATHER]}, "tools"),
     ({"tools": [{"type": "custom", "custom": {"name": "c"}}]}, "tools[0].type"),
     (

@@ -29,6 +29,7 @@ class TurnRules:
     parallel: bool = True  # more than one call
     thinking: bool = False  # thoughts may come before bound text and forced calls
     thinking_budget: int | None = None  # tokens; then the channel is closed
+    may_be_empty: bool = False  # a turn without a word is an answer, of silence for example
 
 
 class Guide:
@@ -89,37 +90,51 @@ class Guide:
     def _bound(self) -> bool:
         return self._text is not None or (self.rules.must_call and not self._calls)
 
-    def _thinking(self) -> Allowed | None:
+    @property
+    def _fresh(self) -> bool:
+        """Whether the turn has said nothing yet, beside thoughts."""
+        return not self._begun and not self._calls
+
+    @property
+    def _too_early(self) -> list[int]:
+        """The tokens that end a turn, where its answer would be nothing."""
+        return self._ends if self._fresh and not self.rules.may_be_empty else []
+
+    @property
+    def _spent(self) -> bool:
+        """Whether no more may be thought."""
         budget = self.rules.thinking_budget
-        if budget is not None and self._thoughts >= budget:
+        return budget is not None and self._thoughts >= budget
+
+    def _thinking(self) -> Allowed | None:
+        if self._spent:
             return self._only(self._tokens.channel_end)
         tokens = self._tokens
         if self._bound:  # a turn that owes something more does not end here
             return self._without({tokens.channel_end}, *self._ends)
-        return self._without({tokens.channel_end, *self._call_token()})
+        return self._without({tokens.channel_end, *self._call_token()}, *self._too_early)
 
     def _content(self) -> Allowed | None:
         rules, tokens = self.rules, self._tokens
-        fresh = not self._begun and not self._calls
         if rules.must_call:
             more = self._ends if self._calls else []
-            return self._only(tokens.call, *more, *self._channel(fresh))
+            return self._only(tokens.call, *more, *self._channel())
         if self._text is None:
-            channel = set() if rules.thinking_budget == 0 else {tokens.channel}
-            return self._without({*channel, *self._call_token()})
+            channel = set[int | None]() if self._spent else {tokens.channel}
+            return self._without({*channel, *self._call_token()}, *self._too_early)
         if self._calls:  # the answer is its calls, not the text that was asked for
             return self._only(tokens.call, *self._ends)
         allowed = self._text.allowed()
-        if fresh:
+        if self._fresh:
             more = [tokens.call] if rules.calls and tokens.call is not None else []
-            allowed[[*more, *self._channel(fresh)]] = True
+            allowed[[*more, *self._channel()]] = True
         return allowed
 
-    def _channel(self, fresh: bool) -> list[int]:
+    def _channel(self) -> list[int]:
         """The token that opens a channel, where thoughts are still to come."""
         open_ = self._tokens.channel
-        may = self.rules.thinking and fresh and not self._thoughts
-        return [open_] if may and open_ is not None and self.rules.thinking_budget != 0 else []
+        may = self.rules.thinking and self._fresh and not self._thoughts
+        return [open_] if may and open_ is not None and not self._spent else []
 
     def _call_token(self) -> set[int | None]:
         """The token that begins a call, where one may be made."""

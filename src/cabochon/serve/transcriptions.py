@@ -80,7 +80,8 @@ def transcription_job(service: Service, headers: Headers, body: bytes) -> Job:
     ]
     prompt = llm.prompts.chat([{"role": "user", "content": parts}])
     tokenizer = llm.prompts.tokenizer
-    rules = TurnRules(structure=Structure.of(tokenizer), special=tokenizer.special)
+    structure = Structure.of(tokenizer)
+    rules = TurnRules(structure=structure, special=tokenizer.special, may_be_empty=True)
     params = replace(
         llm.defaults,
         temperature=asked.temperature or 0.0,

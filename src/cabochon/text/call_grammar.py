@@ -73,11 +73,14 @@ def call_grammar(tools: Sequence[Tool], structure: Structure, where: str = "tool
     """
     if None in (structure.call, structure.call_end, structure.quote):
         raise RequestError("this checkpoint's vocabulary has no tokens for tool calls", where)
+    quote = f"<[{structure.quote}]>"
     rules: list[str] = []
     names = []
     for i, tool in enumerate(tools):
         if tool.bound:
-            writer = _Writer(tool.parameters or {"type": "object"}, f"f{i}_", f"{where}[{i}]")
+            writer = _Writer(
+                tool.parameters or {"type": "object"}, quote, f"f{i}_", f"{where}[{i}]"
+            )
             try:
                 arguments = writer.mapping(writer.root, "parameters")
             except RecursionError:
@@ -87,9 +90,7 @@ def call_grammar(tools: Sequence[Tool], structure: Structure, where: str = "tool
             arguments = "object"
         names.append(f"{_quoted(tool.name)} {arguments}")
     start = f'start: <[{structure.call}]> "call:" ({" | ".join(names)}) <[{structure.call_end}]>'
-    anything = _ANYTHING.replace("QUOTE", f"<[{structure.quote}]>")
-    written = [rule.replace("QUOTE", f"<[{structure.quote}]>") for rule in rules]
-    return "\n".join([start, anything, *written])
+    return "\n".join([start, _ANYTHING.replace("QUOTE", quote), *rules])
 
 
 def _quoted(text: str) -> str:
@@ -98,11 +99,12 @@ def _quoted(text: str) -> str:
 
 
 class _Writer:
-    """Writes the rules of one tool's schema. Quotes are written QUOTE, which no rule else is."""
+    """Writes the rules of one tool's schema; `quote` is the token of quotes, as Lark has it."""
 
-    def __init__(self, root: Mapping[str, Any], prefix: str, where: str) -> None:
+    def __init__(self, root: Mapping[str, Any], quote: str, prefix: str, where: str) -> None:
         self.root = root
         self.rules: list[str] = []
+        self._quote = quote
         self._prefix = prefix
         self._where = where
         self._references: dict[str, str] = {}
@@ -114,7 +116,7 @@ class _Writer:
         """A rule for the arguments as a whole, which are an object whatever the schema says."""
         if "$ref" in schema:
             schema = self._resolved(schema["$ref"], path)
-        if schema.get("type", "object") != "object":
+        if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
             raise self.refuse("arguments are an object", path)
         return self._value({**schema, "type": "object"}, path)
 
@@ -157,7 +159,7 @@ class _Writer:
                 return " | ".join(found)
         kinds = schema.get("type", list(_KINDS))
         kinds = [kinds] if isinstance(kinds, str) else kinds
-        if not isinstance(kinds, list) or not kinds or not set(kinds) <= set(_KINDS):
+        if not isinstance(kinds, list) or not kinds or not all(kind in _KINDS for kind in kinds):
             raise self.refuse(f"type is {schema.get('type')!r}", path)
         known = frozenset[str]().union(*(_OF_KIND[kind] for kind in kinds))
         self._only(schema, known | {"type"}, path)
@@ -189,13 +191,19 @@ class _Writer:
         if "pattern" in schema:
             if least or most is not None:
                 raise self.refuse("a pattern and a length cannot be enforced together", path)
-            return f"QUOTE {self._terminal(_whole(schema['pattern']))} QUOTE"
+            return self._between_quotes(self._terminal(_whole(schema["pattern"])))
         if not least and most is None:
             return "text"
         if most == 0:
-            return "QUOTE QUOTE"
+            return self._between_quotes("")
         letters = self._terminal(f"(?s:.{{{max(1, least)},{'' if most is None else most}}})")
-        return f"QUOTE {letters}{'' if least else '?'} QUOTE"
+        return self._between_quotes(f"{letters}{'' if least else '?'}")
+
+    def _between_quotes(self, body: str) -> str:
+        return f"{self._quote} {body} {self._quote}"
+
+    def _text(self, text: str) -> str:
+        return self._between_quotes(_quoted(text) if text else "")
 
     def _terminal(self, pattern: str) -> str:
         written = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern).replace("\n", "\\n")
@@ -228,7 +236,7 @@ class _Writer:
             raise self.refuse("properties is an object and required a list", path)
         more = schema.get("additionalProperties", not properties)
         for name in required:
-            if name not in properties:
+            if not isinstance(name, str) or name not in properties:
                 raise self.refuse(f"{name!r} is required, but not among the properties", path)
         rest = {False: '""', True: '""'}  # what follows, behind no member and behind some
         if more is not False:
@@ -237,7 +245,7 @@ class _Writer:
             rest = {False: f'({pair} ("," {pair})*)?', True: f'("," {pair})*'}
         for name in sorted(properties, key=str.lower, reverse=True):
             value = self._value(properties[name], f"{path}.properties.{name}")
-            member = f'{_key(name)} ":" {value} {rest[True]}'
+            member = f'{self._key(name)} ":" {value} {rest[True]}'
             needed = name in required
             rest = {
                 some: self._rule(
@@ -249,19 +257,25 @@ class _Writer:
 
     def _literal(self, value: Any) -> str:
         if isinstance(value, str):
-            return f"QUOTE {_quoted(value)} QUOTE" if value else "QUOTE QUOTE"
+            return self._text(value)
         if isinstance(value, list):
             items = ' "," '.join(self._literal(item) for item in value)
             return f'"[" {items} "]"'
         if isinstance(value, Mapping):
             keys = sorted(value, key=str.lower)
-            pairs = ' "," '.join(f'{_key(key)} ":" {self._literal(value[key])}' for key in keys)
+            members = [f'{self._key(key)} ":" {self._literal(value[key])}' for key in keys]
+            pairs = ' "," '.join(members)
             return f'"{{" {pairs} "}}"'
         return _quoted(json.dumps(value))
+
+    def _key(self, name: str) -> str:
+        return _quoted(name) if _BARE_KEY.fullmatch(name) else self._text(name)
 
     def _reference(self, schema: Mapping[str, Any], path: str) -> str:
         self._only(schema, {"$ref"}, path)
         target = schema["$ref"]
+        if not isinstance(target, str):
+            raise self.refuse(f"$ref is {target!r}, expected a string", path)
         if target not in self._references:
             name = f"{self._prefix}ref{len(self._references)}"
             found = self._resolved(target, path)
@@ -278,12 +292,6 @@ class _Writer:
                 raise self.refuse(f"$ref {target!r} is not in the schema", path)
             found = found[key]
         return found
-
-
-def _key(name: str) -> str:
-    if _BARE_KEY.fullmatch(name):
-        return _quoted(name)
-    return f"QUOTE {_quoted(name)} QUOTE" if name else "QUOTE QUOTE"
 
 
 def _whole(pattern: Any) -> str:
