@@ -106,6 +106,28 @@ def test_one_request_of_a_batch_fails(
     answers(url)
 
 
+class Panic(BaseException):
+    """As a library's Rust code raises: no Exception."""
+
+
+def test_when_the_engine_stops_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(*_: object) -> None:
+        raise Panic
+
+    with (
+        LLM(dtype="float32", kv_cache_bytes=16 * 2**20) as llm,
+        serving(llm) as url,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        waiting = [pool.submit(post, url, body("Tell me.", 400)) for _ in range(3)]
+        assert until(lambda: llm.engine.load == 3)
+        monkeypatch.setattr(llm.engine, "_step", panic)
+        for one in waiting:
+            refused(one.result(), 500, None)
+        assert until(lambda: HTTP.get(f"{url}/health").status_code == 503)
+        refused(post(url, body("Tell me.")), 500, None)
+
+
 def test_out_of_pages_answers_are_put_off_and_stay_the_same(llm: LLM, url: str) -> None:
     """Room for about two of six long answers; in float32 nobody can tell."""
     length = 150

@@ -79,6 +79,15 @@ def test_metrics_have_the_names_that_dashboards_use(llm: LLM) -> None:
         assert until(lambda: metrics(url)["cabochon:event_loop_lag_seconds_count"] > 0)
 
 
+def test_methods_that_clients_make_up_are_one_metric(llm: LLM) -> None:
+    with serving(llm) as url:
+        for i in range(5):
+            refused(HTTP.request(f"WORD{i}", f"{url}/health"), 405, None)
+        text = HTTP.get(f"{url}/metrics").text
+        assert 'method="other"' in text
+        assert "WORD" not in text
+
+
 def test_metrics_of_the_moment(llm: LLM) -> None:
     with (
         serving(llm) as url,

@@ -103,6 +103,7 @@ def test_content_reasoning_and_calls_are_told_apart() -> None:
         (" a : 1 , b : [ 2 , 3 ] ", {"a": 1, "b": [2, 3]}),
         ("unit:celsius,days:[mon,tue]", {"unit": "celsius", "days": ["mon", "tue"]}),
         ("a:01,b:1.,c:--1,d:NaN", {"a": "01", "b": "1.", "c": "--1", "d": "NaN"}),
+        ("a:1\u0663", {"a": "1\u0663"}),  # a digit, but none of JSON's
         ("at:10:30", {"at": "10:30"}),
         ("a:1,a:2", {"a": 2}),
     ],

@@ -14,8 +14,11 @@ from anthropic import Anthropic
 from openai import OpenAI
 from serving import DEMO, HTTP, picture_bytes, say, serving, strict_client
 
+from cabochon.engine.request import Delta
 from cabochon.engine.sampler import Sampling
 from cabochon.llm import LLM
+from cabochon.serve.anthropic import Blocks
+from cabochon.text.calls import ToolCall
 from cabochon.text.parser import Structure
 
 PARAMETERS = {
@@ -107,6 +110,16 @@ def test_calls_and_their_results(client: Anthropic) -> None:
         },
     ]
     assert create(client, history, tools=[WEATHER]).content
+
+
+def test_a_call_with_numbers_that_are_too_large() -> None:
+    """They are valid JSON, but an answer with infinity, or Python's refusal, would be a 500."""
+    written = '{"a": -1e999, "b": %s, "c": 1.5, "d": 12}' % ("9" * 5000)
+    blocks = Blocks()
+    events = blocks.add(Delta(calls=(ToolCall("f", written),), finish_reason="stop"))
+    assert events[1]["delta"]["partial_json"] == written
+    assert blocks.content[0]["input"] == {"a": "-1e999", "b": "9" * 5000, "c": 1.5, "d": 12}
+    json.dumps(blocks.content, allow_nan=False)
 
 
 def test_thoughts(client: Anthropic, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,6 +361,8 @@ HISTORIES: list[tuple[list[dict[str, Any]], str]] = [
     ([*ASK, assistant(call("a"), call("a"))], "messages[1].tool_calls"),
     ([*ASK, assistant(call("a", "[1]")), result("a")],
      "messages[1].tool_calls[0].function.arguments"),
+    ([*ASK, assistant(call("a", '{"a": NaN}')), result("a")],
+     "messages[1].tool_calls[0].function.arguments"),
     ([*ASK, assistant(call("a", "{")), result("a")],
      "messages[1].tool_calls[0].function.arguments"),
     ([{**ASK[0], "tool_calls": [call("a")]}], "messages[0].tool_calls"),

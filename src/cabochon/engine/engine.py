@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -175,6 +176,22 @@ class Engine:
             self._wake.notify()
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # a panic in a library's Rust code is no Exception
+            logger.critical("the engine has stopped", exc_info=True)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Tell everybody who waits that no answer will come; the server's health tells others."""
+        with self._wake:
+            self._closed = True
+            arriving = [request for _, request in self._inbox if request is not None]
+        for request in [*self._requests.values(), *arriving]:
+            with suppress(Exception):
+                request.sink(Delta(error=FaultError("the engine has stopped")))
+
+    def _serve(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._inbox or self._requests or self._closed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -23,6 +24,7 @@ from cabochon.serve.spoken import Spoken, checked, new_id
 from cabochon.serve.turns import turn_params, turn_prompt
 
 Json = dict[str, Any]
+MOST_DIGITS = 300  # of an integer; Python reads no more than 4,300
 
 _KINDS = {
     400: "invalid_request_error",
@@ -101,7 +103,7 @@ class Blocks:
             block = {"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": {}}
             events += self._start(block)
             events.append(self._delta(type="input_json_delta", partial_json=call.arguments))
-            block["input"] = json.loads(call.arguments)
+            block["input"] = _input(call.arguments)
             events += self._stop()
         if delta.finish_reason is not None:
             if not self.content:
@@ -135,6 +137,20 @@ class Blocks:
 
     def _delta(self, **delta: Any) -> Json:
         return {"type": "content_block_delta", "index": len(self.content) - 1, "delta": delta}
+
+
+def _input(arguments: str) -> Json:
+    """The arguments of a call. What no number here can hold is the text that was written."""
+
+    def real(text: str) -> float | str:
+        value = float(text)
+        return value if math.isfinite(value) else text
+
+    def whole(text: str) -> int | str:
+        return int(text) if len(text) <= MOST_DIGITS else text
+
+    read: Json = json.loads(arguments, parse_float=real, parse_int=whole)
+    return read
 
 
 class MessageAnswer:

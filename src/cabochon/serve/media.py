@@ -31,7 +31,7 @@ Place = tuple[socket.AddressFamily, Any]  # and an address as that family has it
 
 # Visible ASCII without the backslash, which browsers and libraries read differently.
 _URL = re.compile(r"https?://[!-\[\]-~]+", re.IGNORECASE)
-_NAT64 = IPv6Network("64:ff9b::/96")  # leads to the IPv4 address in its last bits
+_GLOBAL = IPv6Network("2000::/3")  # all that is routed; what lies outside is local, or of no use
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -160,8 +160,8 @@ def is_public(text: str) -> bool:
     except ValueError:
         return False
     if isinstance(address, IPv6Address):
-        inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-        if any(wrapped is not None for wrapped in inner) or address in _NAT64:
+        inner = [address.sixtofour, *(address.teredo or ())]
+        if any(wrapped is not None for wrapped in inner) or address not in _GLOBAL:
             return False
     return address.is_global and not address.is_multicast
 

@@ -119,7 +119,7 @@ def _content(message: ChatMessage, media: Media, where: str) -> str | list[dict[
 def _call(call: MessageToolCall, where: str) -> dict[str, Any]:
     """A call with its arguments as the template takes them, a mapping."""
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        arguments = json.loads(call.function.arguments or "{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
@@ -128,6 +128,10 @@ def _call(call: MessageToolCall, where: str) -> dict[str, Any]:
         )
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")  # though Python takes it
 
 
 def _part(

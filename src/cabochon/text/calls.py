@@ -14,7 +14,7 @@ from dataclasses import dataclass
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 
 _MOST_DEPTH = 64
-_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 _JSON_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 # `None` is how the chat template shows null in the calls of a history.
 _WORDS = {"true": "true", "false": "false", "null": "null", "None": "null"}
