@@ -114,7 +114,10 @@ def test_claims_that_are_refused_by_name(
     tmp_path: Path, values: dict[str, Any], words: str
 ) -> None:
     made = thin.whole("e2b-round4", tmp_path / "made")
-    assert words in refusal(altered(tmp_path / "x", made, config=quantization(**values)))
+    folder = altered(tmp_path / "x", made, config=quantization(**values))
+    assert words in refusal(folder)
+    if "act_bits" in values:
+        assert inspect_checkpoint(folder, weights_only=True).loads
 
 
 def test_a_tail_that_is_not_stored(tmp_path: Path) -> None:

@@ -193,7 +193,27 @@ def test_what_is_no_number_of_bits_is_unsupported_and_no_crash(value: object) ->
         group: dict[str, Any] = {"targets": ["Linear"], "weights": {"num_bits": 8}}
         group[end] = {"num_bits": value, "strategy": "channel"}
         found = rules("quantization_config", {"config_groups": {"group_0": group}})
-        assert found.claim(Site("w", "linear", 1, 1), ["w"]).unsupported is not None
+        claim = found.claim(Site("w", "linear", 1, 1), ["w"])
+        assert (claim.unsupported or claim.unrounded) is not None
+
+
+@pytest.mark.parametrize("end", ["weights", "input_activations"])
+def test_floats_have_no_zero_points(end: str) -> None:
+    """compressed-tensors rejects them too; what is asked for must not be left out in silence."""
+    floats = {"num_bits": 8, "type": "float", "dynamic": end != "weights", "strategy": "tensor"}
+    group = {"targets": ["Linear"], "weights": {**floats, "dynamic": False}}
+    group[end] = {**floats, "symmetric": False}
+    claim = rules("quantization_config", {"config_groups": {"group_0": group}}).claim(
+        Site("w", "linear", 1, 1), ["w"]
+    )
+    assert "asymmetric floats are not supported" in str(claim.unsupported or claim.unrounded)
+    metas = {
+        "weight": TensorMeta("weight", "F8_E4M3", (96, 64), Path("w"), (0, 0)),
+        "weight_scale": TensorMeta("weight_scale", "BF16", (96, 1), Path("w"), (0, 0)),
+        "weight_zero_point": TensorMeta("weight_zero_point", "I8", (96, 1), Path("w"), (0, 0)),
+    }
+    site = Site("w", "linear", 96, 64)
+    assert not [s for s in candidates(site, metas) if not differences(s, metas, site)]
 
 
 DTYPES = {

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FIXTURES, load_model
+from checkpoints import FIXTURES, Config, altered, load_model
 from ct import Claims, decompress, decompressed, modules_of, oracle
 from guided import same_logits
 from upstream import reference, same_answers
 
-from cabochon.load.report import plan_checkpoint
+from cabochon.files import read_json_object
+from cabochon.load.report import inspect_checkpoint, plan_checkpoint
 
 # What is stored, beside bfloat16, and what is done to what goes in and comes out.
 MADE = {
@@ -65,3 +66,28 @@ def test_weights_only_ignores_the_recipe_for_activations(name: str, tmp_path: Pa
     assert {read.stored_as for read in report.plan.sites} == {"bf16", *SCHEMES[name]}
     with pytest.raises(AssertionError, match="rows differ"):  # and it makes a difference
         same_logits(folder, model)
+
+
+def test_weights_load_without_a_recipe_that_is_not_known(tmp_path: Path) -> None:
+    def six(config: Config) -> None:
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["input_activations"]["num_bits"] = 6
+
+    folder = altered(tmp_path, FIXTURES / "e2b-w8a8", config=six)
+    text = inspect_checkpoint(folder).text()
+    assert "input_activations of 6-bit int are not supported by this version" in text
+    assert "--weights-only does without" in text
+    assert inspect_checkpoint(folder, weights_only=True).loads
+
+
+def test_a_recipe_that_no_matrix_follows_is_not_said_to_be_in_force(tmp_path: Path) -> None:
+    quantized = read_json_object(FIXTURES / "e2b-w8a8" / "config.json")["quantization_config"]
+
+    def claim(config: Config) -> None:
+        config["quantization_config"] = quantized
+
+    report = inspect_checkpoint(altered(tmp_path, FIXTURES / "e2b-bf16", config=claim))
+    assert report.loads
+    assert report.activations == "not quantized"
+    told = inspect_checkpoint(FIXTURES / "e2b-w8a8").activations
+    assert told == "int8 per token, as the recipe says; --weights-only leaves it out"

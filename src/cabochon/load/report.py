@@ -37,7 +37,7 @@ class Report:
     producer: Producer
     executables: tuple[Executable, ...]
     weights_only: bool
-    recipe: tuple[str, ...]  # what the configuration does to activations
+    recipe: tuple[str, ...]  # what is done to activations, or with `weights_only` would be
     plan: LoadPlan | None
     hash: str | None = None  # of the plan; None of what is refused
     foreign: tuple[Problem, ...] = ()
@@ -182,7 +182,7 @@ def inspect_checkpoint(
     else:
         architecture = config.architecture
         plan = build_plan(checkpoint, config, raw, weights_only=weights_only)
-        recipe = _recipe(raw)
+        recipe = _claimed(raw) if weights_only else _followed(plan)
     return Report(
         folder=folder,
         source=source or str(path),
@@ -220,7 +220,12 @@ def _producer(checkpoint: Checkpoint, raw: Mapping[str, Any], files: Collection[
     return producer_of(raw, checkpoint.tensors, checkpoint.metadata, files)
 
 
-def _recipe(raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _followed(plan: LoadPlan) -> tuple[str, ...]:
+    """A rule that asks for it may match no matrix that is quantized."""
+    return tuple(dict.fromkeys(r.activations.name for r in plan.sites if r.activations is not None))
+
+
+def _claimed(raw: Mapping[str, Any]) -> tuple[str, ...]:
     rules = read_rules(raw)
     claims = [claim for _, claim in rules.groups.values()]
     claims += [rules.everything] if rules.everything else []

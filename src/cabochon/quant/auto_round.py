@@ -56,11 +56,10 @@ def _claim(rule: str, key: str, config: Mapping[str, Any]) -> Claim:
     bits = integer(config, "bits", key)
     if bits is not None and bits >= 16:
         return Claim(rule)
-    rounded = integer(config, "act_bits", key)
+    unrounded, rounded = None, integer(config, "act_bits", key)
     if rounded is not None and rounded < 16:
-        kind = config.get("act_data_type")
-        reason = f"AutoRound's {rounded}-bit activations ({kind}) are not supported by this version"
-        return Claim(rule, unsupported=reason)
+        kind = f"{rounded}-bit activations ({config.get('act_data_type')})"
+        unrounded = f"AutoRound's {kind} are not supported by this version"
     form = str(config.get("packing_format") or "auto_round:auto_gptq")
     try:
         scheme = _scheme(form, key, config)
@@ -68,7 +67,7 @@ def _claim(rule: str, key: str, config: Mapping[str, Any]) -> Claim:
         return Claim(rule, unsupported=str(error))
     # Of a width that is no multiple of the group, some versions store the rest of the last group.
     variants = (replace(scheme, padded=True),) if isinstance(scheme, gptq.Gptq) else ()
-    return Claim(rule, scheme=scheme, variants=variants, selective=False)
+    return Claim(rule, scheme, variants, unrounded=unrounded, selective=False)
 
 
 def _scheme(form: str, key: str, config: Mapping[str, Any]) -> Scheme:

@@ -36,6 +36,12 @@ _PER_CODE = 7.874015718698502e-3  # 1 / 127, as bitsandbytes writes it
 _TOLERANCE = 1e-5  # between tables of the same codes, as releases print and round them
 
 
+_UNROUNDED = (
+    "LLM.int8 also rounds activations, but for columns with an outlier anywhere in a batch; here"
+    " they are not rounded, so that requests do not change each other's answers"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Bnb4:
     """4-bit codes for a table of 16, with a scale a block, which may be quantized in its turn."""
@@ -234,7 +240,9 @@ def rules(key: str, config: Mapping[str, Any]) -> Rules:
         ["lm_head"] if skipped is None else skipped, f"{key}.llm_int8_skip_modules"
     )
     claim = _claim(key, config)
-    return Rules(groups={claim.rule: (Targets.of(["Linear"]), claim)}, ignore=ignore)
+    notes = (_UNROUNDED,) if isinstance(claim.scheme, LlmInt8) else ()
+    groups = {claim.rule: (Targets.of(["Linear"]), claim)}
+    return Rules(groups=groups, ignore=ignore, notes=notes)
 
 
 def _claim(key: str, config: Mapping[str, Any]) -> Claim:

@@ -36,6 +36,7 @@ class Claim:
     variants: tuple[Scheme, ...] = ()  # other layouts of the same, between which the file decides
     activations: Activations | None = None  # None: they are not rounded
     unsupported: str | None = None  # why this version has no scheme for what is claimed
+    unrounded: str | None = None  # why it cannot round activations as is claimed
     deferred: bool = False  # to the tensors, whose own types say it all
     selective: bool = True  # says which matrices are quantized, not only how those are that are
 
@@ -115,7 +116,7 @@ class Rules:
     def without_activations(self) -> Rules:
         """The same for weights alone."""
         groups = {
-            name: (targets, replace(claim, activations=None))
+            name: (targets, replace(claim, activations=None, unrounded=None))
             for name, (targets, claim) in self.groups.items()
         }
         everything = self.everything and replace(self.everything, activations=None)

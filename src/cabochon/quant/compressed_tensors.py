@@ -44,8 +44,10 @@ def candidates(site: Site, stored: Mapping[str, TensorMeta]) -> Iterator[Scheme]
         if dtype == "F8_E4M3" and scale.dtype == "U8":
             yield ByteCodes("mxfp8", (1, MX_BLOCK))
         elif dtype in ("I8", "F8_E4M3"):
-            for cell in _cells(site, scale):
-                yield ByteCodes("int8" if dtype == "I8" else "fp8", cell, symmetric)
+            for cell in _cells(site, scale):  # floats have no zero points
+                yield (
+                    ByteCodes("int8", cell, symmetric) if dtype == "I8" else ByteCodes("fp8", cell)
+                )
 
 
 def _packed(site: Site, stored: Mapping[str, TensorMeta]) -> Iterator[Scheme]:
@@ -119,17 +121,19 @@ def _group(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> tu
 
 
 def _claim(rule: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Claim:
-    activations = rounding_of(group)
     weights = group.get("weights")
-    if weights is not None:
-        form, padded = form_of(group, config), _pads(config)
-        scheme = scheme_of(form, weights, padded=padded)
-        other = scheme_of(form, weights, padded=not padded)
-        variants = () if other == scheme else (other,)
-        return Claim(rule, scheme, variants, activations)
-    if activations is not None:
-        raise UnsupportedError("activations of unquantized matrices are not rounded")
-    return Claim(rule)
+    if weights is None:
+        if rounding_of(group) is not None:
+            raise UnsupportedError("activations of unquantized matrices are not rounded")
+        return Claim(rule)
+    form, padded = form_of(group, config), _pads(config)
+    scheme = scheme_of(form, weights, padded=padded)
+    other = scheme_of(form, weights, padded=not padded)
+    variants = () if other == scheme else (other,)
+    try:
+        return Claim(rule, scheme, variants, rounding_of(group))
+    except UnsupportedError as error:
+        return Claim(rule, scheme, variants, unrounded=str(error))
 
 
 def _pads(config: Mapping[str, Any]) -> bool:

@@ -98,6 +98,8 @@ def _end(name: str, arguments: Arguments, *, may_lack: bool) -> Static | Dynamic
         raise UnsupportedError(f"{where} of {text} are not supported by this version")
     strategy, dynamic = strategy_of(arguments), arguments.get("dynamic")
     symmetric = arguments.get("symmetric") is not False
+    if not symmetric and not numbers.startswith("int"):
+        raise UnsupportedError(f"{where} of asymmetric floats are not supported by this version")
     if dynamic == "local" and strategy == "tensor_group":
         group = _group_size(arguments)
         return Dynamic(numbers, group, scales="e4m3", whole=f"{name}_global_scale")
@@ -140,11 +142,10 @@ def _bytes(weights: Arguments) -> ByteCodes:
     kind, bits = kind_of(weights), weights.get("num_bits")
     if (kind, bits) != ("float", 8) and not (kind == "int" and bits in range(2, 9)):
         raise UnsupportedError(f"{bits}-bit {kind} weights are not supported by this version")
-    return ByteCodes(
-        "int8" if kind == "int" else "fp8",
-        _cell(weights),
-        symmetric=weights.get("symmetric") is not False,
-    )
+    symmetric = weights.get("symmetric") is not False
+    if kind == "float" and not symmetric:
+        raise UnsupportedError("weights of asymmetric floats are not supported by this version")
+    return ByteCodes("int8" if kind == "int" else "fp8", _cell(weights), symmetric)
 
 
 def _cell(weights: Arguments) -> Cell:

@@ -56,6 +56,9 @@ def resolve(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> Verdi
         return Verdict(fitting[0], note=_dense_note(claim))
     if claim.unsupported is not None:
         return Refusal("SCHEME", f"{claim.unsupported} ({claim.rule}); {_stored_as(stored)}")
+    if claim.unrounded is not None and site.kind != "embedding":
+        detail = f"{claim.unrounded} ({claim.rule}; --weights-only does without)"
+        return Refusal("SCHEME", f"{detail}; {_stored_as(stored)}")
     for scheme in (claim.scheme, *claim.variants):
         if scheme in fitting:
             return Verdict(scheme, activations)

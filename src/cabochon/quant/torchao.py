@@ -79,19 +79,30 @@ def _claim(where: str, text: str) -> Claim:
             raise _UnsupportedError(f"{kind} in blocks of {data['block_size']}")
         scheme = ByteCodes(numbers, (1, columns), not zeros)
         whole = ByteCodes(numbers, (1, None), not zeros)
-        activations = _activations(kind, data)
+        activations, unrounded = _activations(kind, data)
     except _UnsupportedError as error:
-        reason = f"torchao's {error} is not supported by this version"
-        return Claim("the header", unsupported=reason)
+        return Claim("the header", unsupported=_reason(error))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the header describes {where!r} in a way torchao does not: {error}"
         ) from None
-    return Claim("the header", scheme=whole, variants=(scheme,), activations=activations)
+    return Claim("the header", whole, (scheme,), activations, unrounded=unrounded)
 
 
-def _activations(kind: str, data: Mapping[str, Any]) -> Rounded | None:
-    """What `data` says of activations: nothing, or a rounding of each token."""
+def _activations(kind: str, data: Mapping[str, Any]) -> tuple[Rounded | None, str | None]:
+    """What `data` says of activations, or why that is not done here."""
+    try:
+        return _rounding(kind, data), None
+    except _UnsupportedError as error:
+        return None, _reason(error)
+
+
+def _reason(error: _UnsupportedError) -> str:
+    return f"torchao's {error} is not supported by this version"
+
+
+def _rounding(kind: str, data: Mapping[str, Any]) -> Rounded | None:
+    """Nothing, or a rounding of each token."""
     if kind == "IntxUnpackedToInt8Tensor":
         said = data["activation_quantization"]
         if said is None:
