@@ -17,7 +17,8 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import parse_config
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.execute import Progress, execute
-from cabochon.load.plan import LoadPlan, build_plan
+from cabochon.load.plan import LoadPlan
+from cabochon.load.planner import build_plan
 from cabochon.load.report import Report, plan_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -67,6 +67,7 @@ TORCHLESS = (
     "cabochon.load.tree",
     "cabochon.load.names",
     "cabochon.load.plan",
+    "cabochon.load.planner",
     "cabochon.load.report",
     "cabochon.load.card",
     "cabochon.load.certificate",

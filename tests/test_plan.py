@@ -29,7 +29,8 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import parse_config, read_config
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.execute import tensors_of as parts_of
-from cabochon.load.plan import LoadPlan, build_plan
+from cabochon.load.plan import LoadPlan
+from cabochon.load.planner import build_plan
 from cabochon.load.tree import needed
 from cabochon.nn.linear import Embedding, Linear
 

@@ -22,7 +22,7 @@ from checkpoints import (
 from cabochon.checkpoint.folder import Checkpoint
 from cabochon.config import read_config
 from cabochon.errors import ConfigError, LoadError, UnreadableError
-from cabochon.load.plan import build_plan
+from cabochon.load.planner import build_plan
 from cabochon.load.report import inspect_checkpoint, plan_checkpoint
 
 LAYER = "model.language_model.layers.1"

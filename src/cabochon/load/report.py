@@ -18,7 +18,8 @@ from cabochon.load.fingerprint import plan_hash
 from cabochon.load.forecast import Forecast, Kept, machine_memory
 from cabochon.load.groups import HighPrecision, Row, high_precision, rows_of
 from cabochon.load.identity import Identity
-from cabochon.load.plan import LoadPlan, Problem, build_plan
+from cabochon.load.plan import LoadPlan, Problem
+from cabochon.load.planner import build_plan
 from cabochon.load.printed import printed
 from cabochon.load.producer import Producer, producer_of, producer_of_gguf
 from cabochon.quant.configs import read_rules
