@@ -159,3 +159,19 @@ def test_probabilities_are_numbers_that_json_has(client: OpenAI) -> None:
     logprobs = answer.choices[0].logprobs
     for top in logprobs.top_logprobs[1:]:
         assert all(math.isfinite(value) for value in top.values())
+
+
+def test_cached_tokens_of_several_prompts_add_up(client: OpenAI) -> None:
+    prompts = [f"{PROMPT}{word} {word} {word} and on it goes" for word in ("Up", "Down")]
+    for _ in range(2):
+        answer = complete(client, prompts, max_tokens=2, n=2, extra_body={"ignore_eos": True})
+    alone = [complete(client, one, max_tokens=2).usage for one in prompts]
+    whole = sum(usage.prompt_tokens_details.cached_tokens for usage in alone)
+    assert whole > 0
+    assert answer.usage.prompt_tokens_details.cached_tokens == whole
+    assert answer.usage.prompt_tokens == sum(usage.prompt_tokens for usage in alone)
+
+
+def test_a_text_that_no_context_holds_is_not_tokenized(url: str) -> None:
+    body = {"prompt": "a b" * 3_000_000}
+    refused(HTTP.post(f"{url}/tokenize", json=body), 400, None, "characters", "8,000,000")

@@ -142,7 +142,7 @@ class ChatAnswer:
         return event(chunk.model_dump_json(exclude=None if self.with_usage else {"usage"}))
 
     def _usage(self, spoken: Sequence[Spoken]) -> Usage:
-        return usage(self.prompt_tokens, [one.tally for one in spoken])
+        return usage(self.prompt_tokens, [one.tally for one in spoken], self.runs)
 
 
 def event(data: str) -> str:

@@ -92,15 +92,16 @@ async def listen(deltas: Deltas, runs: int) -> list[Spoken]:
     return spoken
 
 
-def usage(prompts: int, tallies: list[Tally]) -> Usage:
-    """OpenAI's account; a prompt with several answers is counted once."""
+def usage(prompts: int, tallies: list[Tally], choices: int) -> Usage:
+    """OpenAI's account of `prompts` tokens; a prompt with several `choices` is counted once."""
+    groups = [tallies[i : i + choices] for i in range(0, len(tallies), choices)]
     completion = sum(tally.tokens for tally in tallies)
     return Usage(
         prompt_tokens=prompts,
         completion_tokens=completion,
         total_tokens=prompts + completion,
         prompt_tokens_details=PromptDetails(
-            cached_tokens=min(prompts, max((tally.cached for tally in tallies), default=0))
+            cached_tokens=sum(min(tally.cached for tally in group) for group in groups)
         ),
         completion_tokens_details=CompletionDetails(
             reasoning_tokens=sum(tally.reasoning for tally in tallies)

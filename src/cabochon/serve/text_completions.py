@@ -229,7 +229,8 @@ class TextAnswer:
         tallies = [one.tally for one in spoken]
         if not self.generate:
             tallies = [replace(tally, tokens=0) for tally in tallies]
-        return usage(sum(len(made.prompt.tokens) for made in self.prompts), tallies)
+        prompts = sum(len(made.prompt.tokens) for made in self.prompts)
+        return usage(prompts, tallies, self.choices)
 
 
 class _Table:

@@ -16,6 +16,9 @@ import tokenizers
 
 from cabochon.errors import ConfigError, RequestError
 
+# No context holds more; tokenizing takes some 140 bytes of memory for a character, at worst.
+MAX_CHARACTERS = 8_000_000
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 DECODER_STEPS = ("Replace", "ByteFallback", "Fuse")
@@ -69,8 +72,12 @@ class Tokenizer:
         """Token ids of `text`. Special tokens written out in it become their ids.
 
         Raises:
-            RequestError: `text` is not valid Unicode.
+            RequestError: `text` is not valid Unicode, or longer than any context.
         """
+        if len(text) > MAX_CHARACTERS:
+            raise RequestError(
+                f"the text has {len(text):,} characters, expected at most {MAX_CHARACTERS:,}"
+            )
         try:
             # As a batch of one: unlike `encode`, it lets other threads run meanwhile.
             encoded = self._inner.encode_batch_fast([text], add_special_tokens=False)
