@@ -277,6 +277,12 @@ def test_a_budget_that_is_spent_opens_no_second_channel() -> None:
     assert STRUCTURE.channel not in choices(thrifty)
 
 
+def test_the_grammar_of_a_text_opens_neither_calls_nor_channels() -> None:
+    for token in (STRUCTURE.channel, STRUCTURE.call):
+        bound_text = guide(text=GRAMMARS.lark(f'start: <[{token}]> "a" | "b"'))
+        assert {TOKENIZER.spell([token]) for token in choices(bound_text)} == {"b"}
+
+
 def test_a_value_may_be_spelt_like_the_grammars_own_words() -> None:
     """QUOTE once stood for the token of quotes in these grammars, whoever had written it."""
     words = {"type": "object", "properties": {"QUOTE": {"enum": ["QUOTE"]}}, "required": ["QUOTE"]}

@@ -186,6 +186,13 @@ def test_tokens_are_counted(client: Anthropic) -> None:
              "tool_choice": {"type": "any"}},
             "tools[0].input_schema.properties.a",
         ),
+        ({"tool_choice": {"type": "auto", "name": "f"}}, "tool_choice.name"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {
+                "type": "base64", "data": "aaaa", "url": "https://example.com/a.png"}}]}]},
+            "content[0].source",
+        ),
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"container": "c"}, "container"),
         ({"n": 2}, "n"),

@@ -340,6 +340,12 @@ def test_what_cannot_be_obeyed_is_refused(url: str, fields: dict[str, Any], para
         refused(post(url, {"model": DEMO, "messages": ASK, "stream": stream, **fields}), 400, param)
 
 
+def test_a_grammar_of_special_tokens_is_no_text(url: str) -> None:
+    form = {"type": "grammar", "grammar": "start: <|turn>"}
+    body = {"model": DEMO, "messages": ASK, "response_format": form}
+    refused(post(url, body), 400, "response_format.grammar", "special token")
+
+
 def call(id_: str, arguments: str = "{}") -> dict[str, Any]:
     return {"id": id_, "type": "function", "function": {"name": "clock", "arguments": arguments}}
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cabochon.engine.grammar import Grammar, Matcher
+from cabochon.errors import RequestError
 from cabochon.text.parser import State, Structure
 
 Allowed = npt.NDArray[np.bool_]  # [vocab_size]
@@ -125,6 +126,10 @@ class Guide:
         if self._calls:  # the answer is its calls, not the text that was asked for
             return self._only(tokens.call, *self._ends)
         allowed = self._text.allowed()
+        allowed[[*self._frames]] = False  # a grammar can name tokens that are no text
+        if not allowed.any():
+            reason = "the grammar wants a special token, but content is text alone"
+            raise RequestError(reason, "response_format.grammar")
         if self._fresh:
             more = [tokens.call] if rules.calls and tokens.call is not None else []
             allowed[[*more, *self._channel()]] = True

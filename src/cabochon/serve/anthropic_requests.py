@@ -257,6 +257,8 @@ def _choice(choice: Choice | None) -> Any:
         if choice.name is None:
             raise RequestError("tool_choice.name is missing", "tool_choice.name")
         return {"type": "function", "function": {"name": choice.name}}
+    if choice.name is not None:
+        raise RequestError(f"tool_choice of type {choice.type!r} takes no name", "tool_choice.name")
     return "required" if choice.type == "any" else choice.type
 
 
@@ -265,6 +267,8 @@ def _thinking(asked: AnthropicRequest) -> dict[str, Any]:
     effort = asked.output_config.effort if asked.output_config else None
     if thinking is not None:
         on = thinking.type != "disabled"
+        if thinking.budget_tokens is not None and not on:
+            raise RequestError("thinking is disabled: it has no budget", "thinking.budget_tokens")
         fields["chat_template_kwargs"] = {"enable_thinking": on}
         fields["thinking_token_budget"] = thinking.budget_tokens if on else None
     if effort is not None and (thinking is None or thinking.type != "disabled"):
@@ -314,11 +318,13 @@ def _result(block: ToolResultBlock) -> dict[str, Any]:
 
 
 def _image_url(source: ImageSource, where: str) -> str:
-    if source.type == "url" and source.url is not None:
+    if source.type == "url" and source.url is not None and source.data is None:
         return source.url
-    if source.type == "base64" and source.data is not None:
+    if source.type == "base64" and source.data is not None and source.url is None:
         return f"data:{source.media_type or 'image/png'};base64,{source.data}"
-    raise RequestError(f"a source of type {source.type!r} lacks its data", where)
+    raise RequestError(
+        f"a source of type {source.type!r} has 'url' or 'data' alone, by its type", where
+    )
 
 
 def _assistant(blocks: list[Any], where: str) -> dict[str, Any]:

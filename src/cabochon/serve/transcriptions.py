@@ -142,7 +142,7 @@ class TranscriptionAnswer:
 
     async def collect(self, deltas: Deltas) -> dict[str, Any]:
         (spoken,) = await listen(deltas, 1)
-        return {"text": spoken.text.strip(), "usage": self._usage(spoken)}
+        return {"text": spoken.text, "usage": self._usage(spoken)}
 
     async def events(self, deltas: Deltas) -> AsyncIterator[str]:
         """The transcript as server-sent events."""
