@@ -82,6 +82,13 @@ def fp8(rows: int, columns: int, cell: tuple[int, int]) -> ByteWeight:
     return ByteWeight(codes, scales, E4M3, cell=cell)
 
 
+def octets(rows: int, columns: int, cell: tuple[int, int], *, symmetric: bool = False) -> Weight:
+    codes = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
+    scales = torch.rand(-(-rows // cell[0]), -(-columns // cell[1]))
+    zeros = None if symmetric else torch.randint(-128, 128, scales.shape, dtype=torch.int8)
+    return ByteWeight(codes, scales, zeros=zeros, cell=cell)
+
+
 def affine(rows: int, columns: int, bits: int, dtype: torch.dtype) -> AffineWeight:
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
     scales, biases = (torch.randn(rows, columns // 32).to(dtype) for _ in range(2))
@@ -108,9 +115,11 @@ CODED: dict[str, Callable[[], Weight]] = {
     "mxfp4": lambda: float4(35, 160, 32),
     "nf4": lambda: nf4(48, 192, torch.float32),
     "nf4, bfloat16": lambda: nf4(33, 128, torch.bfloat16),
-    "int8 codes": lambda: ByteWeight(
-        torch.randint(-128, 128, (37, 60), dtype=torch.int8), torch.rand(37, 1), cell=(1, 60)
-    ),
+    "int8 codes": lambda: octets(37, 60, (1, 60), symmetric=True),
+    "int8 codes, asymmetric rows": lambda: octets(37, 60, (1, 60)),
+    "int8 codes, asymmetric groups": lambda: octets(20, 96, (1, 32)),
+    "int8 codes, asymmetric blocks, cut": lambda: octets(37, 128, (16, 64)),
+    "int8 codes, all alike": lambda: octets(20, 64, (20, 64)),
     "mlx": lambda: affine(33, 128, 4, torch.float32),
     "mlx, 8 bits": lambda: affine(33, 128, 8, torch.float32),
 }

@@ -65,13 +65,14 @@ class ByteWeight(Weight):
     def description(self) -> Coded | StoredFloats | None:
         scales = self.scales.float() * self.factor
         if self.table is None:
-            each_row = scales.repeat_interleave(self.cell[0], dim=0)[: self.out_features]
+            zeros = None if self.zeros is None else self.zeros.view(torch.uint8) ^ 128
             return Coded(
                 bits=8,
                 codes=lambda start, stop: self.codes[start:stop].view(torch.uint8) ^ 128,
                 group=self.cell[1],
-                scales=each_row,
+                scales=self._each_row(scales),
                 zero=128,
+                zeros=None if zeros is None else self._each_row(zeros),
                 rounded=self.rounding,
                 exact=self.factor == 1,
             )
@@ -112,6 +113,9 @@ class ByteWeight(Weight):
         if self.factor != 1:
             values *= self.factor
         return values.to(self.rounding)
+
+    def _each_row(self, grid: Tensor) -> Tensor:  # [cells, n] -> [out_features, n]
+        return grid.repeat_interleave(self.cell[0], dim=0)[: self.out_features]
 
     def _spread(self, grid: Tensor) -> Tensor:  # [rows, cells] -> [rows, in_features]
         return grid.repeat_interleave(self.cell[1], dim=1)[:, : self.in_features]
