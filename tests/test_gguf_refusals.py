@@ -109,6 +109,10 @@ def turned(name: str) -> Change:
     return change
 
 
+def scalar(name: str) -> Change:
+    return lambda tensors: tensors.update({name: (np.float32(1), GGMLQuantizationType.F32)})
+
+
 def integers(name: str) -> Change:
     def change(tensors: Tensors) -> None:
         data, _ = tensors[name]
@@ -133,6 +137,8 @@ CHANGES: dict[str, tuple[Path, Change, str]] = {
     "an unknown layer": (E2B, doubled("blk.1.ffn_up.weight", "blk.77.ffn_up.weight"), "blk.77"),
     "a layer with a nought": (E2B, renamed("blk.1.ffn_up.weight", "blk.01.ffn_up.weight"), "01"),
     "a scale of nothing": (E2B, doubled("blk.1.attn_norm.weight", "blk.1.attn_q.scale"), "scale"),
+    "a table that is a number": (E2B, scalar("token_embd.weight"), "token_embd"),
+    "inputs that are a number": (E2B, scalar("per_layer_token_embd.weight"), "per_layer_token"),
     "a matrix turned": (E2B, turned("per_layer_model_proj.weight"), "per_layer_model_proj"),
     "integers": (E2B, integers("blk.1.attn_norm.weight"), "blk.1.attn_norm.weight"),
     "a type that is not read": (
@@ -177,6 +183,7 @@ METADATA: dict[str, tuple[Describe, str]] = {
     "an adapter": (said("general.type", "adapter", STRING), "general.type"),
     "no layers": (unsaid("gemma4.block_count"), "gemma4.block_count"),
     "a layer less": (said("gemma4.block_count", 5), "for each of 5 layers"),
+    "tokens that are a number": (said("tokenizer.ggml.tokens", 5), "tokenizer.ggml.tokens"),
     "a billion layers": (said("gemma4.block_count", 10**9), "expected at most 4096"),
     "heads": (said("gemma4.attention.head_count", 3), "attention"),
     "width": (said("gemma4.embedding_length", 96), "hidden_size is 96, but output_norm.weight"),

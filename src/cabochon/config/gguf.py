@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.config.architectures import ForeignArchitecture
-from cabochon.config.gguf_towers import Shapes, audio_of, frames_of, patches_of, vision_of
+from cabochon.config.gguf_towers import (
+    Shapes,
+    audio_of,
+    axis_of,
+    frames_of,
+    patches_of,
+    vision_of,
+)
 from cabochon.config.section import Section
 from cabochon.config.types import (
     ExpertsConfig,
@@ -160,8 +167,7 @@ def _decimal(value: float) -> float:
 
 def _text(section: Section, described: Described, *, unified: bool) -> TextConfig:
     shapes, metadata = described.shapes, described.metadata
-    tokens = metadata.get(TOKENS, ())
-    vocab_size = shapes.get("token_embd.weight", (len(tokens),))[0]
+    vocab_size = axis_of(shapes, "token_embd.weight", 0, len(_tokens(described)))
     ple_dim = section.integer("embedding_length_per_layer_input", 0)
     pad = _section(metadata, "tokenizer.ggml", described.file).integer("padding_token_id", 0)
     if pad >= vocab_size:
@@ -185,10 +191,17 @@ def _text(section: Section, described: Described, *, unified: bool) -> TextConfi
         eps=section.number("attention.layer_norm_rms_epsilon", 1e-6),
         softcap=softcap or None,
         ple_dim=ple_dim,
-        ple_vocab_size=shapes.get("per_layer_token_embd.weight", (262_144,))[0],
+        ple_vocab_size=axis_of(shapes, "per_layer_token_embd.weight", 0, 262_144),
         max_positions=section.needed("context_length"),
         pad_token_id=pad,
     )
+
+
+def _tokens(described: Described) -> tuple[Any, ...]:
+    tokens = described.metadata.get(TOKENS, ())
+    if not isinstance(tokens, tuple):
+        raise ConfigError(f"{described.file}: {TOKENS} is {tokens!r}, expected a list")
+    return tokens
 
 
 def _per_layer(section: Section, key: str, count: int) -> tuple[int, ...]:
@@ -333,8 +346,7 @@ def _special_tokens(described: Described, *, media: bool) -> SpecialTokens:
         "video": "<|video|>",
     }
     wanted = set(names.values())
-    tokens = described.metadata.get(TOKENS, ())
-    ids = {token: id_ for id_, token in enumerate(tokens) if token in wanted}
+    ids = {token: id_ for id_, token in enumerate(_tokens(described)) if token in wanted}
     missing = wanted - ids.keys()
     if media and missing:
         raise ConfigError(f"{described.file}: {TOKENS} has no {sorted(missing)[0]!r}")

@@ -13,7 +13,7 @@ from cabochon.config.types import AudioConfig, FrameConfig, PatchConfig, VisionC
 Shapes = Mapping[str, tuple[int, ...]]  # of all tensors, `[out, in]`
 
 
-def _axis(shapes: Shapes, tensor: str, axis: int, default: int) -> int:
+def axis_of(shapes: Shapes, tensor: str, axis: int, default: int) -> int:
     """A size by the shape of a tensor; a default where it is missing, which the plan will say."""
     shape = shapes.get(tensor, ())
     return shape[axis] if -len(shape) <= axis < len(shape) else default
@@ -22,7 +22,7 @@ def _axis(shapes: Shapes, tensor: str, axis: int, default: int) -> int:
 def vision_of(section: Section, shapes: Shapes) -> VisionConfig:
     """A tower."""
     hidden, heads = section.needed("embedding_length"), section.needed("attention.head_count")
-    head_dim = _axis(shapes, "v.blk.0.attn_q_norm.weight", 0, hidden // heads)
+    head_dim = axis_of(shapes, "v.blk.0.attn_q_norm.weight", 0, hidden // heads)
     if head_dim % 4:
         raise section.wrong("attention.head_count", heads, f"with heads of {head_dim} channels")
     _unscaled(section)
@@ -36,7 +36,7 @@ def vision_of(section: Section, shapes: Shapes) -> VisionConfig:
         rope_theta=100.0,
         patch_size=section.size("patch_size", 16),
         pooling=section.size("projector.scale_factor", 3),
-        position_table_size=_axis(shapes, "v.position_embd.weight", 1, 10 * 1024),
+        position_table_size=axis_of(shapes, "v.position_embd.weight", 1, 10 * 1024),
         clipped=_clipped(shapes, "v."),
         standardize="v.std_bias" in shapes,
     )
@@ -59,7 +59,7 @@ def patches_of(section: Section, shapes: Shapes) -> PatchConfig:
         patch_size=section.size("patch_size", 16),
         pooling=section.size("projector.scale_factor", 3),
         hidden_size=section.needed("embedding_length"),
-        position_table_size=_axis(shapes, "v.position_embd.weight", 1, 1120),
+        position_table_size=axis_of(shapes, "v.position_embd.weight", 1, 1120),
         eps=section.number("attention.layer_norm_epsilon", 1e-6),
     )
 
@@ -76,10 +76,10 @@ def audio_of(section: Section, shapes: Shapes) -> AudioConfig:
         num_layers=section.count("block_count"),
         num_heads=heads,
         conv_channels=(
-            _axis(shapes, "a.conv1d.0.weight", 0, 128),
-            _axis(shapes, "a.conv1d.1.weight", 0, 32),
+            axis_of(shapes, "a.conv1d.0.weight", 0, 128),
+            axis_of(shapes, "a.conv1d.1.weight", 0, 32),
         ),
-        conv_kernel=_axis(shapes, "a.blk.0.conv_dw.weight", -1, 5),
+        conv_kernel=axis_of(shapes, "a.blk.0.conv_dw.weight", -1, 5),
         residual_weight=0.5,
         chunk=12,
         left=13,
@@ -87,7 +87,7 @@ def audio_of(section: Section, shapes: Shapes) -> AudioConfig:
         logit_cap=50.0,
         eps=1e-6,  # the converter once wrote a wrong one; llama.cpp does not read it either
         gradient_clipping=1e10,
-        output_size=_axis(shapes, "a.pre_encode.out.weight", 0, 1536),
+        output_size=axis_of(shapes, "a.pre_encode.out.weight", 0, 1536),
         clipped=_clipped(shapes, "a."),
     )
 
