@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,11 @@ TINY = FIXTURES / "e2b-bf16"  # random weights in bfloat16, E2B's architecture a
 
 # One of each architecture, by the name of a real size.
 MEMBERS = ("e2b", "12b", "26b", "31b")
+
+
+# Who starts tests in the background may have SIGINT ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,6 +22,7 @@ from cabochon.gemma4.sounds import Wave
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.experts import Experts
 from cabochon.nn.norm import RMSNorm
+from cabochon.nn.weight import DenseWeight
 
 TOLERANCE = 1e-4
 MEDIA = ("model.vision", "model.audio", "model.embed_vision", "model.embed_audio")
@@ -245,9 +246,9 @@ def per_expert_scale_skipped(model: Gemma4) -> None:
 def halves_of_experts_swapped(model: Gemma4) -> None:
     experts = model.get_submodule(f"{LAYER}.experts")
     assert isinstance(experts, Experts)
-    data = experts.gate_up_proj.weight.data
+    data = experts.gate_up_proj.weight.dense(torch.float32)
     halves = data.unflatten(0, (experts.count, 2, -1)).flip(1)
-    experts.gate_up_proj.weight.data = halves.flatten(0, 2)
+    experts.gate_up_proj.weight = DenseWeight(halves.flatten(0, 2))
 
 
 @fault("e2b", "model.embed_vision.embedding_pre_projection_norm")

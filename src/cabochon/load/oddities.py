@@ -31,7 +31,7 @@ def oddities(
     dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
     yield from _other_halves(raw, [*dense, *parameters])
     yield from _odd_halves(sites)
-    yield from _odd_schemes(sites)
+    yield from _odd_groups(sites)
 
 
 def _other_halves(raw: Mapping[str, Any], stored: Iterable[TensorMeta]) -> Iterator[Oddity]:
@@ -57,11 +57,16 @@ def _odd_halves(sites: Iterable[SiteRead]) -> Iterator[Oddity]:
                 yield Oddity(meta.name, f"{leaf} is {meta.dtype}, where others' is {usual}")
 
 
-def _odd_schemes(sites: Sequence[SiteRead]) -> Iterator[Oddity]:
-    """One of a kind that is stored in another way than all others."""
-    kinds: dict[str, list[SiteRead]] = {}
+def _odd_groups(sites: Sequence[SiteRead]) -> Iterator[Oddity]:
+    """One of a kind whose entries share scales in other groups than those of all others.
+
+    Widths may differ: recipes give more bits to some layers, and none gives one another grouping.
+    """
+    kinds: dict[tuple[object, ...], list[SiteRead]] = {}
     for read in sites:
-        kinds.setdefault(_NUMBER.sub("*", f"{read.site.name}.{read.part}"), []).append(read)
+        kind = (_NUMBER.sub("*", read.site.name), read.part, type(read.scheme), read.scheme.bits)
+        if hasattr(read.scheme, "group"):
+            kinds.setdefault(kind, []).append(read)
     for reads in kinds.values():
         counts = Counter(read.scheme.name for read in reads)
         if len(reads) >= FEW and len(counts) == 2 and min(counts.values()) == 1:
