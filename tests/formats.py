@@ -60,7 +60,7 @@ def _layouts() -> Iterator[str]:
         report = plan_checkpoint(path)
         assert report.plan is not None
         member = next(name for key, name in MEMBERS.items() if f"{key}-" in path.name)
-        for read in _first_of_each(report.plan.sites):
+        for read in first_of_each(report.plan.sites):
             key = (report.producer.name, read.stored_as)
             members, kernels = rows.setdefault(key, (set(), set()))
             members.add(member)
@@ -70,7 +70,7 @@ def _layouts() -> Iterator[str]:
         yield f"| {producer} | {stored} | {', '.join(ordered)} | {', '.join(sorted(kernels))} |"
 
 
-def _first_of_each(sites: Iterable[SiteRead]) -> Iterable[SiteRead]:
+def first_of_each(sites: Iterable[SiteRead]) -> Iterable[SiteRead]:
     """One matrix for each way of storing one; floats are everywhere, and need no row."""
     found: dict[str, SiteRead] = {}
     for read in sites:

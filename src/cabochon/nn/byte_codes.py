@@ -63,7 +63,8 @@ class ByteWeight(Weight):
     levels: Tensor | None
 
     def description(self) -> Coded | StoredFloats | None:
-        scales = self.scales.float() * self.factor
+        known = self.scales.float() if self.levels is None else _look_up(self.scales, self.levels)
+        scales = known * self.factor
         if self.table is None:
             zeros = None if self.zeros is None else self.zeros.view(torch.uint8) ^ 128
             return Coded(
@@ -85,6 +86,9 @@ class ByteWeight(Weight):
             scale_columns=self.cell[1],
             rounded=self.rounding,
         )
+
+    def _each_row(self, grid: Tensor) -> Tensor:  # [cells, n] -> [out_features, n]
+        return grid.repeat_interleave(self.cell[0], dim=0)[: self.out_features]
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         codes = self.codes[start:stop]
