@@ -87,9 +87,6 @@ class ByteWeight(Weight):
             rounded=self.rounding,
         )
 
-    def _each_row(self, grid: Tensor) -> Tensor:  # [cells, n] -> [out_features, n]
-        return grid.repeat_interleave(self.cell[0], dim=0)[: self.out_features]
-
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         codes = self.codes[start:stop]
         numbers = torch.arange(start, start + len(codes), device=codes.device)
