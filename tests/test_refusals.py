@@ -60,6 +60,12 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[Tensors], object]:
 
 STORED = {
     "a tensor too many": (DENSE, put(f"{GATE}.bias", torch.ones(96)), "SCHEME", f"{GATE}", "bias"),
+    "a bias of queries": (
+        DENSE,
+        put(f"{LAYER}.self_attn.q_bias", torch.ones(64)),
+        "UNUSED",
+        "self_attn.q_bias",
+    ),
     "an unknown tensor": (DENSE, put(f"{LAYER}.extra", torch.ones(1)), "UNUSED", f"{LAYER}.extra"),
     "a matrix too few": (DENSE, drop(f"{GATE}.weight"), "MISSING", GATE),
     "a matrix too few, but its bias": (

@@ -163,8 +163,8 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
             "a vestige that upstream's model does not read either",
         ),
         (
-            r"model\.language_model\.layers\.\d+\.self_attn\.([kv]_proj\.)?[qkv]_"
-            r"(cache_scale|scale|zero_point|global_scale|bias)",
+            r"model\.language_model\.layers\.\d+\.self_attn\.([kv]_proj\.)?"
+            r"([qkv]_(cache_scale|scale|zero_point|global_scale)|[kv]_bias)",
             KV_SCALES,
         ),
         (r"rope_freqs\.weight", "which pairs of a head rotate, read with the configuration"),
