@@ -219,7 +219,7 @@ def test_26b_with_activations_that_are_not_supported_is_refused_in_few_lines(
     claimed = family.claim("nvfp4-pack-quantized", FP4, {"num_bits": 6, "type": "float"})
     report = plan(tmp_path, "26B-A4B", calibrated_26b(), quantization_config=claimed)
     assert not report.loads
-    assert len(report.text().splitlines()) <= 24
+    assert len(report.text().splitlines()) <= 30
     assert "input_activations of 6-bit float are not supported" in report.text()
 
 
