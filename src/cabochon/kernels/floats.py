@@ -8,8 +8,6 @@ from torch import Tensor
 from cabochon.kernels.library import Library, Rows, address, threads
 from cabochon.nn.weight import StoredFloats, Weight
 
-FEW = 16  # inputs; for more, a tile as float32 and a dense product are faster
-
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
 
 
@@ -39,10 +37,7 @@ class FloatsWeight(Weight):
 
     def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.out_features if stop is None else stop
-        flat = x.reshape(-1, self.in_features)
-        if len(flat) > FEW:
-            return self.stored.linear(x, start, stop)
-        flat = flat.float().contiguous()
+        flat = x.reshape(-1, self.in_features).float().contiguous()
         y = torch.empty(len(flat), stop - start)
         self._library.times_rows(
             self.matrix,

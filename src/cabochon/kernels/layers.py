@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer
-from cabochon.kernels.floats import FEW, FloatsWeight
+from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Cache, Layer, Library, Linear, Step, address, threads
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.attention import KeyValues
@@ -70,7 +70,6 @@ class FusedLayer:
         attention = layer.self_attn
         self._layer = attention.layer
         linears = _linears(layer)
-        self._few = any(isinstance(linear.weight, FloatsWeight) for linear in linears.values())
         self._width = attention.q_proj.out_features
         self._kept = self._layer.kv_heads * self._layer.head_dim
         own = linears.get("own_gate")
@@ -102,7 +101,7 @@ class FusedLayer:
 
     def __call__(self, x: Tensor, own: Tensor | None, rotation: Rotation, kv: KeyValues) -> Tensor:
         n = len(x)
-        if x.dtype is not torch.float32 or (self._few and n > FEW):
+        if x.dtype is not torch.float32:
             made: Tensor = self._module(x, own, rotation, kv)
             return made
         assert own is None or own.stride(1) == 1

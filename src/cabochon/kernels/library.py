@@ -47,6 +47,7 @@ class Matrix(ctypes.Structure):
         ("round", c_int32),
         ("zero", c_float),
         ("gain", c_float),
+        ("unit", c_float),
         ("fine", c_float),
         ("table", c_uint8 * 32),
         ("values", c_float * 16),

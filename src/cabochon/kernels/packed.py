@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels.library import Library, Matrix, address, threads
+from cabochon.nn.minifloat import E4M3, E8M0
 from cabochon.nn.weight import Coded, Weight
 
 Activations = Literal["int8", "int16", "float32"]
@@ -22,7 +23,7 @@ ACTIVATIONS = tuple(_DIGITS)
 _CODES = {4: 0, 8: 1, 2: 4, 3: 5, 5: 6, 6: 7}
 _TABLE, _TABLE2 = 2, 3
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-_LEVEL, _SUB_U8, _SUB_I8 = 3, 4, 5
+_LEVEL, _SUB_U8, _SUB_I8, _E4M3, _E8M0 = 3, 4, 5, 6, 7
 _ZERO_POINT, _SUB_MINIMUM = 1, 4
 _MINIMA = {torch.float16: 2, torch.float32: 3, torch.bfloat16: 5}
 _ROUND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -104,6 +105,8 @@ class PackedWeight(Weight):
             zero=coded.zero,
             gain=1.0,
         )
+        if coded.levels is not None:
+            matrix.scales, matrix.unit = _floats_of(coded.levels, coded.scales)
         if coded.values is not None:
             table = _table(coded.values)
             matrix.codes, matrix.zero = table.kind, table.zero
@@ -195,6 +198,20 @@ def _kind_of_scales(coded: Coded) -> int:
     if coded.shared is not None:
         return _SUB_I8 if coded.scales.dtype is torch.int8 else _SUB_U8
     return _FLOATS[coded.scales.dtype]
+
+
+def _floats_of(levels: Tensor, scales: Tensor) -> tuple[int, float]:
+    """Which 8-bit floats `levels[scales]` are, and times what; a table is looked up slowly."""
+    for kind, floats in ((_E4M3, E4M3), (_E8M0, E8M0)):
+        known = floats.isfinite() & levels.isfinite()
+        known[int(scales.max()) + 1 :] = False  # E4M3 without a sign is stored too
+        at = int(floats.where(known, 0).argmax())
+        unit = float(levels[at] / floats[at])
+        made = floats[known].double() * unit
+        # Within a rounding of float32: far below what rounded inputs are off by.
+        if ((levels[known] - made).abs() <= made.abs() * 2**-23).all():
+            return kind, unit
+    return _LEVEL, 1.0
 
 
 def _kind_of_minima(coded: Coded) -> int:

@@ -14,8 +14,9 @@ constexpr int UNIT = 32;  // columns of a unit
 enum Codes : int32_t { U4 = 0, U8 = 1, TABLE = 2, TABLE2 = 3, U2 = 4, U3 = 5, U5 = 6, U6 = 7 };
 
 // How a scale is stored. LEVEL: a byte that a table of 256 explains. SUB: a byte times a float16
-// that several groups share.
-enum Scales : int32_t { F16 = 0, BF16 = 1, F32 = 2, LEVEL = 3, SUB_U8 = 4, SUB_I8 = 5 };
+// that several groups share. E4M3, E8M0: a LEVEL whose table is, up to its rounding, `unit` times
+// what the byte is as such a float.
+enum Scales : int32_t { F16 = 0, BF16 = 1, F32 = 2, LEVEL = 3, SUB_U8 = 4, SUB_I8 = 5, E4M3 = 6, E8M0 = 7 };
 
 // What is taken away: nothing but a constant code; the code of each group; a number of each group.
 enum Mins : int32_t { CONSTANT = 0, ZERO_POINT = 1, MIN_F16 = 2, MIN_F32 = 3, MIN_SUB_U8 = 4, MIN_BF16 = 5 };
@@ -24,7 +25,7 @@ enum Floats : int32_t { ROW_BF16 = 0, ROW_F16 = 1, ROW_F32 = 2, ROW_E4M3 = 3 };
 
 struct Matrix {
   const uint8_t* data;
-  const float* levels;   // [256] of LEVEL
+  const float* levels;   // [256] of LEVEL, E4M3, E8M0
   int64_t stride;        // bytes from block to block
   int64_t shared_at, minima_at, shared_minima_at, codes_at;  // in a block; scales are at 0
   int32_t rows, columns, units;
@@ -36,6 +37,7 @@ struct Matrix {
   int32_t round;         // products of code and scale: 0 as they are, 1 to bfloat16, 2 to float16
   float zero;            // the code that stands for zero, where it is the same everywhere
   float gain;            // times every scale
+  float unit;            // of E4M3 and E8M0
   float fine;            // what an entry of the second table counts beside one of the first
   uint8_t table[2][16];  // of TABLE and TABLE2: the value of a code, plus `zero` to be unsigned
   float values[16];      // the same exactly

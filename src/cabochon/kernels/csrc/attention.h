@@ -99,8 +99,7 @@ static void attend(const Cache& cache, int n, int heads, int kv_heads, int dim,
   const int splits = (longest + SPLIT - 1) / SPLIT, each = kv_heads * bundles * splits;
   const int record = SHARING * (dim + 2);
   float* parts = room.of((size_t)n * each * record);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (n * each > 1 && n * longest > 64)
-  for (int job = 0; job < n * each; job++) {
+  in_parallel(n * each, n * longest > 64 ? threads : 1, [&](int job) {
     const int row = job / each, kv = job % each / (bundles * splits);
     const int bundle = job % (bundles * splits) / splits, split = job % splits;
     const int from = cache.low[row] + split * SPLIT;
@@ -116,7 +115,7 @@ static void attend(const Cache& cache, int n, int heads, int kv_heads, int dim,
     } else {
       look_at<false>(cache, row, kv, kv_heads, dim, count, q, from, to, made, largest, total);
     }
-  }
+  });
   for (int row = 0; row < n; row++)
     for (int head = 0; head < heads; head++) {
       const int h = head % sharing % SHARING;

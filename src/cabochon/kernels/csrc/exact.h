@@ -61,30 +61,27 @@ static void unit_of(const Matrix& m, const uint8_t* codes, int u, const float* S
 // Row `rows[i]` of the matrix, or row `start + i` without `rows`, to `out [n, columns]`.
 static void dense(const Matrix& m, const int64_t* rows, int64_t start, int n, float* out,
                   int threads) {
-#pragma omp parallel num_threads(threads) if (n > 1)
-  {
+  // Without `rows`, a block is expanded once for all its rows.
+  const int pieces = rows ? n : (int)((start + n + ROWS - 1) / ROWS - start / ROWS);
+  in_parallel(pieces, threads, [&](int i) {
     thread_local Room room;
     float* S = room.of((size_t)m.groups * ROWS * 2);
     float* Z = S + (size_t)m.groups * ROWS;
     alignas(64) float unit[UNIT * ROWS];
-    // Without `rows`, a block is expanded once for all its rows.
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < (rows ? n : (start + n + ROWS - 1) / ROWS - start / ROWS); i++) {
-      const int64_t block = rows ? rows[i] / ROWS : start / ROWS + i;
-      const int64_t first = rows ? rows[i] : std::max(start, block * ROWS);
-      const int64_t last = rows ? rows[i] + 1 : std::min(start + n, (block + 1) * ROWS);
-      const uint8_t* p = m.data + block * m.stride;
-      expand(m, p, S, Z, 0, true, true);
-      for (int u = 0; u < m.units; u++) {
-        unit_of(m, p + m.codes_at, u, S, Z, unit);
-        const int width = std::min(UNIT, m.columns - u * UNIT);
-        for (int64_t r = first; r < last; r++) {
-          float* to = out + (rows ? i : r - start) * m.columns + u * UNIT;
-          for (int k = 0; k < width; k++) to[k] = unit[k * ROWS + r % ROWS];
-        }
+    const int64_t block = rows ? rows[i] / ROWS : start / ROWS + i;
+    const int64_t first = rows ? rows[i] : std::max(start, block * ROWS);
+    const int64_t last = rows ? rows[i] + 1 : std::min(start + n, (block + 1) * ROWS);
+    const uint8_t* p = m.data + block * m.stride;
+    expand(m, p, S, Z, 0, true, true);
+    for (int u = 0; u < m.units; u++) {
+      unit_of(m, p + m.codes_at, u, S, Z, unit);
+      const int width = std::min(UNIT, m.columns - u * UNIT);
+      for (int64_t r = first; r < last; r++) {
+        float* to = out + (rows ? i : r - start) * m.columns + u * UNIT;
+        for (int k = 0; k < width; k++) to[k] = unit[k * ROWS + r % ROWS];
       }
     }
-  }
+  });
 }
 
 template <int MR>
@@ -106,35 +103,33 @@ INL void exact_columns(const float* unit, int width, const float* const* x, floa
 // y [n, stop - start] = x [n, columns] times rows `start` to `stop`, summed in float32.
 static void multiply_exactly(const Matrix& m, const float* x, int64_t ldx, int n, int start, int stop,
                              float* y, int64_t ldy, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
+  const int before = start / ROWS;
+  in_parallel((stop + ROWS - 1) / ROWS - before, threads, [&](int piece) {
     thread_local Room room, sums;
     float* S = room.of((size_t)m.groups * ROWS * 2);
     float* Z = S + (size_t)m.groups * ROWS;
     const int padded = (n + 3) / 4 * 4;
     float(*acc)[ROWS] = (float(*)[ROWS])sums.of((size_t)padded * ROWS);
     alignas(64) float unit[UNIT * ROWS];
-#pragma omp for schedule(dynamic)
-    for (int block = start / ROWS; block < (stop + ROWS - 1) / ROWS; block++) {
-      const uint8_t* p = m.data + block * m.stride;
-      expand(m, p, S, Z, 0, true, true);
-      memset(acc, 0, (size_t)padded * ROWS * sizeof(float));
-      for (int u = 0; u < m.units; u++) {
-        unit_of(m, p + m.codes_at, u, S, Z, unit);
-        const int width = std::min(UNIT, m.columns - u * UNIT);
-        for (int c = 0; c < n; c += 4) {
-          const float* in[4];
-          for (int i = 0; i < 4; i++) in[i] = x + std::min(c + i, n - 1) * ldx + u * UNIT;
-          if (n == 1) exact_columns<1>(unit, width, in, acc);
-          else exact_columns<4>(unit, width, in, acc + c);
-        }
+    const int block = before + piece;
+    const uint8_t* p = m.data + block * m.stride;
+    expand(m, p, S, Z, 0, true, true);
+    memset(acc, 0, (size_t)padded * ROWS * sizeof(float));
+    for (int u = 0; u < m.units; u++) {
+      unit_of(m, p + m.codes_at, u, S, Z, unit);
+      const int width = std::min(UNIT, m.columns - u * UNIT);
+      for (int c = 0; c < n; c += 4) {
+        const float* in[4];
+        for (int i = 0; i < 4; i++) in[i] = x + std::min(c + i, n - 1) * ldx + u * UNIT;
+        if (n == 1) exact_columns<1>(unit, width, in, acc);
+        else exact_columns<4>(unit, width, in, acc + c);
       }
-      const int first = std::max(start, block * ROWS), last = std::min(stop, (block + 1) * ROWS);
-      for (int c = 0; c < n; c++)
-        memcpy(y + c * ldy + first - start, acc[c] + first - block * ROWS,
-               (last - first) * sizeof(float));
     }
-  }
+    const int first = std::max(start, block * ROWS), last = std::min(stop, (block + 1) * ROWS);
+    for (int c = 0; c < n; c++)
+      memcpy(y + c * ldy + first - start, acc[c] + first - block * ROWS,
+             (last - first) * sizeof(float));
+  });
 }
 
 }  // namespace

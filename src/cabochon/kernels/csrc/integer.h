@@ -3,10 +3,10 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
-#include <omp.h>
 
 #include "api.h"
 #include "codes.h"
+#include "pool.h"
 #include "simd.h"
 
 namespace {
@@ -52,6 +52,8 @@ template <int KIND> INL F stored_scale(const uint8_t* p, int i, const float* lev
   if (KIND == BF16) return fload_bf16((const uint16_t*)p + i);
   if (KIND == F32) return fload((const float*)p + i);
   if (KIND == LEVEL) return fgather(levels, p + i);
+  if (KIND == E4M3) return fload_e4m3(p + i);
+  if (KIND == E8M0) return fload_e8m0(p + i);
   return KIND == SUB_U8 ? fload_u8(p + i) : fload_i8(p + i);
 }
 
@@ -70,7 +72,7 @@ template <int KIND> static void expand_scales(const Matrix& m, const uint8_t* bl
   each_scale(m, [&](int i, int above) {
     if (i % 32 == 0) __builtin_prefetch(block + (int64_t)i * (KIND == F32 ? 4 : KIND <= BF16 ? 2 : 1) + AHEAD);
     F s = stored_scale<KIND>(block, i, m.levels);
-    if (KIND >= SUB_U8) s = fmul(fload_f16(shared + above), s);
+    if (KIND == SUB_U8 || KIND == SUB_I8) s = fmul(fload_f16(shared + above), s);
     fstore(S + i, fmul(s, fsplat(gain)));
   });
 }
@@ -92,11 +94,14 @@ INL F stored_minimum(const Matrix& m, const uint8_t* block, int i, int above) {
 static void expand(const Matrix& m, const uint8_t* block, float* S, float* Z, float bias, bool minus,
                    bool exact) {
   const float gain = exact ? 1.0f : m.gain;
-  switch (m.scales) {
+  const bool by_table = exact && (m.scales == E4M3 || m.scales == E8M0);
+  switch (by_table ? LEVEL : m.scales) {
     case F16: expand_scales<F16>(m, block, S, gain); break;
     case BF16: expand_scales<BF16>(m, block, S, gain); break;
     case F32: expand_scales<F32>(m, block, S, gain); break;
     case LEVEL: expand_scales<LEVEL>(m, block, S, gain); break;
+    case E4M3: expand_scales<E4M3>(m, block, S, gain * m.unit * 256); break;  // see fload_e4m3
+    case E8M0: expand_scales<E8M0>(m, block, S, gain * m.unit); break;
     case SUB_U8: expand_scales<SUB_U8>(m, block, S, gain); break;
     default: expand_scales<SUB_I8>(m, block, S, gain);
   }
@@ -245,8 +250,10 @@ static void multiply_as(const Matrix& m, const Quantized& x, int columns, int st
                         float* y, int64_t ldy, int threads) {
   const int first = start / ROWS, last = (stop + ROWS - 1) / ROWS;
   const int each = columns > WIDEST ? 1 : std::max<int>(1, (int)(CHUNK / m.stride));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, each) if (last - first > each)
-  for (int b = first; b < last; b++) block_of<C, MINS, HALVES>(m, b, x, columns, start, stop, y, ldy);
+  in_parallel((last - first + each - 1) / each, threads, [&](int piece) {
+    const int from = first + piece * each, to = std::min(from + each, last);
+    for (int b = from; b < to; b++) block_of<C, MINS, HALVES>(m, b, x, columns, start, stop, y, ldy);
+  });
 }
 
 static void multiply(const Matrix& m, const Quantized& x, int columns, int start, int stop, float* y,

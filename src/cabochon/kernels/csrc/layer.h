@@ -67,8 +67,10 @@ struct Input {
 };
 
 template <class Work> INL void each_row(const Step& s, const Work& work) {
-#pragma omp parallel for num_threads(s.threads) schedule(static) if (s.n > 7)
-  for (int i = 0; i < s.n; i++) work(i);
+  in_parallel((s.n + FEW_ROWS - 1) / FEW_ROWS, s.threads, [&](int piece) {
+    const int from = piece * FEW_ROWS, to = std::min(from + FEW_ROWS, s.n);
+    for (int i = from; i < to; i++) work(i);
+  });
 }
 
 static void write_kept(const Cache& cache, const float* from, void* to, int64_t slot, int width) {

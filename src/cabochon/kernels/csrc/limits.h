@@ -14,8 +14,7 @@ namespace {
 
 static double peak(int64_t rounds, int threads) {
   constexpr int CHAINS = LANES == 16 ? 12 : 8;
-#pragma omp parallel num_threads(threads)
-  {
+  in_parallel(threads, threads, [&](int) {
     const int8_t one[4] = {1, 1, 1, 1};
     V w = splat8(1), a = quad(one);
     Dot<4> d[CHAINS];
@@ -29,20 +28,20 @@ static double peak(int64_t rounds, int threads) {
     F sum = fzero();
     for (int c = 0; c < CHAINS; c++) sum = fadd(sum, d[c].total());
     HIDE(sum);
-  }
+  });
   return 2.0 * rounds * CHAINS * LANES * 4 * threads;
 }
 
 static void read_all(const uint8_t* data, int64_t size, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t at = 0; at < size / 4096; at++) {
+  in_parallel((int)(size / CHUNK), threads, [&](int piece) {
+    const uint8_t* from = data + piece * CHUNK;
     V sum = splat8(0);
-    for (int i = 0; i < 4096; i += LANES * 4) {
-      if (i % 64 == 0) __builtin_prefetch(data + at * 4096 + i + AHEAD);
-      sum = either(sum, load(data + at * 4096 + i));
+    for (int64_t i = 0; i < CHUNK; i += LANES * 4) {
+      if (i % 64 == 0) __builtin_prefetch(from + i + AHEAD);
+      sum = either(sum, load(from + i));
     }
     HIDE(sum);
-  }
+  });
 }
 
 }  // namespace

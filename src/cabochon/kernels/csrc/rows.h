@@ -10,21 +10,20 @@ constexpr int TOGETHER = 4;  // rows
 template <int TYPE> INL F entry(const uint8_t* row, int k) {
   if (TYPE == ROW_BF16) return fload_bf16((const uint16_t*)row + k);
   if (TYPE == ROW_F16) return fload_f16((const uint16_t*)row + k);
-  if (TYPE == ROW_E4M3) return fload_e4m3(row + k);
+  if (TYPE == ROW_E4M3) return fload_e4m3_tiny(row + k);
   return fload((const float*)row + k);
 }
 
 template <int TYPE> INL float entry_alone(const uint8_t* row, int k) {
   if (TYPE == ROW_BF16) return bf16_to_float(((const uint16_t*)row)[k]);
   if (TYPE == ROW_F16) return half_to_float(((const uint16_t*)row)[k]);
-  if (TYPE == ROW_E4M3)
-    return half_to_float((uint16_t)((row[k] & 0x80) << 8 | (row[k] & 0x7f) << 7));
+  if (TYPE == ROW_E4M3) return e4m3_tiny(row[k]);
   return ((const float*)row)[k];
 }
 
-// Products of columns `from` to `to` only: those that share a scale.
+// Products of columns `from` to `to` only: those that share a scale. `ahead` is what is fetched.
 template <int TYPE, int MR>
-INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, int to,
+INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, int to, int64_t ahead,
                   float (*out)[MR]) {
   constexpr int STEP = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;  // bytes
   F a[TOGETHER][MR];
@@ -37,7 +36,7 @@ INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, i
     for (int c = 0; c < MR; c++) in[c] = fload(x[c] + k);
 #pragma GCC unroll 4
     for (int r = 0; r < TOGETHER; r++) {
-      if (k * STEP % 64 == 0) __builtin_prefetch(rows[r] + (int64_t)k * STEP + 1024);
+      if (k * STEP % 64 == 0) __builtin_prefetch(rows[r] + (int64_t)k * STEP + ahead);
       const F w = entry<TYPE>(rows[r], k);
 #pragma GCC unroll 8
       for (int c = 0; c < MR; c++) a[r][c] = fma(w, in[c], a[r][c]);
@@ -54,8 +53,9 @@ INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, i
 template <int TYPE, int MR>
 static void some_rows(const Rows& m, int first, int last, const float* const* x, float* const* y) {
   constexpr int64_t SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;
-  const float unit = TYPE == ROW_E4M3 ? 256.0f : 1.0f;  // see fload_e4m3
   const int across = (m.columns + m.scale_columns - 1) / m.scale_columns;
+  // Short rows end before what is fetched in them arrives: there, the next rows are.
+  const int64_t width = m.columns * SIZE, ahead = width < AHEAD ? TOGETHER * width : 2048;
   for (int n = first; n < last; n += TOGETHER) {
     const uint8_t* rows[TOGETHER];
     for (int r = 0; r < TOGETHER; r++)
@@ -64,10 +64,10 @@ static void some_rows(const Rows& m, int first, int last, const float* const* x,
     for (int part = 0; part < across; part++) {
       const int from = part * m.scale_columns;
       float made[TOGETHER][MR];
-      dot_rows<TYPE, MR>(rows, x, from, std::min(from + m.scale_columns, m.columns), made);
+      dot_rows<TYPE, MR>(rows, x, from, std::min(from + m.scale_columns, m.columns), ahead, made);
       for (int r = 0; r < TOGETHER; r++) {
         const int64_t at = (int64_t)(std::min(n + r, last - 1) / m.scale_rows) * across + part;
-        const float scale = m.scales ? m.scales[at] * unit : unit;
+        const float scale = m.scales ? m.scales[at] : 1.0f;
         for (int c = 0; c < MR; c++) sums[r][c] += made[r][c] * scale;
       }
     }
@@ -76,26 +76,57 @@ static void some_rows(const Rows& m, int first, int last, const float* const* x,
   }
 }
 
+// Entries of E4M3 come as tiny numbers. Inputs are lifted towards 2^60, by powers of two, so that
+// products are neither subnormal nor too large; 2^60 and `lower` take back what is left of both.
+struct Lifted {
+  const float* x;
+  int64_t ldx;
+  float* lower;  // [n]
+};
+
+static Lifted lift(const float* x, int64_t ldx, int n, int columns) {
+  static thread_local Room room;
+  const int64_t ld = (columns + LANES - 1) / LANES * LANES;
+  float* made = room.of((size_t)n * (ld + 1));
+  float* lower = made + n * ld;
+  for (int i = 0; i < n; i++) {
+    float most = 0;
+    for (int k = 0; k < columns; k++) most = std::max(most, std::fabs(x[i * ldx + k]));
+    const bool ordinary = most > 0 && most < INFINITY;
+    const int up = ordinary ? std::min(60 - std::ilogb(most), 127) : 0;
+    const float by = std::ldexp(1.0f, up);
+    for (int k = 0; k < columns; k++) made[i * ld + k] = x[i * ldx + k] * by;
+    lower[i] = std::ldexp(1.0f, 60 - up);
+  }
+  return {made, ld, lower};
+}
+
 template <int TYPE>
 static void multiply_rows_as(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,
                              float* y, int64_t ldy, int threads) {
   constexpr int64_t SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;
+  const Lifted lifted = TYPE == ROW_E4M3 ? lift(x, ldx, n, m.columns) : Lifted{x, ldx, nullptr};
   const int each = std::max<int64_t>(TOGETHER, CHUNK / (m.columns * SIZE) / TOGETHER * TOGETHER);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (stop - start > each)
-  for (int first = start; first < stop; first += each) {
-    const int last = std::min(first + each, stop);
+  in_parallel((stop - start + each - 1) / each, threads, [&](int piece) {
+    const int first = start + piece * each, last = std::min(first + each, stop);
     for (int c = 0; c < n; c += 4) {
       const float* in[4];
       float* out[4];
       for (int i = 0; i < 4; i++) {
-        in[i] = x + std::min(c + i, n - 1) * ldx;
+        in[i] = lifted.x + std::min(c + i, n - 1) * lifted.ldx;
         out[i] = y + std::min(c + i, n - 1) * ldy - start;
       }
       if (n - c == 1) some_rows<TYPE, 1>(m, first, last, in, out);
       else if (n - c == 2) some_rows<TYPE, 2>(m, first, last, in, out);
       else some_rows<TYPE, 4>(m, first, last, in, out);
     }
-  }
+    if (TYPE == ROW_E4M3)
+      for (int c = 0; c < n; c++)
+        for (int r = first; r < last; r++) {
+          float& made = y[c * ldy + r - start];
+          made = made * 0x1p60f * lifted.lower[c];
+        }
+  });
 }
 
 static void multiply_rows(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,

@@ -1,0 +1,18 @@
+// Threads that take pieces of work as they come to it.
+//
+// A barrier waits for every thread of a team, also for one that the system has put off, and then a
+// busy machine multiplies by thousandths of its speed. Here nobody waits for a thread that has not
+// begun: whoever asks works too, and ends when the pieces that were taken are done.
+#pragma once
+
+// Calls work(context, i) for each i below `count`, on at most `threads` threads, the caller's among
+// them. While another caller has them, the caller does everything itself.
+void share_work(int count, int threads, void (*work)(void*, int), void* context);
+
+namespace {
+
+template <class Work> inline void in_parallel(int count, int threads, const Work& work) {
+  share_work(count, threads, [](void* context, int i) { (*(const Work*)context)(i); }, (void*)&work);
+}
+
+}  // namespace
