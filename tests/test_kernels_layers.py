@@ -33,7 +33,7 @@ def logits(llm: LLM, fused: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("isa", ["avx512vnni", "avxvnni", "avx2", "neon", "scalar"])
-@pytest.mark.parametrize("name", ["e2b-w4a16", "12b-w4a16", "31b-w4a16"])
+@pytest.mark.parametrize("name", ["e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16"])
 def test_a_layer_in_one_call_computes_what_its_modules_do(name: str, isa: str) -> None:
     kernels = library()
     assert kernels is not None

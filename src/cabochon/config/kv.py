@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from cabochon.config.types import PictureSight, TextConfig
 
+SCALE_BYTES = 4  # of a head's keys or values of one token, where these are kept in eight bits
+
 
 @dataclass(frozen=True, slots=True)
 class KeptLayers:
@@ -20,7 +22,15 @@ class KeptLayers:
     @property
     def elements(self) -> int:
         """Numbers kept of one token, in all of these layers together."""
-        return 2 * len(self.layers) * self.kv_heads * self.head_dim
+        return self._vectors * self.head_dim
+
+    def token_bytes(self, width: int) -> int:
+        """Bytes of one token with numbers of `width` bytes; of one byte, with their scales."""
+        return self.elements * width + (self._vectors * SCALE_BYTES if width == 1 else 0)
+
+    @property
+    def _vectors(self) -> int:
+        return 2 * len(self.layers) * self.kv_heads
 
 
 def kept_layers(text: TextConfig) -> tuple[KeptLayers, ...]:

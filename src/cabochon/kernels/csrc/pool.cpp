@@ -36,7 +36,7 @@ struct Job {
 // Kept on the heap and left there: threads may run until the very end of the process.
 struct Pool {
   Job job;
-  std::mutex asking;  // by one caller at a time
+  std::atomic<bool> taken{false};  // by one caller at a time
   std::mutex sleep;
   std::condition_variable wake;
   std::atomic<int> sleeping{0};
@@ -108,9 +108,9 @@ Pool* pool() {
 
 void share_work(int count, int threads, void (*work)(void*, int), void* context) {
   Pool* all = count > 1 && threads > 1 ? pool() : nullptr;
-  if (all && all->asking.try_lock()) {
+  if (all && !all->taken.exchange(true)) {
     all->run(count, threads, work, context);
-    all->asking.unlock();
+    all->taken.store(false);
     return;
   }
   for (int i = 0; i < count; i++) work(context, i);

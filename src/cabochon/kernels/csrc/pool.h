@@ -11,8 +11,18 @@ void share_work(int count, int threads, void (*work)(void*, int), void* context)
 
 namespace {
 
+constexpr int FEW_ROWS = 8;  // of activations, that are too little work to be told apart
+
 template <class Work> inline void in_parallel(int count, int threads, const Work& work) {
   share_work(count, threads, [](void* context, int i) { (*(const Work*)context)(i); }, (void*)&work);
+}
+
+// The same for every row below `n`.
+template <class Work> inline void each_row(int n, int threads, const Work& work) {
+  in_parallel((n + FEW_ROWS - 1) / FEW_ROWS, threads, [&](int piece) {
+    const int from = piece * FEW_ROWS, to = from + FEW_ROWS < n ? from + FEW_ROWS : n;
+    for (int i = from; i < to; i++) work(i);
+  });
 }
 
 }  // namespace

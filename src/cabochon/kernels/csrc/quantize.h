@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr int FEW_ROWS = 8;  // of activations, that one thread works on
-
 // 32 numbers. What is left after rounding replaces `x`.
 INL void quantize_unit(float* x, int8_t* codes, float* scale, float* sum, float* halves) {
   constexpr int PARTS = UNIT / LANES;
@@ -60,10 +58,7 @@ INL Quantized quantized_in(void* room, int64_t n, int units) {
 // `x [n, columns]` to `n * digits` columns.
 static void quantize(const float* x, int64_t ldx, int n, int columns, int units, int digits,
                      const Quantized& out, int threads) {
-  in_parallel((n + FEW_ROWS - 1) / FEW_ROWS, threads, [&](int piece) {
-    const int from = piece * FEW_ROWS, to = std::min(from + FEW_ROWS, n);
-    for (int i = from; i < to; i++) quantize_row(x + i * ldx, columns, units, digits, i, out);
-  });
+  each_row(n, threads, [&](int i) { quantize_row(x + i * ldx, columns, units, digits, i, out); });
 }
 
 }  // namespace
