@@ -76,7 +76,9 @@ def fp8(rows: int, columns: int) -> Weight:
 
 
 def int8() -> Weight:
-    return ByteWeight(octets(ROWS, COLUMNS).view(torch.int8), torch.rand(ROWS, 1), cell=(1, COLUMNS))
+    return ByteWeight(
+        octets(ROWS, COLUMNS).view(torch.int8), torch.rand(ROWS, 1), cell=(1, COLUMNS)
+    )
 
 
 FORMATS: dict[str, Callable[[], Weight]] = {

@@ -20,16 +20,16 @@ pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler where
 def logits(llm: LLM, fused: bool) -> Tensor:
     """Of the prompt, in chunks, and of each token after it when it comes alone."""
     text = llm.runner.model.model.language_model
-    kept = dict(text.fused)
+    fast = dict(text.fused), text.together
     if not fused:
-        text.fused.clear()
+        text.fused, text.together = {}, None
     try:
         llm.prefill_chunk = 16
         chunks = llm.logits(TOKENS)
         llm.prefill_chunk = 1
         return torch.cat((chunks, llm.logits(TOKENS)))
     finally:
-        text.fused.update(kept)
+        text.fused, text.together = fast
 
 
 @pytest.mark.parametrize("isa", ["avx512vnni", "avxvnni", "avx2", "neon", "scalar"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,19 @@ from cabochon.nn.norm import RMSNorm
 from cabochon.nn.rotary import Rotation, rotate, text_rotation
 
 LayerCall = Callable[[Tensor, Tensor | None, Rotation, KeyValues], Tensor]
+
+
+class LayersCall(Protocol):
+    """Computes as many layers as there are rotations, from `first` on; `own` is that of all."""
+
+    def __call__(
+        self,
+        first: int,
+        x: Tensor,
+        own: Tensor | None,
+        rotations: Sequence[Rotation],
+        kv: KeyValues,
+    ) -> Tensor: ...
 
 
 class Attention(nn.Module):
@@ -129,6 +143,8 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(eps, hidden)
         # What computes a layer in its module's place; a pass over the built tree fills it.
         self.fused: dict[int, LayerCall] = {}
+        # What computes many at once in float32, if each of them is fused.
+        self.together: LayersCall | None = None
 
     def forward(
         self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
@@ -143,29 +159,58 @@ class TextModel(nn.Module):
             wanted: `[rows]`, sorted. From the first layer that shares keys and values on, nothing
                 is written any more, so only these rows go through the rest of the model.
         """
-        *_, (rows, asked) = self.walk(ids, x, positions, kv, wanted)
+        *_, (rows, asked) = self.walk(ids, x, positions, kv, wanted, each=False)
         return self.norm(rows[asked])
 
     def walk(
-        self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
+        self,
+        ids: Tensor,
+        x: Tensor,
+        positions: Tensor,
+        kv: KeyValues,
+        wanted: Tensor,
+        *,
+        each: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What goes into `forward`'s final norm, layer by layer, for those who want to look.
 
-        After each layer its rows `[rows, hidden_size]`, and which of them are wanted.
+        After each layer its rows `[rows, hidden_size]`, and which of them are wanted; without
+        `each`, after runs of layers that work on the same rows.
         """
         own = self._layer_inputs(ids, x)
         rotations = self._rotations(positions, x.dtype)
-        for layer, module in zip(self.config.layers, self.layers, strict=True):
-            if layer.shares_kv and len(wanted) < len(x):
+        for run in self._runs(each):
+            if self.config.layers[run[0]].shares_kv and len(wanted) < len(x):
                 x, kv, positions = x[wanted], kv.narrow(wanted), positions[wanted]
                 own = None if own is None else own[wanted]
                 rotations = self._rotations(positions, x.dtype)
                 wanted = torch.arange(len(wanted), device=wanted.device)
             if len(x):
-                part = None if own is None else own[:, layer.index]
-                run = self.fused.get(layer.index, module)
-                x = run(x, part, rotations[layer.index], kv)
+                x = self._compute(run, x, own, [rotations[index] for index in run], kv)
             yield x, wanted
+
+    def _runs(self, each: bool) -> list[range]:
+        """Consecutive layers; what shares keys and values is apart from what writes them."""
+        depth = len(self.config.layers)
+        if each:
+            return [range(i, i + 1) for i in range(depth)]
+        writing = sum(not layer.shares_kv for layer in self.config.layers)
+        return [run for run in (range(writing), range(writing, depth)) if run]
+
+    def _compute(
+        self,
+        run: range,
+        x: Tensor,
+        own: Tensor | None,
+        rotations: Sequence[Rotation],
+        kv: KeyValues,
+    ) -> Tensor:
+        if self.together is not None and x.dtype is torch.float32:
+            return self.together(run[0], x, own, rotations, kv)
+        for index, rotation in zip(run, rotations, strict=True):
+            compute = self.fused.get(index, self.layers[index])
+            x = compute(x, None if own is None else own[:, index], rotation, kv)
+        return x
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
         """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""

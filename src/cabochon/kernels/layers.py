@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels import mixtures
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Cache, Layer, Library, Step, address, threads
+from cabochon.kernels.library import Cache, Layer, Library, Step, Turn, address, threads
 from cabochon.kernels.mixtures import Mixture, linear
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.attention import KeyValues, Paged
@@ -27,12 +28,17 @@ _KEPT = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 def fuse(model: Gemma4, library: Library | None) -> str:
     """Let every layer that can be run in one call; returns what was fused, for people."""
     text = model.model.language_model
+    fused: dict[int, FusedLayer] = {}
     if library is not None:
         for index, layer in enumerate(text.layers):
             assert isinstance(layer, DecoderLayer)
             if _fits(layer):
-                text.fused[index] = FusedLayer(library, layer)
-    return f"{len(text.fused)} of {len(text.layers)} layers in one call each"
+                fused[index] = FusedLayer(library, layer)
+        if len(fused) == len(text.layers):
+            text.together = FusedLayers(library, list(fused.values()))
+    text.fused |= fused
+    how = "all layers in one call" if text.together else "a layer in one call"
+    return f"{len(fused)} of {len(text.layers)} layers are fused, {how}"
 
 
 def _fits(layer: DecoderLayer) -> bool:
@@ -70,10 +76,10 @@ class FusedLayer:
         self._library = library
         self._module = layer
         attention = layer.self_attn
-        self._layer = attention.layer
+        self.layer = attention.layer
         linears = _linears(layer)
-        self._width = attention.q_proj.out_features
-        self._kept = self._layer.kv_heads * self._layer.head_dim
+        self.width = attention.q_proj.out_features
+        self.kept = self.layer.kv_heads * self.layer.head_dim
         own = linears.get("own_gate")
         norms: dict[str, RMSNorm] = {
             "before_attention": layer.input_layernorm,
@@ -84,18 +90,18 @@ class FusedLayer:
         }
         if own is not None:
             norms["after_own"] = layer.post_per_layer_input_norm
-        if not self._layer.shares_kv:
+        if not self.layer.shares_kv:
             norms["k_norm"] = attention.k_norm
         self._mixture = Mixture(layer) if layer.mixed else None
-        self._struct = Layer(
+        self.struct = Layer(
             hidden=attention.q_proj.in_features,
-            heads=self._width // self._layer.head_dim,
-            kv_heads=self._layer.kv_heads,
-            head_dim=self._layer.head_dim,
+            heads=self.width // self.layer.head_dim,
+            kv_heads=self.layer.kv_heads,
+            head_dim=self.layer.head_dim,
             intermediate=layer.mlp.gate_proj.out_features,
             own=0 if own is None else own.out_features,
-            shares_kv=self._layer.shares_kv,
-            values_are_keys=self._layer.k_eq_v,
+            shares_kv=self.layer.shares_kv,
+            values_are_keys=self.layer.k_eq_v,
             eps=layer.input_layernorm.eps,
             scalar=float(layer.layer_scalar),
             experts=None if self._mixture is None else ctypes.pointer(self._mixture.struct),
@@ -104,31 +110,66 @@ class FusedLayer:
         )
 
     def __call__(self, x: Tensor, own: Tensor | None, rotation: Rotation, kv: KeyValues) -> Tensor:
-        n = len(x)
         if x.dtype is not torch.float32:
             made: Tensor = self._module(x, own, rotation, kv)
             return made
-        assert own is None or own.stride(1) == 1
-        x = x.clone(memory_format=torch.contiguous_format)
-        room = torch.empty(n * 2 * (self._width + self._kept))
-        queries, attended, keys, values = room.split(
-            [n * size for size in (self._width, self._width, self._kept, self._kept)]
-        )
-        step = Step(
-            x=address(x),
-            cos=address(rotation.cos),
-            sin=address(rotation.sin),
-            inputs=None if own is None else own.data_ptr(),
-            queries=address(queries),
-            keys=address(keys),
-            values=address(values),
-            attended=address(attended),
-            inputs_ld=0 if own is None else own.stride(0),
-            n=n,
-            threads=threads(),
-        )
-        self._library.layer(self._struct, _cache(kv.paged(self._layer.kv_source)), step)
-        return x
+        return _compute(self._library, [self], x, own, [rotation], kv)
+
+
+class FusedLayers:
+    """Computes consecutive layers of a model in one call; each of them is fused."""
+
+    def __init__(self, library: Library, layers: Sequence[FusedLayer]) -> None:
+        self._library = library
+        self._layers = layers
+
+    def __call__(
+        self,
+        first: int,
+        x: Tensor,
+        own: Tensor | None,
+        rotations: Sequence[Rotation],
+        kv: KeyValues,
+    ) -> Tensor:
+        layers = self._layers[first : first + len(rotations)]
+        part = None if own is None else own[:, first]
+        return _compute(self._library, layers, x, part, rotations, kv)
+
+
+def _compute(
+    library: Library,
+    layers: Sequence[FusedLayer],
+    x: Tensor,
+    own: Tensor | None,
+    rotations: Sequence[Rotation],
+    kv: KeyValues,
+) -> Tensor:
+    """What `layers` make of `x [n, hidden]`; behind `own [n, ple_dim]` lie those of the next."""
+    n, count = len(x), len(layers)
+    assert own is None or own.stride(1) == 1
+    x = x.clone(memory_format=torch.contiguous_format)
+    width, kept = max(layer.width for layer in layers), max(layer.kept for layer in layers)
+    queries, attended = torch.empty(2, n, width)
+    keys, values = torch.empty(2, n, kept)
+    step = Step(
+        x=address(x),
+        inputs=None if own is None else own.data_ptr(),
+        queries=address(queries),
+        keys=address(keys),
+        values=address(values),
+        attended=address(attended),
+        inputs_ld=0 if own is None else own.stride(0),
+        n=n,
+        threads=threads(),
+    )
+    library.layers(
+        (ctypes.POINTER(Layer) * count)(*(ctypes.pointer(layer.struct) for layer in layers)),
+        (Cache * count)(*(_cache(kv.paged(layer.layer.kv_source)) for layer in layers)),
+        (Turn * count)(*(Turn(address(cos), address(sin)) for cos, sin in rotations)),
+        step,
+        count,
+    )
+    return x
 
 
 def _cache(at: Paged) -> Cache:

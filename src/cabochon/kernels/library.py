@@ -126,11 +126,17 @@ class Cache(ctypes.Structure):
     )
 
 
+class Turn(ctypes.Structure):
+    """`struct Rotation` of csrc/api.h."""
+
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p))
+
+
 class Step(ctypes.Structure):
     """`struct Step` of csrc/api.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "cos", "sin", "inputs")),
+        *((name, c_void_p) for name in ("x", "inputs")),
         *((name, c_void_p) for name in ("queries", "keys", "values", "attended")),
         ("inputs_ld", c_int64),
         ("n", c_int32),
@@ -151,7 +157,10 @@ _SIGNATURES = {
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
     "pack_codes": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_int]),
     "pack_scales": (None, [POINTER(Matrix), c_int64, c_void_p, c_int, c_int, c_int]),
-    "layer": (None, [POINTER(Layer), POINTER(Cache), POINTER(Step)]),
+    "layers": (
+        None,
+        [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(Turn), POINTER(Step), c_int],
+    ),
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
@@ -172,7 +181,7 @@ class Library:
         self.dense = self._dll.cabochon_dense
         self.pack_codes = self._dll.cabochon_pack_codes
         self.pack_scales = self._dll.cabochon_pack_scales
-        self.layer = self._dll.cabochon_layer
+        self.layers = self._dll.cabochon_layers
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise

@@ -93,12 +93,17 @@ struct Cache {
   int32_t kind;
 };
 
-// What a layer works on: `x [n, hidden]` is read and overwritten, `cos` and `sin` are
-// [n, head_dim / 2], `inputs` [n, own] lies `inputs_ld` apart; queries, keys, values and attended
-// are [n, heads * head_dim] of their kind.
+// [n, head_dim / 2] each.
+struct Rotation {
+  const float *cos, *sin;
+};
+
+// What layers work on, one after the other: `x [n, hidden]` is read and overwritten, `inputs`
+// [n, own] of the first lies `inputs_ld` apart, with those of the next behind it; queries, keys,
+// values and attended are room for [n, heads * head_dim] of the widest.
 struct Step {
   float* x;
-  const float *cos, *sin, *inputs;
+  const float* inputs;
   float *queries, *keys, *values, *attended;
   int64_t inputs_ld;
   int32_t n, threads;

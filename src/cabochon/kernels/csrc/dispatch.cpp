@@ -68,8 +68,9 @@ void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   table->dense(m, rows, start, n, out, threads);
 }
 
-void cabochon_layer(const Layer* layer, const Cache* cache, const Step* step) {
-  table->layer(layer, cache, step);
+void cabochon_layers(const Layer* const* layers, const Cache* caches, const Rotation* rotations,
+                     const Step* step, int count) {
+  table->layers(layers, caches, rotations, step, count);
 }
 
 // Additions and multiplications done, of codes of four bits that are already in registers.

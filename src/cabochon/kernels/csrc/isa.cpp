@@ -27,11 +27,16 @@ static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   dense(*m, rows, start, n, out, threads);
 }
 
-static void decoder_layer(const Layer* layer, const Cache* cache, const Step* step) {
-  run_layer(*layer, *cache, *step);
+static void decoder_layers(const Layer* const* layers, const Cache* caches,
+                           const Rotation* rotations, const Step* step, int count) {
+  Step s = *step;
+  for (int i = 0; i < count; i++) {
+    run_layer(*layers[i], caches[i], rotations[i], s);
+    s.inputs += layers[i]->own;
+  }
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, decoder_layer, peak, read_all, entries};
+  static const Table table = {times, times_rows, decoder_layers, peak, read_all, entries};
   return &table;
 }

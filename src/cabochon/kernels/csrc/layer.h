@@ -9,7 +9,8 @@ template <class Work> INL void each_row(const Step& s, const Work& work) {
   each_row(s.n, s.threads, work);
 }
 
-static void before(const Layer& l, const Cache& cache, const Step& s, float* normed) {
+static void before(const Layer& l, const Cache& cache, const Rotation& rotation, const Step& s,
+                   float* normed) {
   const int width = l.heads * l.head_dim, kept = l.kv_heads * l.head_dim, pairs = l.head_dim / 2;
   each_row(s, [&](int i) {
     normalize(s.x + (int64_t)i * l.hidden, l.before_attention, l.hidden, l.eps,
@@ -22,7 +23,7 @@ static void before(const Layer& l, const Cache& cache, const Step& s, float* nor
     if (!l.values_are_keys) in.times(l.v, s.values);
   }
   each_row(s, [&](int i) {
-    const float *cos = s.cos + (int64_t)i * pairs, *sin = s.sin + (int64_t)i * pairs;
+    const float *cos = rotation.cos + (int64_t)i * pairs, *sin = rotation.sin + (int64_t)i * pairs;
     for (int h = 0; h < l.heads; h++) {
       float* q = s.queries + (int64_t)i * width + h * l.head_dim;
       normalize(q, l.q_norm, l.head_dim, l.eps, q);
@@ -107,10 +108,11 @@ static void after(const Layer& l, const Step& s, float* normed) {
   });
 }
 
-static void run_layer(const Layer& l, const Cache& cache, const Step& s) {
+static void run_layer(const Layer& l, const Cache& cache, const Rotation& rotation,
+                      const Step& s) {
   static thread_local Room room;
   float* normed = room.of((size_t)s.n * l.hidden);
-  before(l, cache, s, normed);
+  before(l, cache, rotation, s, normed);
   attend(cache, s.n, {l.heads, l.kv_heads, l.head_dim}, s.queries, s.attended, s.threads);
   after(l, s, normed);
 }

@@ -7,7 +7,7 @@ struct Table {
                 int64_t ldy, int threads);
   void (*times_rows)(const Rows*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                      int64_t ldy, int threads);
-  void (*layer)(const Layer*, const Cache*, const Step*);
+  void (*layers)(const Layer* const*, const Cache*, const Rotation*, const Step*, int count);
   double (*peak)(int64_t rounds, int threads);
   void (*read)(const uint8_t* data, int64_t size, int threads);
   void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
