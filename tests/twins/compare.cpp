@@ -1,0 +1,167 @@
+// An instruction set against the scalar twin of its kernels, on random packed matrices: for
+// processors that the machine at hand is not, under an emulator. Prints what it compared.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "api.h"
+#include "table.h"
+
+extern "C" const Table* cabochon_scalar();
+extern "C" const Table* CABOCHON_TWIN();
+
+static std::mt19937 source(1);
+static int below(int n) { return (int)(source() % n); }
+static float normal() { return std::normal_distribution<float>()(source); }
+
+static int failures = 0, compared = 0;
+
+static void compare(const std::string& what, const std::vector<float>& one,
+                    const std::vector<float>& other, double bound) {
+  double most = 0, off = 0;
+  for (float x : other) most = std::max(most, (double)std::fabs(x));
+  for (size_t i = 0; i < one.size(); i++) {
+    const double d = std::fabs((double)one[i] - other[i]);
+    off = d <= off ? off : d;  // what is no number stays
+    if (!(d < INFINITY)) off = INFINITY;
+  }
+  compared++;
+  if (off <= bound * most && most > 0) return;
+  failures++;
+  printf("%s: off by %g of %g\n", what.c_str(), off, most);
+}
+
+struct Packed {
+  Matrix m{};
+  std::vector<uint8_t> room;
+  std::vector<float> levels;
+};
+
+static const int UNIT_BYTES[] = {512, 1024, 512, 512, 256, 384, 640, 768};
+
+static uint16_t half() { return 0x2400 + below(0x400); }  // 1/64 to 1/32
+
+static void fill_halves(uint8_t* p, int n) {
+  for (int i = 0; i < n; i++) ((uint16_t*)p)[i] = half();
+}
+
+// A matrix of random codes, with what belongs to `scales` and `minima` beside them.
+static Packed random_matrix(int codes, int scales, int minima, bool by_halves, int digits, int rows,
+                            int columns) {
+  Packed made;
+  Matrix& m = made.m;
+  m.rows = rows, m.columns = columns, m.units = (columns + UNIT - 1) / UNIT;
+  m.codes = codes, m.scales = scales, m.minima = minima, m.digits = digits;
+  m.halves = by_halves ? 1 : 2, m.groups = by_halves ? 2 * m.units : m.units;
+  m.per_shared = m.groups, m.gain = 1, m.unit = 1.0f / 64, m.fine = 1.0f / 254;
+  m.zero = codes == TABLE2 ? 128 : codes == TABLE ? 12 : 8, m.round = below(3);
+  const int scale_size = scales == F32 ? 4 : scales <= BF16 ? 2 : 1;
+  const int minimum_size = minima == CONSTANT ? 0 : minima == MIN_F32 ? 4
+                           : minima == ZERO_POINT || minima == MIN_SUB_U8 ? 1 : 2;
+  const auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
+  m.shared_at = aligned((int64_t)m.groups * ROWS * scale_size);
+  m.minima_at = m.shared_at + aligned(ROWS * 2);
+  m.shared_minima_at = m.minima_at + aligned((int64_t)m.groups * ROWS * minimum_size);
+  m.codes_at = m.shared_minima_at + aligned(ROWS * 2);
+  m.stride = m.codes_at + (int64_t)m.units * UNIT_BYTES[codes];
+  const int blocks = (rows + ROWS - 1) / ROWS;
+  made.room.resize(blocks * m.stride + 64);
+  for (uint8_t& byte : made.room) byte = (uint8_t)source();
+  uint8_t* data = made.room.data() + (64 - (uintptr_t)made.room.data() % 64) % 64;
+  for (int b = 0; b < blocks; b++) {
+    uint8_t* p = data + b * m.stride;
+    const int n = m.groups * ROWS;
+    for (int i = 0; i < n; i++) {
+      if (scales == F16) ((uint16_t*)p)[i] = half();
+      else if (scales == BF16) ((uint16_t*)p)[i] = 0x3c80 + below(0x80);
+      else if (scales == F32) ((float*)p)[i] = 0.01f + 0.001f * below(16);
+      else if (scales == E8M0) p[i] = 120 + below(8);
+      else p[i] &= 0x77;  // neither signs nor what is no number
+    }
+    fill_halves(p + m.shared_at, ROWS);
+    fill_halves(p + m.shared_minima_at, ROWS);
+    uint8_t* z = p + m.minima_at;
+    for (int i = 0; i < n && minimum_size; i++) {
+      if (minima == ZERO_POINT) z[i] &= 7;
+      else if (minima == MIN_F16) ((uint16_t*)z)[i] = half();
+      else if (minima == MIN_BF16) ((uint16_t*)z)[i] = 0x3c80 + below(0x80);
+      else if (minima == MIN_F32) ((float*)z)[i] = 0.01f * below(16);
+    }
+  }
+  for (int i = 0; i < 16; i++) {
+    m.table[0][i] = codes == TABLE2 ? below(256) : below(25), m.table[1][i] = below(256);
+    m.values[i] = normal();
+  }
+  m.data = data;
+  for (int i = 0; i < 256; i++) made.levels.push_back(std::ldexp(1.0f + i % 8 / 8.0f, i / 8 % 16 - 12));
+  m.levels = made.levels.data();
+  return made;
+}
+
+static std::vector<float> inputs(int n) {
+  std::vector<float> x(n);
+  for (float& v : x) v = normal();
+  return x;
+}
+
+static void matrices() {
+  const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
+  for (int codes = 0; codes < 8; codes++)
+    for (int scales = 0; scales < 8; scales++)
+      for (int minima = 0; minima < 6; minima++)
+        for (int form = 0; form < 6; form++) {
+          const bool halves = form & 1, table = codes == TABLE || codes == TABLE2;
+          const int digits = form / 2;
+          if (table && minima != CONSTANT) continue;
+          if (codes == U5 && halves) continue;
+          if (codes == U6 && !halves) continue;
+          const int rows = 33 + below(40), columns = 32 * (1 + below(4)) + (form > 2 ? below(31) : 0);
+          const Packed p = random_matrix(codes, scales, minima, halves, digits, rows, columns);
+          char name[128];
+          snprintf(name, sizeof name, "codes %d, scales %d, minima %d, halves %d, digits %d", codes,
+                   scales, minima, halves, digits);
+          for (int n : {1, 3, 7}) {
+            const std::vector<float> x = inputs(n * columns);
+            std::vector<float> y(n * rows), z(n * rows);
+            one->times(&p.m, x.data(), columns, n, 0, rows, y.data(), rows, 1);
+            other->times(&p.m, x.data(), columns, n, 0, rows, z.data(), rows, 1);
+            compare(name, y, z, 1e-4);
+          }
+          std::vector<float> y(rows * columns), z(rows * columns);
+          one->dense(&p.m, nullptr, 0, rows, y.data(), 1);
+          other->dense(&p.m, nullptr, 0, rows, z.data(), 1);
+          compare(std::string(name) + ", dense", y, z, 0);
+        }
+}
+
+static void stored_floats() {
+  const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
+  for (int type = 0; type < 4; type++) {
+    const int rows = 37, columns = 101, size = type == ROW_E4M3 ? 1 : type == ROW_F32 ? 4 : 2;
+    std::vector<uint8_t> data((size_t)rows * columns * size);
+    for (size_t i = 0; i < data.size() / size; i++) {
+      if (type == ROW_BF16) ((uint16_t*)data.data())[i] = 0x3c80 + below(0x80) + below(2) * 0x8000;
+      else if (type == ROW_F16) ((uint16_t*)data.data())[i] = half() + below(2) * 0x8000;
+      else if (type == ROW_F32) ((float*)data.data())[i] = normal();
+      else data[i] = below(127) + below(2) * 128;
+    }
+    const std::vector<float> scales = inputs(10 * 4);
+    for (int n : {1, 2, 5}) {
+      const std::vector<float> x = inputs(n * columns);
+      std::vector<float> y(n * rows), z(n * rows);
+      const Rows m{data.data(), scales.data(), rows, columns, type, 4, 32};
+      one->times_rows(&m, x.data(), columns, n, 0, rows, y.data(), rows, 1);
+      other->times_rows(&m, x.data(), columns, n, 0, rows, z.data(), rows, 1);
+      compare("stored floats " + std::to_string(type), y, z, 1e-4);
+    }
+  }
+}
+
+int main() {
+  matrices();
+  stored_floats();
+  printf("%d compared, %d failed\n", compared, failures);
+  return failures != 0;
+}
