@@ -42,7 +42,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_KV_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_KV_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 _CHOICES = {
     "dtype": tuple(_DTYPES),
     "activations": ("auto", *ACTIVATIONS),
@@ -79,6 +79,7 @@ class LLM:
         activations: What the inputs of quantized matrices are rounded to, 32 at a time, "float32"
             for not at all. "auto" is "int8", the fastest; "float32" if `dtype` is named.
         kv_dtype: What keys and values are kept in. "auto" is "float16"; `dtype` if that is named.
+            "int8" is half the memory and less exact.
         threads: Of torch; None leaves its own choice.
         kv_cache_bytes: For keys and values; None takes at most an eighth of the machine's memory.
         max_batch: Requests computed together.
@@ -100,7 +101,7 @@ class LLM:
         *,
         dtype: Dtype = "auto",
         activations: Activations | Literal["auto"] = "auto",
-        kv_dtype: Literal["auto", "float16", "float32"] = "auto",
+        kv_dtype: Literal["auto", "float16", "float32", "int8"] = "auto",
         threads: int | None = None,
         kv_cache_bytes: int | None = None,
         max_batch: int = 16,

@@ -80,10 +80,10 @@ class EngineSettings(BaseModel):
         description="What the inputs of quantized matrices are rounded to, 32 at a time: int8,"
         " int16, or float32 for not at all; int8 without it, float32 where dtype is named",
     )
-    kv_dtype: Literal["auto", "float16", "float32"] = Field(
+    kv_dtype: Literal["auto", "float16", "float32", "int8"] = Field(
         "auto",
-        description="What keys and values are kept in: float16 or float32; float16 without it,"
-        " float32 where dtype is named",
+        description="What keys and values are kept in: float16, float32, or int8, which is half of"
+        " float16 and less exact; float16 without it, float32 where dtype is named",
     )
     threads: int | None = Field(
         None, ge=1, le=1024, description="Threads that compute; torch's own choice without it"

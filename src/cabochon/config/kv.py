@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from cabochon.config.types import PictureSight, TextConfig
 
+SCALE_BYTES = 4  # of a head's keys or values of one token, where these are kept in eight bits
+
 
 @dataclass(frozen=True, slots=True)
 class KeptLayers:
@@ -21,6 +23,15 @@ class KeptLayers:
     def elements(self) -> int:
         """Numbers kept of one token, in all of these layers together."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim
+
+    def token_bytes(self, width: int) -> int:
+        """Bytes of one token with numbers of `width` bytes; of one byte, with their scales."""
+        return kept_bytes(self.elements, self.head_dim, width)
+
+
+def kept_bytes(elements: int, head_dim: int, width: int) -> int:
+    """Bytes of numbers of `width` bytes; a head's in single bytes have a scale together."""
+    return elements * width + (elements // head_dim * SCALE_BYTES if width == 1 else 0)
 
 
 def kept_layers(text: TextConfig) -> tuple[KeptLayers, ...]:

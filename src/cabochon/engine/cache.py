@@ -16,7 +16,8 @@ from torch import Tensor
 from cabochon.config import KeptLayers, TextConfig, kept_layers
 from cabochon.engine.pool import Name, PagePool
 from cabochon.errors import CabochonError
-from cabochon.nn.attention import Decoding, Spans, attention, visible
+from cabochon.nn.attention import Paged, Spans, attention, seen, visible
+from cabochon.nn.kept import Kept
 
 PAGE = 16  # tokens
 
@@ -28,7 +29,7 @@ class Group(KeptLayers):
     """Layers that share page numbers."""
 
     def page_bytes(self, dtype: torch.dtype) -> int:
-        return PAGE * self.elements * dtype.itemsize
+        return PAGE * self.token_bytes(dtype.itemsize)
 
     def pages_for(self, length: int, batch: int, step: int) -> int:
         """The most pages that `batch` sequences of `length` tokens hold, `step` tokens at a time.
@@ -143,15 +144,14 @@ class PagedCache:
     def __init__(self, plan: CachePlan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self.keys: dict[int, Tensor] = {}  # by layer: [pages * PAGE, kv_heads, head_dim]
-        self.values: dict[int, Tensor] = {}
+        self.keys: dict[int, Kept] = {}  # by layer
+        self.values: dict[int, Kept] = {}
         self.group_of: dict[int, int] = {}
         for index, (group, pages) in enumerate(zip(plan.groups, plan.pages, strict=True)):
-            shape = (pages * PAGE, group.kv_heads, group.head_dim)
+            shape = (pages * PAGE, group.kv_heads, group.head_dim, dtype, device)
             for layer in group.layers:
                 self.group_of[layer] = index
-                self.keys[layer] = torch.empty(shape, dtype=dtype, device=device)
-                self.values[layer] = torch.empty(shape, dtype=dtype, device=device)
+                self.keys[layer], self.values[layer] = Kept(*shape), Kept(*shape)
         self._pools = [PagePool(pages) for pages in plan.pages]
 
     def new_table(self) -> PageTable:
@@ -261,14 +261,14 @@ class CacheStep:
         self._queries = self._spans  # positions that ask, a tensor for each chunk
         self._writes: dict[int, Tensor] = {}
         self._readings: dict[int, list[_Reading]] = {}
-        self._decoding: dict[int, tuple[Tensor, ...]] = {}  # slots to high, by group
+        self._paged: dict[int, tuple[Tensor, ...]] = {}  # slots to high, by group
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         group = self.cache.group_of[layer]
         if group not in self._writes:
             self._writes[group] = self._write_slots(group)
         for pool, made in ((self.cache.keys, keys), (self.cache.values, values)):
-            pool[layer].index_copy_(0, self._writes[group], made.to(pool[layer].dtype))
+            pool[layer].write(self._writes[group], made)
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         group = self.cache.group_of[layer]
@@ -278,33 +278,36 @@ class CacheStep:
         row = 0
         for reading, asking in zip(self._readings[group], self._queries, strict=True):
             rows = slice(row, row := row + len(asking))
-            keys = self.cache.keys[layer][reading.slots].to(queries.dtype)
-            values = self.cache.values[layer][reading.slots].to(queries.dtype)
+            keys = self.cache.keys[layer].read(reading.slots, queries.dtype)
+            values = self.cache.values[layer].read(reading.slots, queries.dtype)
             out[rows] = attention(queries[rows], keys, values, reading.mask)
         return out
 
-    def decoding(self, layer: int) -> Decoding | None:
-        if any(chunk.stop - chunk.start > 1 for chunk in self.chunks):
-            return None
+    def paged(self, layer: int) -> Paged:
         group = self.cache.group_of[layer]
-        if group not in self._decoding:
-            self._decoding[group] = self._decoding_of(group)
-        return Decoding(self.cache.keys[layer], self.cache.values[layer], *self._decoding[group])
+        if group not in self._paged:
+            self._paged[group] = self._pages_of(group)
+        return Paged(self.cache.keys[layer], self.cache.values[layer], *self._paged[group])
 
-    def _decoding_of(self, group: int) -> tuple[Tensor, ...]:
-        window = self.cache.plan.groups[group].window
+    def _pages_of(self, group: int) -> tuple[Tensor, ...]:
+        layout = self.cache.plan.groups[group]
         pages: list[int] = []
-        slots, page_at, low, high = [], [], [], []
-        for chunk in self.chunks:
-            held = chunk.table.pages[group]
-            last = chunk.stop - 1
-            slots.append(held[last // PAGE] * PAGE + last % PAGE)
-            page_at.append(len(pages))
+        slots: list[int] = []
+        page_at: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        for chunk, asking in zip(self.chunks, self._queries, strict=True):
+            held, positions = chunk.table.pages[group], asking.tolist()
+            page_at.extend([len(pages)] * len(positions))
             pages.extend(held)
-            low.append(0 if window is None else max(0, chunk.stop - window))
-            high.append(chunk.stop)
+            ranges.extend(
+                seen(position, layout.window, layout.pictures, chunk.pictures)
+                for position in positions
+            )
+            if self._queries is self._spans:
+                slots.extend(held[at // PAGE] * PAGE + at % PAGE for at in positions)
+        low, high = zip(*ranges, strict=True)
         whole = [torch.tensor(x, dtype=torch.int32) for x in (pages, page_at, low, high)]
-        return torch.tensor(slots), *whole
+        return torch.tensor(slots, dtype=torch.int64), *whole
 
     def narrow(self, rows: Tensor) -> CacheStep:
         ends = torch.tensor([len(span) for span in self._spans], device=rows.device).cumsum(0)

@@ -9,18 +9,19 @@ from torch import Tensor
 
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer
+from cabochon.kernels import mixtures
 from cabochon.kernels.floats import FEW, FloatsWeight
-from cabochon.kernels.library import Cache, Layer, Library, Linear, Step, address, threads
+from cabochon.kernels.library import Cache, Layer, Library, Step, address, threads
+from cabochon.kernels.mixtures import Mixture, linear
 from cabochon.kernels.packed import PackedWeight
-from cabochon.nn.attention import KeyValues
+from cabochon.nn.attention import KeyValues, Paged
 from cabochon.nn.linear import Linear as Module
 from cabochon.nn.norm import RMSNorm
 from cabochon.nn.rotary import Rotation
-from cabochon.nn.weight import Weight
 
 WIDTH = 16  # floats of the widest vectors; sizes must be multiples
 
-_BEFORE, _ATTEND, _AFTER = 1, 2, 4
+_KEPT = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
 def fuse(model: Gemma4, library: Library | None) -> str:
@@ -38,13 +39,14 @@ def _fits(layer: DecoderLayer) -> bool:
     """Whether all matrices have kernels that round activations, and all sizes fill vectors."""
     attention, mlp = layer.self_attn, layer.mlp
     sizes = [attention.q_proj.in_features, mlp.gate_proj.out_features]
-    sizes.append(attention.layer.head_dim)
+    sizes += [attention.layer.head_dim, *mixtures.sizes(layer)]
     if hasattr(layer, "per_layer_input_gate"):
         sizes.append(layer.per_layer_input_gate.out_features)
-    weights = [linear.weight for linear in _linears(layer).values()]
+    weights = [module.weight for module in _linears(layer).values()]
     known = all(isinstance(weight, PackedWeight | FloatsWeight) for weight in weights)
     fast = any(isinstance(w, PackedWeight) and w.activations != "float32" for w in weights)
-    return not layer.mixed and known and fast and all(size % WIDTH == 0 for size in sizes)
+    whole = all(size % WIDTH == 0 for size in sizes)
+    return known and fast and whole and mixtures.has_kernels(layer)
 
 
 def _linears(layer: DecoderLayer) -> dict[str, Module]:
@@ -70,7 +72,7 @@ class FusedLayer:
         attention = layer.self_attn
         self._layer = attention.layer
         linears = _linears(layer)
-        self._few = any(isinstance(linear.weight, FloatsWeight) for linear in linears.values())
+        self._few = any(isinstance(module.weight, FloatsWeight) for module in linears.values())
         self._width = attention.q_proj.out_features
         self._kept = self._layer.kv_heads * self._layer.head_dim
         own = linears.get("own_gate")
@@ -85,6 +87,7 @@ class FusedLayer:
             norms["after_own"] = layer.post_per_layer_input_norm
         if not self._layer.shares_kv:
             norms["k_norm"] = attention.k_norm
+        self._mixture = Mixture(layer) if layer.mixed else None
         self._struct = Layer(
             hidden=attention.q_proj.in_features,
             heads=self._width // self._layer.head_dim,
@@ -96,7 +99,8 @@ class FusedLayer:
             values_are_keys=self._layer.k_eq_v,
             eps=layer.input_layernorm.eps,
             scalar=float(layer.layer_scalar),
-            **{name: _linear(linear.weight) for name, linear in linears.items()},
+            experts=None if self._mixture is None else ctypes.pointer(self._mixture.struct),
+            **{name: linear(module.weight) for name, module in linears.items()},
             **{name: address(norm.weight) for name, norm in norms.items()},
         )
 
@@ -123,28 +127,21 @@ class FusedLayer:
             inputs_ld=0 if own is None else own.stride(0),
             n=n,
             threads=threads(),
-            phases=_BEFORE | _ATTEND | _AFTER,
         )
-        at = kv.decoding(self._layer.kv_source)
-        if at is not None:
-            half = at.keys.dtype is torch.float16
-            assert half or at.keys.dtype is torch.float32
-            cache = Cache(*(tensor.data_ptr() for tensor in at), half)
-            self._library.layer(self._struct, cache, step)
-            return x
-        step.phases = _BEFORE
-        self._library.layer(self._struct, Cache(), step)
-        heads = (n, -1, self._layer.head_dim)
-        if not self._layer.shares_kv:
-            kv.write(self._layer.index, keys.view(heads), values.view(heads))
-        made = kv.attend(self._layer.kv_source, queries.view(heads)).contiguous()
-        step.attended, step.phases = address(made), _AFTER
-        self._library.layer(self._struct, Cache(), step)
+        self._library.layer(self._struct, _cache(kv.paged(self._layer.kv_source)), step)
         return x
 
 
-def _linear(weight: Weight) -> Linear:
-    if isinstance(weight, PackedWeight):
-        return Linear(packed=ctypes.pointer(weight.matrix))
-    assert isinstance(weight, FloatsWeight)
-    return Linear(rows=ctypes.pointer(weight.matrix))
+def _cache(at: Paged) -> Cache:
+    return Cache(
+        keys=address(at.keys.data),
+        values=address(at.values.data),
+        key_scales=address(at.keys.scales),
+        value_scales=address(at.values.scales),
+        slots=address(at.slots),
+        pages=address(at.pages),
+        page_at=address(at.page_at),
+        low=address(at.low),
+        high=address(at.high),
+        kind=_KEPT[at.keys.data.dtype],
+    )

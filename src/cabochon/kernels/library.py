@@ -77,12 +77,31 @@ _LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "own_gate", "own_up")
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "after_own")
 
 
+class Experts(ctypes.Structure):
+    """`struct Experts` of csrc/api.h."""
+
+    _fields_ = (
+        ("router", Linear),
+        ("gate_up", POINTER(Linear)),
+        ("down", POINTER(Linear)),
+        *((name, c_void_p) for name in ("router_scale", "per_expert")),
+        *((name, c_void_p) for name in ("before", "after", "after_mlp")),
+        ("gate_up_rows", c_int32),
+        ("down_rows", c_int32),
+        ("count", c_int32),
+        ("chosen", c_int32),
+        ("intermediate", c_int32),
+        ("root", c_float),
+    )
+
+
 class Layer(ctypes.Structure):
     """`struct Layer` of csrc/api.h."""
 
     _fields_ = (
         *((name, Linear) for name in _LINEARS),
         *((name, c_void_p) for name in (*_NORMS, "q_norm", "k_norm")),
+        ("experts", POINTER(Experts)),
         ("hidden", c_int32),
         ("heads", c_int32),
         ("kv_heads", c_int32),
@@ -100,9 +119,9 @@ class Cache(ctypes.Structure):
     """`struct Cache` of csrc/api.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("keys", "values", "slots")),
-        *((name, c_void_p) for name in ("pages", "page_at", "low", "high")),
-        ("half", c_int32),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, c_void_p) for name in ("slots", "pages", "page_at", "low", "high")),
+        ("kind", c_int32),
     )
 
 
@@ -115,7 +134,6 @@ class Step(ctypes.Structure):
         ("inputs_ld", c_int64),
         ("n", c_int32),
         ("threads", c_int32),
-        ("phases", c_int32),
     )
 
 

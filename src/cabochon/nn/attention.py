@@ -10,21 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cabochon.config import PictureSight
+from cabochon.nn.kept import Kept
 
 Spans = Sequence[tuple[int, int]]
 
 
-class Decoding(NamedTuple):
-    """Where the cache of a layer lies, for a step in which every row looks at all before it.
+class Paged(NamedTuple):
+    """Where the cache of a layer lies, and which of it each row of a step sees.
 
     Row i writes to `slots[i]` and looks at positions `low[i]` to `high[i]`, end excluded, of the
-    pages of 16 slots from `pages[page_at[i]]` on.
+    pages of 16 slots from `pages[page_at[i]]` on. Rows of a sequence follow each other.
     """
 
-    keys: Tensor  # [slots, kv_heads, head_dim]
-    values: Tensor
-    slots: Tensor  # int64 [rows]
-    pages: Tensor  # int32, of all rows
+    keys: Kept
+    values: Kept
+    slots: Tensor  # int64 [rows]; none in a step that was narrowed
+    pages: Tensor  # int32, of all sequences
     page_at: Tensor  # int32 [rows]
     low: Tensor  # int32 [rows]
     high: Tensor
@@ -45,8 +46,8 @@ class KeyValues(Protocol):
         """Attention of `[rows, heads, head_dim]` over what `layer` stored, this step included."""
         ...
 
-    def decoding(self, layer: int) -> Decoding | None:
-        """The cache itself, if each row of this step is the last of its sequence."""
+    def paged(self, layer: int) -> Paged:
+        """The cache of `layer` itself, for who does all of this where it lies."""
         ...
 
     def narrow(self, rows: Tensor) -> KeyValues:
@@ -76,20 +77,29 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     return out[0].transpose(0, 1)
 
 
-def visible(
-    queries: Tensor, keys: Tensor, window: int | None, sight: PictureSight, pictures: Spans = ()
-) -> Tensor:
-    """Which keys at positions `keys [m]` the queries at positions `queries [n]` see: `[n, m]`.
+def seen(
+    position: int, window: int | None, sight: PictureSight, pictures: Spans = ()
+) -> tuple[int, int]:
+    """From where and up to where, end excluded, the query at `position` sees keys.
 
     `pictures` are the spans of positions, end excluded, that `sight` speaks of.
     """
-    asking = queries[:, None]
-    near = torch.ones_like(asking <= keys) if window is None else keys > asking - window
-    same = torch.zeros_like(near)
-    if sight != "causal":
-        for start, stop in pictures:
-            inside = (asking >= start) & (asking < stop)
-            same |= inside & (keys >= start) & (keys < stop)
-    if sight == "whole":
-        return (keys <= asking) & near | same
-    return ((keys <= asking) | same) & near
+    low = 0 if window is None else max(0, position - window + 1)
+    high = position + 1
+    if sight == "causal":
+        return low, high
+    for start, stop in pictures:
+        if start <= position < stop:
+            high = stop
+            if sight == "whole":
+                low = min(low, start)
+    return low, high
+
+
+def visible(
+    queries: Tensor, keys: Tensor, window: int | None, sight: PictureSight, pictures: Spans = ()
+) -> Tensor:
+    """Which keys at positions `keys [m]` the queries at positions `queries [n]` see: `[n, m]`."""
+    ranges = [seen(position, window, sight, pictures) for position in queries.tolist()]
+    low, high = torch.tensor(ranges, device=keys.device).T[..., None]
+    return (keys >= low) & (keys < high)

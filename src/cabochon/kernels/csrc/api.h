@@ -54,24 +54,41 @@ struct Linear {
   const Rows* rows;
 };
 
-// A decoder layer without experts. Norms are float32 weights, or null where there is none.
+// Experts of a layer. Each owns `2 * intermediate` rows of one tall matrix, its gate before what is
+// gated, and `hidden` rows of another; these are cut into parts of `gate_up_rows` and `down_rows`
+// rows, stored alike.
+struct Experts {
+  Linear router;
+  const Linear *gate_up, *down;  // the parts
+  const float *router_scale, *per_expert;
+  const float *before, *after, *after_mlp;  // norms: of their inputs, of their sum, and beside it
+  int32_t gate_up_rows, down_rows, count, chosen, intermediate;
+  float root;  // times what the router sees
+};
+
+// A decoder layer. Norms are float32 weights, or null where there is none; `experts` may be null.
 struct Layer {
   Linear q, k, v, o, gate, up, down, own_gate, own_up;
   const float *before_attention, *after_attention, *before_mlp, *after_mlp, *after_own;
   const float *q_norm, *k_norm;
+  const Experts* experts;
   int32_t hidden, heads, kv_heads, head_dim, intermediate, own;
   int32_t shares_kv, values_are_keys;
   float eps, scalar;
 };
 
-// Where keys and values of the rows of a step lie: `[slots, kv_heads, head_dim]`, float16 or float32.
+enum Kept : int32_t { KEPT_F32 = 0, KEPT_F16 = 1, KEPT_I8 = 2 };
+
+// Where keys and values of the rows of a step lie: `[slots, kv_heads, head_dim]`. Those in eight
+// bits count multiples of a scale of each slot and head, `[slots, kv_heads]`.
 // Row i belongs to a sequence whose pages of 16 slots are `pages[page_at[i]]` on, and looks at
-// positions `low[i]` to `high[i]`, end excluded.
+// positions `low[i]` to `high[i]`, end excluded. Rows of a sequence follow each other.
 struct Cache {
   void *keys, *values;
-  const int64_t* slots;  // of each row, to write
+  float *key_scales, *value_scales;
+  const int64_t* slots;  // of each row, to write; not read by layers that share another's
   const int32_t *pages, *page_at, *low, *high;
-  int32_t half;
+  int32_t kind;
 };
 
 // What a layer works on: `x [n, hidden]` is read and overwritten, `cos` and `sin` are
@@ -82,5 +99,5 @@ struct Step {
   const float *cos, *sin, *inputs;
   float *queries, *keys, *values, *attended;
   int64_t inputs_ld;
-  int32_t n, threads, phases;  // 1: up to queries, keys and values; 2: attention; 4: the rest
+  int32_t n, threads;
 };

@@ -7,6 +7,7 @@
 
 #include "api.h"
 #include "codes.h"
+#include "room.h"
 #include "simd.h"
 
 namespace {
@@ -33,20 +34,6 @@ struct Quantized {
 };
 
 // ------------------------------------------------------------------- scales of a whole block
-struct Room {  // a thread's own, grown to the largest that was asked for
-  float* data = nullptr;
-  size_t size = 0;
-  float* of(size_t n) {
-    if (n > size) {
-      free(data);
-      data = (float*)aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
-      size = n;
-    }
-    return data;
-  }
-  ~Room() { free(data); }
-};
-
 template <int KIND> INL F stored_scale(const uint8_t* p, int i, const float* levels) {
   if (KIND == F16) return fload_f16((const uint16_t*)p + i);
   if (KIND == BF16) return fload_bf16((const uint16_t*)p + i);
