@@ -37,7 +37,7 @@ from cabochon.load.plan import Kind
 from cabochon.load.report import inspect_checkpoint, plan_checkpoint
 
 SCHEMA = json.loads((Path(cabochon.load.__file__).parent / "report.schema.json").read_text())
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "int8": torch.int8}
 
 
 def lose_scales(tensors: Tensors) -> None:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from cabochon import LLM, SamplingParams
+from cabochon.gemma4.text import LayerCall
 from cabochon.kernels.library import library
+from cabochon.nn.attention import KeyValues
+from cabochon.nn.rotary import Rotation
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOKENS = [2, *(60 + i * 7 % 90 for i in range(70))]
@@ -49,6 +52,45 @@ def test_a_layer_in_one_call_computes_what_its_modules_do(name: str, isa: str) -
     finally:
         kernels.choose(before)
     assert (one - other).abs().max() < 2e-3 * other.abs().max()
+
+
+MIXTURES = [
+    "26b-w4a16",
+    "26b-nvfp4a16",
+    "gguf/26b/26b-q4_0.gguf",
+    "gguf/26b/26b-mxfp4.gguf",
+    "gguf/26b-wide/26b-q4_k_m.gguf",
+]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_layers_with_experts_do_so_one_by_one(name: str) -> None:
+    """Given the same rows: where two experts are as good, a hair decides, and later layers differ.
+
+    Of 1,000 choices that are made here, a few may be so.
+    """
+    off: list[Tensor] = []
+
+    def watched(fused: LayerCall, module: LayerCall) -> LayerCall:
+        def call(x: Tensor, own: Tensor | None, rotation: Rotation, kv: KeyValues) -> Tensor:
+            expected, made = module(x, own, rotation, kv), fused(x, own, rotation, kv)
+            off.append((made - expected).norm(dim=1) / expected.norm(dim=1))
+            return expected
+
+        return call
+
+    with LLM(FIXTURES / name, activations="int16", kv_dtype="float32") as llm:
+        text = llm.runner.model.model.language_model
+        assert len(text.fused) == len(text.layers)
+        for index, layer in enumerate(text.layers):
+            text.fused[index] = watched(text.fused[index], layer)
+        llm.prefill_chunk = 16
+        llm.logits(TOKENS)
+        llm.prefill_chunk = 1
+        llm.logits(TOKENS[:20])
+    errors = torch.cat(off)
+    assert (errors > 5e-3).float().mean() < 0.01
+    assert errors.median() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["e2b-w4a16-asym", "e2b-nvfp4a16"])

@@ -2,7 +2,7 @@
 
 from cabochon.config.architectures import ARCHITECTURES, ForeignArchitecture
 from cabochon.config.gguf import Described, parse_gguf, unknown_keys
-from cabochon.config.kv import KeptLayers, kept_layers
+from cabochon.config.kv import KeptLayers, kept_bytes, kept_layers
 from cabochon.config.read import parse_config, read_config
 from cabochon.config.types import (
     AudioConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "SpecialTokens",
     "TextConfig",
     "VisionConfig",
+    "kept_bytes",
     "kept_layers",
     "parse_config",
     "parse_gguf",

@@ -32,6 +32,15 @@ class KeptLayers:
     def _vectors(self) -> int:
         return 2 * len(self.layers) * self.kv_heads
 
+    def token_bytes(self, width: int) -> int:
+        """Bytes of one token with numbers of `width` bytes; of one byte, with their scales."""
+        return kept_bytes(self.elements, self.head_dim, width)
+
+
+def kept_bytes(elements: int, head_dim: int, width: int) -> int:
+    """Bytes of numbers of `width` bytes; a head's in single bytes have a scale together."""
+    return elements * width + (elements // head_dim * SCALE_BYTES if width == 1 else 0)
+
 
 def kept_layers(text: TextConfig) -> tuple[KeptLayers, ...]:
     """All layers with keys and values of their own; those that share another's keep nothing."""

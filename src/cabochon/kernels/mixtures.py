@@ -31,12 +31,13 @@ def has_kernels(layer: DecoderLayer) -> bool:
     """Whether the router has one, and all parts of each of the experts' matrices the same."""
     if not layer.mixed:
         return True
-    router = isinstance(layer.router.proj.weight, PackedWeight | FloatsWeight)
-    experts = layer.experts
-    return router and all(
-        len({_kind(part) for part in _parts(projection.weight)} | {None}) == 2
-        for projection in (experts.gate_up_proj, experts.down_proj)
-    )
+    if not isinstance(layer.router.proj.weight, PackedWeight | FloatsWeight):
+        return False
+    for projection in (layer.experts.gate_up_proj, layer.experts.down_proj):
+        kinds = {_kind(part) for part in _parts(projection.weight)}
+        if len(kinds) > 1 or None in kinds:
+            return False
+    return True
 
 
 def _kind(part: Weight) -> str | None:

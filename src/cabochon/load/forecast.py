@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cabochon.config import KeptLayers, TextConfig, kept_layers
+from cabochon.config import KeptLayers, TextConfig, kept_bytes, kept_layers
 from cabochon.load.plan import LoadPlan
 
-KV_DTYPES = {"bf16": 2, "f32": 4}  # bytes of a number in the cache, by the dtype that computes
+# Bytes of a number in the cache; float16 takes what bfloat16 does, int8 has scales beside it.
+KV_DTYPES = {"bf16": 2, "f32": 4, "int8": 1}
 
 # The program and what one step computes. Measured at its peak on E2B, with a picture: 0.77 GB.
 PROGRAM = 800_000_000
@@ -41,7 +42,10 @@ class Kept:
 
     def as_dict(self) -> dict[str, Any]:
         """Bytes for each dtype keys and values may be kept in; `most` is None where it grows."""
-        token = {name: self.elements_per_token * width for name, width in KV_DTYPES.items()}
+        token = {
+            name: kept_bytes(self.elements_per_token, self.head_dim, width)
+            for name, width in KV_DTYPES.items()
+        }
         most = {name: size * self.window for name, size in token.items()} if self.window else None
         return {**asdict(self), "bytes_per_token": token, "most_bytes_per_sequence": most}
 
@@ -70,15 +74,15 @@ class Forecast:
 
     def per_thousand(self, width: int) -> int:
         """Bytes by which keys and values grow with 1,000 tokens, behind all windows."""
-        return 1000 * width * self._elements(growing=True)
+        return 1000 * self._bytes(width, growing=True)
 
     def windows(self, width: int) -> int:
         """The most bytes that one sequence keeps in layers with a window."""
-        return width * self._elements(growing=False)
+        return self._bytes(width, growing=False)
 
     def largest_context(self, width: int) -> int:
         """Tokens of the longest sequence that fits, with the page arithmetic of the cache."""
-        page = _PAGE * width * self._elements(growing=True)
+        page = _PAGE * self._bytes(width, growing=True)
         pages = (self.free - self.windows(width)) // max(page, 1)
         return max(0, min(self.text.max_positions, pages * _PAGE))
 
@@ -94,13 +98,13 @@ class Forecast:
             "model_context": self.text.max_positions,
         }
 
-    def _elements(self, *, growing: bool) -> int:
-        """Numbers a token in layers without a window, or a sequence in those with one."""
+    def _bytes(self, width: int, *, growing: bool) -> int:
+        """A token's in layers without a window, or a sequence's in those with one."""
         kept = kept_layers(self.text)
         if growing:
-            return sum(layers.elements for layers in kept if layers.window is None)
+            return sum(layers.token_bytes(width) for layers in kept if layers.window is None)
         return sum(
-            layers.elements * self._window_tokens(layers.window)
+            layers.token_bytes(width) * self._window_tokens(layers.window)
             for layers in kept
             if layers.window is not None
         )
