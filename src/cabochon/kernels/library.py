@@ -53,6 +53,21 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Plane(ctypes.Structure):
+    """`struct Plane` of csrc/api.h."""
+
+    _fields_ = tuple((name, c_int32) for name in ("at", "bits", "run", "to"))
+
+
+class Layout(ctypes.Structure):
+    """`struct Layout` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("entries", "bytes", "flip", "high_first", "planes")),
+        ("plane", Plane * 2),
+    )
+
+
 class Rows(ctypes.Structure):
     """`struct Rows` of csrc/api.h."""
 
@@ -130,8 +145,11 @@ _SIGNATURES = {
         [POINTER(Rows), c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
     ),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
-    "pack_codes": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_int]),
-    "pack_scales": (None, [POINTER(Matrix), c_int64, c_void_p, c_int, c_int, c_int]),
+    "pack_codes": (None, [POINTER(Matrix), POINTER(Layout), c_void_p, c_int64, c_int64, c_int]),
+    "pack_scales": (
+        None,
+        [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int],
+    ),
     "layer": (None, [POINTER(Layer), POINTER(Cache), POINTER(Step)]),
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
