@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,8 +93,36 @@ def damaged(blocks: Tensor, kind: str) -> int:
         bad = blocks[:, :4] > 126
     else:
         halves = [t for t in KINDS[kind].scales(blocks) if t is not None and t.is_floating_point()]
-        bad = ~torch.cat(halves, dim=1).isfinite()
+        bad = torch.from_numpy(np.hstack([_magnitude_bits(half) >= 0x7C00 for half in halves]))
     return int(bad.any(dim=1).sum()) if bad.any() else 0
+
+
+def look_at(blocks: Tensor, kind: str) -> tuple[int, int, float]:
+    """Of what codes of the blocks, uint8 `[n, bytes]`, are multiplied with: see `magnitudes`.
+
+    How many there are, how many are zero, and the largest. No block is damaged. One thread does it:
+    waking torch's, on a busy machine, takes longer.
+    """
+    scales, shared, _, _ = KINDS[kind].scales(blocks)
+    levels = KINDS[kind].levels
+    if levels is not None:
+        counts = np.bincount(scales.numpy().ravel(), minlength=256)
+        known = levels.abs().numpy()
+        return scales.numel(), int(counts[known == 0].sum()), float(known[counts > 0].max())
+    if shared is None:
+        bits = _magnitude_bits(scales)
+        dead = bits.size - int(np.count_nonzero(bits))
+        return bits.size, dead, float(bits.max().view(np.float16))
+    within, by = scales.numpy(), shared.numpy()[:, 0]
+    alive = int(np.count_nonzero(within if by.all() else within[by != 0]))
+    top = np.maximum(within.max(axis=1).astype(np.int16), -within.min(axis=1).astype(np.int16))
+    return within.size, within.size - alive, float((top * np.abs(by.astype(np.float32))).max())
+
+
+def _magnitude_bits(halves: Tensor) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """Without their signs, floats are ordered as their bits are."""
+    bits: np.ndarray[Any, np.dtype[np.int16]] = halves.view(torch.int16).numpy() & 0x7FFF
+    return bits
 
 
 def magnitudes(blocks: Tensor, kind: str) -> Tensor:

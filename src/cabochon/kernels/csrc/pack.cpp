@@ -14,6 +14,8 @@ static Eight eight(const uint8_t* p) {
   return x;
 }
 
+static Eight each(int byte) { return byte * 0x0101010101010101; }
+
 // Entries at even places, close together; those at odd places are the even ones of `x >> 8`.
 static uint32_t even(Eight x) {
   x &= 0x00ff00ff00ff00ff;
@@ -21,37 +23,43 @@ static uint32_t even(Eight x) {
   return (uint32_t)(x | x >> 16);
 }
 
-// A plane's bits of the unit `v` of a block, added to `code`: `p` is the plane, RUN as in `Plane`.
+// A plane's bits of the unit `v` of a block, added to its codes: `p` is the plane, RUN its run.
 template <int RUN>
-static void run_bits(const uint8_t* p, const Plane& plane, int v, uint8_t* code) {
+static void run_bits(const uint8_t* p, const Plane& plane, int v, Eight* code) {
   constexpr int LENGTH = RUN < UNIT ? RUN : UNIT;  // entries that lie in a row, equally high
-  const int parts = 8 / plane.bits, mask = (1 << plane.bits) - 1;
+  const int parts = 8 / plane.bits;
+  const Eight mask = each((1 << plane.bits) - 1);
   for (int e = 0; e < UNIT; e += LENGTH) {
-    const int entry = v * UNIT + e, part = entry / RUN % parts;
+    const int entry = v * UNIT + e, down = entry / RUN % parts * plane.bits;
     const uint8_t* from = p + entry / (RUN * parts) * RUN + entry % RUN;
-    const int down = part * plane.bits;
-    for (int i = 0; i < LENGTH; i++) code[e + i] |= (from[i] >> down & mask) << plane.to;
+    for (int i = 0; i < LENGTH; i += 8)
+      code[(e + i) / 8] |= (eight(from + i) >> down & mask) << plane.to;
   }
 }
 
 template <int BITS>
-static void stream_bits(const uint8_t* p, const Plane& plane, int v, uint8_t* code) {
-  for (int e = 0; e < UNIT; e += 8) {
-    Eight x = 0;
-    memcpy(&x, p + v * 4 * BITS + e / 8 * BITS, BITS);
-    for (int i = 0; i < 8; i++)
-      code[e + i] |= (x >> i * BITS & ((1 << BITS) - 1)) << plane.to;
+static void stream_bits(const uint8_t* p, const Plane& plane, int v, Eight* code) {
+  for (int d = 0; d < 4; d++) {
+    Eight x = 0, spread = 0;
+    memcpy(&x, p + v * 4 * BITS + d * BITS, BITS);
+    if (BITS == 4) {
+      x = (x | x << 16) & 0x0000ffff0000ffff;
+      x = (x | x << 8) & 0x00ff00ff00ff00ff;
+      spread = (x | x << 4) & 0x0f0f0f0f0f0f0f0f;
+    } else {
+      for (int i = 0; i < 8; i++) spread |= (x >> i * BITS & ((1 << BITS) - 1)) << 8 * i;
+    }
+    code[d] |= spread << plane.to;
   }
 }
 
-static void high_first(const uint8_t* p, const Plane&, int v, uint8_t* code) {
-  for (int i = 0; i < 16; i++) {
-    code[2 * i] = p[v * 16 + i] >> 4;
-    code[2 * i + 1] = p[v * 16 + i] & 15;
-  }
+static void high_first(const uint8_t* p, const Plane& plane, int v, Eight* code) {
+  Eight low[4] = {};
+  stream_bits<4>(p, plane, v, low);
+  for (int d = 0; d < 4; d++) code[d] = (low[d] << 8 & 0x0f000f000f000f00) | (low[d] >> 8 & 0x000f000f000f000f);
 }
 
-typedef void (*Unpack)(const uint8_t*, const Plane&, int, uint8_t*);
+typedef void (*Unpack)(const uint8_t*, const Plane&, int, Eight*);
 
 static Unpack unpacking(const Layout& layout, const Plane& plane) {
   if (layout.high_first) return high_first;
@@ -66,14 +74,13 @@ static Unpack unpacking(const Layout& layout, const Plane& plane) {
   return streams[plane.bits - 1];
 }
 
-// The codes of a row's unit, one a byte, to the row's quads; `to` is the unit, `r` the row.
-template <int CODES> static void pack_unit(const uint8_t* code, int r, uint8_t* to) {
+// The codes of a row's unit to the row's quads; `to` is the unit, `r` the row.
+template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to) {
   constexpr int above = CODES == U3 ? 256 : 512;  // where the plane of high bits begins
   uint32_t low[2] = {}, high[2] = {};
   to += r * 4;
   for (int d = 0; d < 4; d++) {
-    const Eight x = eight(code + 8 * d);
-    const uint32_t a = even(x), b = even(x >> 8);
+    const uint32_t a = even(code[d]), b = even(code[d] >> 8);
     const int T = 2 * d, pair = T % 4 * 2;  // of `a`; the next is `b`'s
     if (CODES == U8) memcpy(to + T * 128, &a, 4), memcpy(to + (T + 1) * 128, &b, 4);
     if (CODES == U4 || CODES == U5 || CODES == U6) {
@@ -102,15 +109,15 @@ struct Stored {
 template <int CODES> static void pack_rows(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
   static const int sizes[] = {512, 1024, 512, 512, 256, 384, 640, 768};
   const Layout& l = s.layout;
-  const int each = l.entries / UNIT;  // units of a block
+  const int units = l.entries / UNIT;  // of a block
   Unpack unpack[2];
   for (int i = 0; i < l.planes; i++) unpack[i] = unpacking(l, l.plane[i]);
   uint8_t cut[256];  // the last block of a row, filled up with zeros
   for (int u = 0; u < m.units; u++, to += sizes[CODES])
     for (int r = 0; r < ROWS; r++) {
-      uint8_t code[UNIT] = {};
+      Eight code[4] = {};
       if (r < rows) {
-        const int64_t at = (int64_t)(u / each) * l.bytes;
+        const int64_t at = (int64_t)(u / units) * l.bytes;
         const uint8_t* block = s.rows + r * s.ld + at;
         if (at + l.bytes > s.bytes) {
           memset(cut, 0, sizeof cut);
@@ -118,11 +125,12 @@ template <int CODES> static void pack_rows(const Stored& s, int rows, const Matr
           block = cut;
         }
         for (int i = 0; i < l.planes; i++)
-          unpack[i](block + l.plane[i].at, l.plane[i], u % each, code);
+          unpack[i](block + l.plane[i].at, l.plane[i], u % units, code);
         if (l.flip)
-          for (int i = 0; i < UNIT; i++) code[i] ^= l.flip;
+          for (Eight& x : code) x ^= each(l.flip);
         // What lies beyond the last column is nothing, whatever is stored there.
-        for (int i = std::max(0, m.columns - u * UNIT); i < UNIT; i++) code[i] = 0;
+        const int left = m.columns - u * UNIT;
+        if (left < UNIT) memset((uint8_t*)code + left, 0, UNIT - left);
       }
       pack_unit<CODES>(code, r, to);
     }
