@@ -185,21 +185,23 @@ def check_blocks(tensor: Tensor, meta: TensorMeta) -> Scales:
         LoadError: one of them is no number.
     """
     size = BLOCKS[meta.dtype][1]
-    count, dead, most, bad = 0, 0, 0.0, 0
+    count, dead, most, bad, seen = 0, 0, 0.0, 0, 0
+    every = max(1, meta.nbytes // size // _SAMPLE)
+    sample = []
     for part in pieces(tensor, meta):
         for tile in part.view(-1, size).split(_TILE):
             bad += damaged(tile, meta.dtype)
             if not bad:
                 found = look_at_scales_of(tile, meta.dtype)
                 count, dead, most = count + found[0], dead + found[1], max(most, found[2])
+                sample.append(magnitudes(tile[-seen % every :: every], meta.dtype))
+            seen += len(tile)
     if bad:
         raise LoadError(
-            f"{meta.file}: tensor {meta.name!r} has {bad} of {meta.nbytes // size} blocks whose"
-            " scale is not finite; the checkpoint is damaged or was made by a quantizer that failed"
+            f"{meta.file}: tensor {meta.name!r} has {bad} of {seen} blocks whose scale is not"
+            " finite; the checkpoint is damaged or was made by a quantizer that failed"
         )
-    every = max(1, meta.nbytes // size // _SAMPLE)
-    sample = magnitudes(tensor.view(-1, size)[::every], meta.dtype)
-    return Scales(count, dead, most, _median(sample))
+    return Scales(count, dead, most, _median(torch.cat(sample)))
 
 
 def _check_global(value: float, meta: TensorMeta, *, divides: bool) -> None:

@@ -6,6 +6,8 @@
 
 #include "api.h"
 
+constexpr int AHEAD = 256;  // bytes of a row that are fetched before they are needed
+
 typedef uint64_t Eight;  // codes, one a byte; the first is lowest
 
 static Eight eight(const uint8_t* p) {
@@ -24,14 +26,14 @@ static uint32_t even(Eight x) {
 }
 
 // A plane's bits of the unit `v` of a block, added to its codes: `p` is the plane, RUN its run.
-template <int RUN>
+template <int RUN, int BITS>
 static void run_bits(const uint8_t* p, const Plane& plane, int v, Eight* code) {
   constexpr int LENGTH = RUN < UNIT ? RUN : UNIT;  // entries that lie in a row, equally high
-  const int parts = 8 / plane.bits;
-  const Eight mask = each((1 << plane.bits) - 1);
+  constexpr int PARTS = 8 / BITS;
+  const Eight mask = each((1 << BITS) - 1);
   for (int e = 0; e < UNIT; e += LENGTH) {
-    const int entry = v * UNIT + e, down = entry / RUN % parts * plane.bits;
-    const uint8_t* from = p + entry / (RUN * parts) * RUN + entry % RUN;
+    const unsigned entry = v * UNIT + e, down = entry / RUN % PARTS * BITS;
+    const uint8_t* from = p + entry / (RUN * PARTS) * RUN + entry % RUN;
     for (int i = 0; i < LENGTH; i += 8)
       code[(e + i) / 8] |= (eight(from + i) >> down & mask) << plane.to;
   }
@@ -56,18 +58,23 @@ static void stream_bits(const uint8_t* p, const Plane& plane, int v, Eight* code
 static void high_first(const uint8_t* p, const Plane& plane, int v, Eight* code) {
   Eight low[4] = {};
   stream_bits<4>(p, plane, v, low);
-  for (int d = 0; d < 4; d++) code[d] = (low[d] << 8 & 0x0f000f000f000f00) | (low[d] >> 8 & 0x000f000f000f000f);
+  for (int d = 0; d < 4; d++)
+    code[d] = (low[d] << 8 & 0x0f000f000f000f00) | (low[d] >> 8 & 0x000f000f000f000f);
 }
 
 typedef void (*Unpack)(const uint8_t*, const Plane&, int, Eight*);
 
+template <int RUN> static Unpack in_runs(int bits) {
+  return bits == 1 ? run_bits<RUN, 1> : bits == 2 ? run_bits<RUN, 2> : run_bits<RUN, 4>;
+}
+
 static Unpack unpacking(const Layout& layout, const Plane& plane) {
   if (layout.high_first) return high_first;
   switch (plane.run) {
-    case 8: return run_bits<8>;
-    case 16: return run_bits<16>;
-    case 32: return run_bits<32>;
-    case 64: return run_bits<64>;
+    case 8: return in_runs<8>(plane.bits);
+    case 16: return in_runs<16>(plane.bits);
+    case 32: return in_runs<32>(plane.bits);
+    case 64: return in_runs<64>(plane.bits);
   }
   static const Unpack streams[] = {stream_bits<1>, stream_bits<2>, stream_bits<3>, stream_bits<4>,
                                    stream_bits<5>, stream_bits<6>, stream_bits<7>, stream_bits<8>};
@@ -113,27 +120,29 @@ template <int CODES> static void pack_rows(const Stored& s, int rows, const Matr
   Unpack unpack[2];
   for (int i = 0; i < l.planes; i++) unpack[i] = unpacking(l, l.plane[i]);
   uint8_t cut[256];  // the last block of a row, filled up with zeros
-  for (int u = 0; u < m.units; u++, to += sizes[CODES])
+  for (int u = 0; u < m.units; u++, to += sizes[CODES]) {
+    const int64_t at = (int64_t)(u / units) * l.bytes;
+    const int unit = u % units, left = m.columns - u * UNIT;
     for (int r = 0; r < ROWS; r++) {
       Eight code[4] = {};
       if (r < rows) {
-        const int64_t at = (int64_t)(u / units) * l.bytes;
         const uint8_t* block = s.rows + r * s.ld + at;
+        __builtin_prefetch(block + AHEAD);
         if (at + l.bytes > s.bytes) {
           memset(cut, 0, sizeof cut);
           memcpy(cut, block, s.bytes - at);
           block = cut;
         }
         for (int i = 0; i < l.planes; i++)
-          unpack[i](block + l.plane[i].at, l.plane[i], u % units, code);
+          unpack[i](block + l.plane[i].at, l.plane[i], unit, code);
         if (l.flip)
           for (Eight& x : code) x ^= each(l.flip);
         // What lies beyond the last column is nothing, whatever is stored there.
-        const int left = m.columns - u * UNIT;
         if (left < UNIT) memset((uint8_t*)code + left, 0, UNIT - left);
       }
       pack_unit<CODES>(code, r, to);
     }
+  }
 }
 
 static void pack_block(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
