@@ -25,7 +25,8 @@ from torch import Tensor
 
 from cabochon.config import parse_config
 from cabochon.load.tree import VISION, Parameter, needed
-from cabochon.quant.scheme import Dense, PackedInt, Scheme, Site
+from cabochon.quant.packed_int import PackedInt
+from cabochon.quant.scheme import Dense, Scheme, Site
 
 VOCAB = 262_144
 LAYERS = 35

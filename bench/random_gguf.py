@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 
 VOCAB, NARROW, WIDE = 262_144, 256, 512  # tokens; sizes of a head of sliding and of full layers
 CONTROL, BYTE, NORMAL = 3, 6, 1
+FIRST, LETTERS = 1000, 512  # the first token that is text, and those that are one character
 
 Named = tuple[str, tuple[int, ...], Type]  # a tensor: `[rows, columns]`, and how it is stored
 
@@ -61,7 +62,11 @@ def _describe_heads(writer: gguf.GGUFWriter) -> None:
 def _describe_tokenizer(writer: gguf.GGUFWriter) -> None:
     named = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 105: "<|turn>", 106: "<turn|>"}
     named |= {500: "\u2581", 501: "t", 502: "\u2581t"}
-    tokens = [named.get(i, f"<unused{i}>") for i in range(VOCAB)]
+    # As in a real vocabulary, merges make all but a few tokens: that decides how long it is read.
+    letters = [chr(0x4E00 + i) for i in range(LETTERS)]
+    pairs = [(a, b) for a in letters for b in letters][: VOCAB - FIRST - LETTERS]
+    tokens = [named.get(i, f"<unused{i}>") for i in range(FIRST)]
+    tokens += [*letters, *(a + b for a, b in pairs)]
     kinds = [CONTROL if i < 200 else NORMAL for i in range(VOCAB)]
     for octet in range(256):
         tokens[238 + octet], kinds[238 + octet] = f"<0x{octet:02X}>", BYTE
@@ -69,7 +74,7 @@ def _describe_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_list(tokens)
     writer.add_token_scores([-1000.0] * VOCAB)
     writer.add_token_types(kinds)
-    writer.add_token_merges(["\u2581 t"])
+    writer.add_token_merges(["\u2581 t", *(f"{a} {b}" for a, b in pairs)])
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
     writer.add_unk_token_id(3)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cabochon.checkpoint.folder import _TORCH_NAMES, Checkpoint
+from cabochon.checkpoint.folder import TORCH_NAMES, Checkpoint
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import parse_config
 from cabochon.gemma4.model import Gemma4
@@ -94,5 +94,5 @@ def load_model(
 
 def meta_of(name: str, tensor: Tensor) -> TensorMeta:
     """What a header would say of `tensor`, in a file that is not there."""
-    dtype = next(n for n, torchs in _TORCH_NAMES.items() if getattr(torch, torchs) is tensor.dtype)
+    dtype = next(n for n, torchs in TORCH_NAMES.items() if getattr(torch, torchs) is tensor.dtype)
     return TensorMeta(name, dtype, tuple(tensor.shape), Path("none"), (0, tensor.nbytes))

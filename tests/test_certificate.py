@@ -23,12 +23,13 @@ from checkpoints import (
     tensors_of,
 )
 
+from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.load.certificate import Certificate
 from cabochon.load.execute import execute
 from cabochon.load.fingerprint import plan_hash
 from cabochon.load.measure import Measure
-from cabochon.load.values import look_at_blocks
+from cabochon.load.values import check_blocks
 from cabochon.nn.linear import Embedding, Linear
 
 GATE = "model.language_model.layers.1.mlp.gate_proj"
@@ -89,7 +90,8 @@ def test_scales_in_blocks_are_those_of_the_library(file: Path) -> None:
             entries = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).flatten()
             largest = entries.abs().view(-1, group).amax(1)
             stored = torch.from_numpy(tensor.data.copy()).view(torch.uint8)
-            found = look_at_blocks(stored.flatten(), kind)
+            meta = TensorMeta(tensor.name, kind, (len(entries),), file, (0, stored.numel()))
+            found = check_blocks(stored.flatten(), meta)
             assert found.count == len(largest)
             assert found.dead <= int((largest == 0).sum())
             assert float(largest.max()) <= found.largest * most
@@ -174,7 +176,7 @@ def test_any_bit_of_the_weights_counts(tmp_path: Path, folder: Path, where: floa
 def test_words_that_change_places_count() -> None:
     def hashed(words: torch.Tensor) -> str:
         measure = Measure()
-        measure.tensor("weight", words)
+        measure.tensor("weight", [words])
         return measure.certificate(plan_of(W4A16), 0).weights_hash
 
     words = torch.arange(1 << 14, dtype=torch.int64)  # 128 KiB

@@ -213,7 +213,7 @@ def test_stored_floats_are_multiplied_exactly(kernels: Library, cell: tuple[int,
     for weight in weights:
         floats = weight.description()
         assert isinstance(floats, StoredFloats)
-        kernel = FloatsWeight(kernels, weight, floats)
+        kernel = FloatsWeight(kernels, weight)
         dense = weight.dense(torch.float32).double()
         for count in (1, 2, 3, 7, 17):
             x = torch.randn(count, 100)

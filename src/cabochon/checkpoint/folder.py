@@ -22,7 +22,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 
-_TORCH_NAMES: Mapping[str, str] = {
+TORCH_NAMES: Mapping[str, str] = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
     "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
@@ -192,7 +192,7 @@ def _read_shards(
 def _read(meta: TensorMeta, shape: tuple[int, ...], start: int) -> Tensor:
     import torch
 
-    flat = torch.empty(math.prod(shape), dtype=getattr(torch, _TORCH_NAMES[meta.dtype]))
+    flat = torch.empty(math.prod(shape), dtype=getattr(torch, TORCH_NAMES[meta.dtype]))
     buffer = memoryview(flat.view(torch.uint8).numpy().data)
     done = 0
     try:
@@ -205,8 +205,13 @@ def _read(meta: TensorMeta, shape: tuple[int, ...], start: int) -> Tensor:
     except OSError as error:
         raise UnreadableError(f"{meta.file}: tensor {meta.name!r}: {error.strerror}") from None
     if done < len(buffer):
-        raise UnreadableError(
-            f"{meta.file} ends at byte {start + done}, inside tensor {meta.name!r}, which should"
-            f" reach byte {start + len(buffer)}. Download it again."
-        )
+        raise cut_off(meta, start + done)
     return flat.view(shape)
+
+
+def cut_off(meta: TensorMeta, end: int) -> UnreadableError:
+    """What to say of a file that ended at byte `end` since its header was read."""
+    return UnreadableError(
+        f"{meta.file} ends at byte {end}, inside tensor {meta.name!r}, which should reach byte"
+        f" {meta.span[1]}. Download it again."
+    )

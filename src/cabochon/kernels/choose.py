@@ -59,7 +59,7 @@ class Kernels:
             if exact and described.rounded is not torch.float32:
                 return None
             self._chosen["stored floats"] += 1
-            return FloatsWeight(library, weight, described)
+            return FloatsWeight(library, weight)
         if unsupported(described) is not None or (exact and not described.exact):
             return None
         self._chosen[f"{_name(described)}, activations {self.activations}"] += 1

@@ -12,10 +12,17 @@ _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
 
 
 class FloatsWeight(Weight):
-    """`stored`, whose entries are `floats`; everything but few products is left to it."""
+    """`stored`, whose entries are floats; everything but few products is left to it.
 
-    def __init__(self, library: Library, stored: Weight, floats: StoredFloats) -> None:
+    What it is made of is moved from its file into memory of its own, in large pages.
+    """
+
+    def __init__(self, library: Library, stored: Weight) -> None:
         super().__init__(stored.out_features, stored.in_features)
+        for name, buffer in list(stored.named_buffers(recurse=False)):
+            setattr(stored, name, _moved(library, buffer))
+        floats = stored.description()
+        assert isinstance(floats, StoredFloats)
         self.stored = stored
         self._library = library
         self._floats = floats  # keeps alive what the kernels look at
@@ -51,3 +58,10 @@ class FloatsWeight(Weight):
             threads(),
         )
         return y.to(x.dtype).view(*x.shape[:-1], stop - start)
+
+
+def _moved(library: Library, tensor: Tensor) -> Tensor:
+    room = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor.numel():
+        library.advise(address(room), room.nbytes)
+    return room.copy_(tensor)

@@ -54,6 +54,21 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Plane(ctypes.Structure):
+    """`struct Plane` of csrc/api.h."""
+
+    _fields_ = tuple((name, c_int32) for name in ("at", "bits", "run", "to"))
+
+
+class Layout(ctypes.Structure):
+    """`struct Layout` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("entries", "bytes", "flip", "high_first", "planes")),
+        ("plane", Plane * 2),
+    )
+
+
 class Rows(ctypes.Structure):
     """`struct Rows` of csrc/api.h."""
 
@@ -155,8 +170,11 @@ _SIGNATURES = {
         [POINTER(Rows), c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
     ),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
-    "pack_codes": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_int, c_int, c_int]),
-    "pack_scales": (None, [POINTER(Matrix), c_int64, c_void_p, c_int, c_int, c_int]),
+    "pack_codes": (None, [POINTER(Matrix), POINTER(Layout), c_void_p, c_int64, c_int64, c_int]),
+    "pack_scales": (
+        None,
+        [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int],
+    ),
     "layers": (
         None,
         [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(Turn), POINTER(Step), c_int],

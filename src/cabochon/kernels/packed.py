@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cabochon.kernels import library
 from cabochon.kernels.library import Library, Matrix, address, threads
+from cabochon.nn.layout import Layout
 from cabochon.nn.minifloat import E4M3, E8M0
 from cabochon.nn.weight import Coded, Weight
 
@@ -116,7 +118,7 @@ class PackedWeight(Weight):
         return matrix
 
     def _pack(self, coded: Coded) -> None:
-        matrix, library = self.matrix, self._library
+        matrix, kernels = self.matrix, self._library
         stored = {
             0: coded.scales,
             1: coded.shared,
@@ -138,25 +140,29 @@ class PackedWeight(Weight):
         room = torch.empty(blocks * matrix.stride + _ALIGNMENT, dtype=torch.uint8)
         skip = -room.data_ptr() % _ALIGNMENT
         self.register_buffer("data", room[skip : skip + blocks * matrix.stride])
-        library.advise(address(self.data), self.data.numel())
+        kernels.advise(address(self.data), self.data.numel())
         matrix.data = address(self.data)
         for index, tensor in stored.items():
             if tensor is not None:
                 if index in (0, 2) and tensor.shape[1] < matrix.groups:
                     tensor = torch.nn.functional.pad(tensor, (0, 1))
-                self._pack_scales(places[index], tensor.contiguous())
-        step = ROWS * max(1, (8 << 20) // (ROWS * self.in_features))
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            codes = coded.codes(start, stop).contiguous()
-            nibbles = int(coded.nibbles)
-            library.pack_codes(
-                matrix, address(codes), codes.stride(0), nibbles, start, stop, threads()
-            )
+                self._pack_scales(places[index], tensor)
+        octets = coded.octets
+        assert octets.stride(1) == 1
+        kernels.pack_codes(
+            matrix,
+            _struct(coded.layout),
+            octets.data_ptr(),
+            octets.stride(0),
+            octets.shape[1],
+            threads(),
+        )
 
     def _pack_scales(self, place: int, tensor: Tensor) -> None:
+        size = tensor.element_size()
+        row, group = (step * size for step in tensor.stride())
         self._library.pack_scales(
-            self.matrix, place, address(tensor), tensor.shape[1], tensor.element_size(), threads()
+            self.matrix, place, tensor.data_ptr(), row, group, tensor.shape[1], size, threads()
         )
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
@@ -190,6 +196,18 @@ class PackedWeight(Weight):
 
 
 _UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes
+
+
+def _struct(layout: Layout) -> library.Layout:
+    planes = [library.Plane(p.at, p.bits, p.run, p.to) for p in layout.planes]
+    return library.Layout(
+        layout.entries,
+        layout.nbytes,
+        layout.flip,
+        layout.high_first,
+        len(planes),
+        (library.Plane * 2)(*planes),
+    )
 
 
 def _kind_of_scales(coded: Coded) -> int:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from cabochon.checkpoint.folder import read_tensor
-from cabochon.checkpoint.headers import TensorMeta
+from cabochon.checkpoint.mapped import ReadAhead, map_tensor, pieces
 from cabochon.errors import LoadError
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.certificate import Certificate
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.transforms import transform
-from cabochon.load.values import Floats, check, check_finite
+from cabochon.load.values import Seen, check, check_finite
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
 
@@ -58,8 +58,10 @@ def execute(
     reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
     done = 0
     parts: dict[str, dict[int, Weight]] = {}
+    ahead = ReadAhead()
     for read in sorted(reads, key=_position):
         if isinstance(read, SiteRead):
+            ahead(next(iter(read.stored.values())))
             weight = build_weight(read, dtype, measure)
             if prepare is not None and _multiplied(read, plan):
                 weight = prepare(weight)
@@ -139,40 +141,38 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
         UnreadableError: a file ended early.
         LoadError: a value cannot be right; the text names the tensor.
     """
-    tensors = {leaf: _read(meta, measure) for leaf, meta in read.stored.items()}
+    tensors = {leaf: map_tensor(meta) for leaf, meta in read.stored.items()}
+    if measure is not None:
+        for leaf, meta in read.stored.items():
+            measure.tensor(meta.name, pieces(tensors[leaf], meta))
     if read.transform is not None:
         shape = read.stored["weight"].shape
         tensors["weight"] = transform(tensors["weight"], read.transform, shape)
     slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
-    floats: dict[str, Floats] = {}
+    seen: dict[str, Seen] = {}
     for slot in (slot for slot in slots if slot.leaf in tensors):
         leaf = slot.leaf
         if slot.holds == "float8 scales":
             tensors[leaf] = tensors[leaf].view(torch.float8_e4m3fn)
         found = check(slot, tensors[leaf], read.stored[leaf], read.site, dtype)
         if found is not None:
-            floats[leaf] = found
+            seen[leaf] = found
     weight = read.scheme.build(tensors, read.site)
     if measure is not None:
-        measure.site(read, tensors, floats, weight)
+        measure.site(read, tensors, seen, weight)
     return weight if read.activations is None else read.activations.around(weight, tensors)
-
-
-def _read(meta: TensorMeta, measure: Measure | None) -> Tensor:
-    tensor = read_tensor(meta)
-    if measure is not None:
-        measure.tensor(meta.name, tensor)
-    return tensor
 
 
 def fill_parameter(
     model: Gemma4, read: ParameterRead, dtype: torch.dtype, measure: Measure
 ) -> None:
-    tensor = _read(read.tensor, measure).float()
+    tensor = read_tensor(read.tensor)
+    measure.tensor(read.tensor.name, [tensor])
+    tensor = tensor.float()
     if read.transform is not None:
         tensor = transform(tensor, read.transform, read.parameter.shape)
     if not read.parameter.bound:
-        check_finite(tensor, read.tensor, dtype)
+        check_finite([tensor], read.tensor, dtype)
     elif tensor.isnan().any():
         raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
     path, _, leaf = read.parameter.name.rpartition(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -16,9 +16,9 @@ from cabochon.load.values import (
     Array,
     Floats,
     Scales,
+    Seen,
     in_pieces,
     level_of,
-    look_at_blocks,
     look_at_scales,
 )
 from cabochon.nn.weight import DenseWeight, Weight
@@ -48,25 +48,26 @@ class Measure:
         self._sites: dict[str, list[SiteStatistics]] = {}
         self._hashes: dict[str, bytes] = {}
 
-    def tensor(self, name: str, tensor: Tensor) -> None:
-        """The bytes of a stored tensor, before anything is done to them."""
-        self._hashes[name] = _digest(tensor)
+    def tensor(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """The bytes of a stored tensor; all pieces but the last are multiples of 64 KiB."""
+        self._hashes[name] = _digest(pieces)
 
     def site(
         self,
         read: SiteRead,
         stored: Mapping[str, Tensor],
-        floats: Mapping[str, Floats],
+        found: Mapping[str, Seen],
         weight: Weight,
     ) -> None:
         """A matrix or a part of one: what is stored of it, what was seen there, what it became."""
         site = read.site
         if isinstance(weight, DenseWeight):
-            whole = floats["weight"]
+            whole = found["weight"]
+            assert isinstance(whole, Floats)
             seen, most, none = weight.data.numel(), whole.largest, whole.zeros
         else:
             seen, most, none = self._entries(weight)
-        found = _scales(read, stored, floats)
+        scales = _scales(read, stored, found)
         statistics = SiteStatistics(
             name=site.name,
             scheme=read.stored_as,
@@ -74,11 +75,11 @@ class Measure:
             seen=seen,
             largest=most,
             zeros=none,
-            scales=found.count,
-            dead_groups=found.dead,
-            largest_scale=found.largest,
-            median_scale=found.median,
-            far_scales=found.largest > FAR * found.median > 0,
+            scales=scales.count,
+            dead_groups=scales.dead,
+            largest_scale=scales.largest,
+            median_scale=scales.median,
+            far_scales=scales.largest > FAR * scales.median > 0,
             levels=_levels(read, stored),
         )
         self._sites.setdefault(site.name, []).append(statistics)
@@ -107,17 +108,19 @@ class Measure:
             tile = weight.dense(torch.float32, start, min(start + step, rows))
             seen += tile.numel()
             most = max(most, float(tile.abs().max()))
-            none += int((tile == 0).sum())
+            none += tile.numel() - int(tile.count_nonzero())
         return seen, most, none
 
 
-def _scales(read: SiteRead, stored: Mapping[str, Tensor], floats: Mapping[str, Floats]) -> Scales:
+def _scales(read: SiteRead, stored: Mapping[str, Tensor], seen: Mapping[str, Seen]) -> Scales:
     """Those of a matrix, or of a part of one; none of what is stored as floats."""
     for slot in read.scheme.slots:
-        if slot.holds == "blocks":
-            return look_at_blocks(stored[slot.leaf], read.stored[slot.leaf].dtype)
+        found = seen.get(slot.leaf)
+        if isinstance(found, Scales):
+            return found
         if slot.holds.endswith("scales"):
-            return look_at_scales(stored[slot.leaf], floats[slot.leaf])
+            assert found is not None
+            return look_at_scales(stored[slot.leaf], found)
     return Scales(0, 0, 0.0, 0.0)
 
 
@@ -131,17 +134,21 @@ def _levels(read: SiteRead, stored: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
-def _digest(tensor: Tensor) -> bytes:
+def _digest(pieces: Iterable[Tensor]) -> bytes:
     """Of sums of 64-bit words, 64 KiB each, every word times an odd number of its place.
 
     Bytes that differ, and words that change places, change it. Meant against accidents, and nearly
     as fast as memory: SHA-256 of all bytes would double a load's time.
     """
-    octets = tensor.reshape(-1).view(torch.uint8).numpy()
-    whole = len(octets) // (8 * _WORDS) * (8 * _WORDS)
-    words = octets[:whole].view(np.uint64).reshape(-1, _WORDS)
-    sums = in_pieces(_sums, words, _SUMS)
-    return hashlib.sha256(b"".join(sums) + octets[whole:].tobytes()).digest()
+    found = hashlib.sha256()
+    for piece in pieces:
+        octets = piece.reshape(-1).view(torch.uint8).numpy()
+        whole = len(octets) // (8 * _WORDS) * (8 * _WORDS)
+        words = octets[:whole].view(np.uint64).reshape(-1, _WORDS)
+        for sums in in_pieces(_sums, words, _SUMS):
+            found.update(sums)
+        found.update(octets[whole:].tobytes())
+    return found.digest()
 
 
 def _sums(words: Array) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
+from cabochon.checkpoint.mapped import pieces
 from cabochon.errors import LoadError
 from cabochon.nn.gguf_blocks import damaged, magnitudes
+from cabochon.nn.gguf_blocks import look_at as look_at_scales_of
 from cabochon.quant.scheme import Site, Slot
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -39,19 +41,34 @@ class Floats:
     zeros: int  # of either sign
 
 
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What the scales of one matrix look like, without their signs."""
+
+    count: int
+    dead: int  # zeros: all that they stand for is zero
+    largest: float
+    median: float  # of those that are not zero; of a sample where they are many
+
+
+Seen = Floats | Scales
+
+
 def check(
     slot: Slot, tensor: Tensor, meta: TensorMeta, site: Site, dtype: torch.dtype
-) -> Floats | None:
+) -> Seen | None:
     """Refuse what `slot` of `site` cannot hold; floats must be finite in `dtype`.
 
     Raises:
         LoadError: the text names the tensor.
     """
-    if slot.holds in ("matrix", "scales", "float8 scales"):
-        return check_finite(tensor, meta, dtype)
+    if slot.holds in ("matrix", "scales"):
+        return check_finite(pieces(tensor, meta), meta, dtype)
+    if slot.holds == "float8 scales":
+        return check_finite([tensor], meta, dtype)
     if slot.holds == "blocks":
-        _check_blocks(tensor, meta)
-    elif slot.holds == "shape":
+        return check_blocks(tensor, meta)
+    if slot.holds == "shape":
         _check_shape(tensor, meta, site)
     elif slot.holds in ("divisor", "factor"):
         _check_global(float(tensor), meta, divides=slot.holds == "divisor")
@@ -60,23 +77,38 @@ def check(
     return None
 
 
-def check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> Floats:
-    """What is in `tensor`. Refuse floats not finite in `dtype`; bytes are powers of two (E8M0)."""
-    if tensor.dtype is torch.uint8:
-        most = 0 if tensor.numel() == 0 else int(tensor.max())
-        if most != _E8M0_NAN:
-            return Floats(math.ldexp(1.0, most - 127), 0)
-        bad = int((tensor == _E8M0_NAN).sum())
+def check_finite(parts: Iterable[Tensor], meta: TensorMeta, dtype: torch.dtype) -> Floats:
+    """What is in all `parts` of a tensor, which are of one dtype.
+
+    Refuse floats not finite in `dtype`; bytes are powers of two (E8M0).
+    """
+    largest, zeros = 0.0, 0
+    for part in parts:
+        found = look_at_powers(part) if part.dtype is torch.uint8 else look_at(part)
+        zeros += found.zeros
+        largest = found.largest if math.isnan(found.largest) else max(largest, found.largest)
+        if not torch.tensor(largest).to(dtype).isfinite():
+            break
     else:
-        found = look_at(tensor)
-        if torch.tensor(found.largest).to(dtype).isfinite():
-            return found
-        bad = int((~tensor.to(dtype).isfinite()).sum())
+        return Floats(largest, zeros)
+    bad = sum(_not_finite(part, dtype) for part in parts)
     kind = str(dtype).removeprefix("torch.")
     raise LoadError(
-        f"{meta.file}: tensor {meta.name!r} has {bad} of {tensor.numel()} values that are not"
-        f" finite in {kind}; the checkpoint is damaged or was made by a quantizer that failed"
+        f"{meta.file}: tensor {meta.name!r} has {bad} of {math.prod(meta.shape)} values that are"
+        f" not finite in {kind}; the checkpoint is damaged or was made by a quantizer that failed"
     )
+
+
+def _not_finite(tensor: Tensor, dtype: torch.dtype) -> int:
+    if tensor.dtype is torch.uint8:
+        return int((tensor == _E8M0_NAN).sum())
+    return int((~tensor.to(dtype).isfinite()).sum())
+
+
+def look_at_powers(exponents: Tensor) -> Floats:
+    """What the powers of two (E8M0) in a tensor look like."""
+    most = 0 if exponents.numel() == 0 else int(exponents.max())
+    return Floats(math.nan if most == _E8M0_NAN else math.ldexp(1.0, most - 127), 0)
 
 
 def look_at(tensor: Tensor) -> Floats:
@@ -119,16 +151,6 @@ def _look_at_bits(bits: Array) -> tuple[int, int]:
     return largest >> 1, zeros
 
 
-@dataclass(frozen=True, slots=True)
-class Scales:
-    """What the scales of one matrix look like, without their signs."""
-
-    count: int
-    dead: int  # zeros: all that they stand for is zero
-    largest: float
-    median: float  # of those that are not zero; of a sample where they are many
-
-
 def look_at_scales(tensor: Tensor, found: Floats) -> Scales:
     """`tensor` holds the scales of a matrix, in any dtype that is a float or E8M0."""
     flat = tensor.reshape(-1)
@@ -140,19 +162,6 @@ def level_of(tensor: Tensor) -> float:
     """The median magnitude of a sample of `tensor`; 0 only if all of it is zero."""
     flat = tensor.reshape(-1)
     return _median(_magnitudes(flat[:: max(1, len(flat) // _SAMPLE)]))
-
-
-def look_at_blocks(tensor: Tensor, kind: str) -> Scales:
-    """`tensor` holds blocks of ggml, in which scales and codes take turns."""
-    blocks = tensor.view(-1, BLOCKS[kind][1])
-    every = max(1, len(blocks) // _SAMPLE)
-    count, dead, most = 0, 0, 0.0
-    for tile in blocks.split(_TILE):
-        found = magnitudes(tile, kind)
-        count += found.numel()
-        dead += int((found == 0).sum())
-        most = max(most, float(found.max()))
-    return Scales(count, dead, most, _median(magnitudes(blocks[::every], kind)))
 
 
 def _median(sample: Tensor) -> float:
@@ -169,14 +178,30 @@ def _magnitudes(scales: Tensor) -> Tensor:
     return scales.float().abs()
 
 
-def _check_blocks(tensor: Tensor, meta: TensorMeta) -> None:
-    blocks = tensor.view(-1, BLOCKS[meta.dtype][1])
-    bad = sum(damaged(some, meta.dtype) for some in blocks.split(_TILE))
+def check_blocks(tensor: Tensor, meta: TensorMeta) -> Scales:
+    """What scales are in blocks of ggml, in which scales and codes take turns.
+
+    Raises:
+        LoadError: one of them is no number.
+    """
+    size = BLOCKS[meta.dtype][1]
+    count, dead, most, bad, seen = 0, 0, 0.0, 0, 0
+    every = max(1, meta.nbytes // size // _SAMPLE)
+    sample = []
+    for part in pieces(tensor, meta):
+        for tile in part.view(-1, size).split(_TILE):
+            bad += damaged(tile, meta.dtype)
+            if not bad:
+                found = look_at_scales_of(tile, meta.dtype)
+                count, dead, most = count + found[0], dead + found[1], max(most, found[2])
+                sample.append(magnitudes(tile[-seen % every :: every], meta.dtype))
+            seen += len(tile)
     if bad:
         raise LoadError(
-            f"{meta.file}: tensor {meta.name!r} has {bad} of {len(blocks)} blocks whose scale is"
-            " not finite; the checkpoint is damaged or was made by a quantizer that failed"
+            f"{meta.file}: tensor {meta.name!r} has {bad} of {seen} blocks whose scale is not"
+            " finite; the checkpoint is damaged or was made by a quantizer that failed"
         )
+    return Scales(count, dead, most, _median(torch.cat(sample)))
 
 
 def _check_global(value: float, meta: TensorMeta, *, divides: bool) -> None:

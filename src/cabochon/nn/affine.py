@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cabochon.nn.packed_int import codes_of, packed_codes
+from cabochon.nn.layout import Layout
+from cabochon.nn.packed_int import codes_of
 from cabochon.nn.weight import Coded, Weight
 
 
@@ -51,11 +52,9 @@ class AffineWeight(Weight):
     def description(self) -> Coded | None:
         if self.bits in (1, 7):
             return None
-        octets = self.words.view(torch.uint8)
         return Coded(
-            bits=self.bits,
-            codes=lambda start, stop: packed_codes(octets[start:stop], self.bits, self.in_features),
-            nibbles=self.bits == 4,
+            octets=self.words.view(torch.uint8),
+            layout=Layout.stream(self.bits),
             group=self.group,
             scales=self.scales,
             minima=-self.biases,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cabochon.nn.layout import Layout
 from cabochon.nn.minifloat import E4M3
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
@@ -68,8 +69,8 @@ class ByteWeight(Weight):
         if self.table is None:
             zeros = None if self.zeros is None else self.zeros.view(torch.uint8) ^ 128
             return Coded(
-                bits=8,
-                codes=lambda start, stop: self.codes[start:stop].view(torch.uint8) ^ 128,
+                octets=self.codes.view(torch.uint8),
+                layout=Layout.stream(8, flip=128),
                 group=self.cell[1],
                 scales=self._each_row(scales),
                 zero=128,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cabochon.nn.layout import Layout
 from cabochon.nn.weight import Coded, Weight
 
 NESTED = 256  # scales that share a scale of their own
@@ -103,9 +104,8 @@ class CodebookWeight(Weight):
         across = self.in_features // self.block
         blocks = torch.arange(self.out_features * across, device=self.codes.device)
         return Coded(
-            bits=4,
-            codes=lambda start, stop: _swapped(self.codes[start:stop]),
-            nibbles=True,
+            octets=self.codes,
+            layout=Layout.stream(4, high_first=True),
             group=self.block,
             scales=self.scales(blocks).view(-1, across),
             values=tuple(self.table.tolist()),
@@ -135,7 +135,3 @@ class CodebookWeight(Weight):
             entries = numbers[:, None] * width + torch.arange(width, device=codes.device)
             values *= self.scales(entries // block)
         return values.to(self.rounding)
-
-
-def _swapped(octets: Tensor) -> Tensor:  # the halves of each byte
-    return octets << 4 | octets >> 4

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cabochon.nn.layout import Layout
 from cabochon.nn.minifloat import E2M1, E2M1_PAIRS
 from cabochon.nn.weight import Coded, Weight
 
@@ -46,9 +47,8 @@ class Float4Weight(Weight):
 
     def description(self) -> Coded:
         return Coded(
-            bits=4,
-            codes=lambda start, stop: self.codes[start:stop],
-            nibbles=True,
+            octets=self.codes,
+            layout=Layout.stream(4),
             group=self.block,
             scales=self.scales,
             levels=self.levels,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cabochon.nn.layout import Layout, Plane
 from cabochon.nn.weight import Coded, Weight
 
 
@@ -32,9 +34,8 @@ class BlockWeight(Weight):
         super().__init__(blocks.shape[0], in_features)
         self.kind = kind
         self._kind = KINDS[kind]
-        assert in_features % self._kind.entries == 0
-        assert blocks.shape[1] % (in_features // self._kind.entries) == 0
-        self._bytes = blocks.shape[1] * self._kind.entries // in_features
+        entries, nbytes = self._kind.layout.entries, self._kind.layout.nbytes
+        assert blocks.shape[1] * entries == in_features * nbytes
         assert factor is None or self._kind.levels is not None
         self.register_buffer("blocks", blocks)
         self.register_buffer("factor", factor)
@@ -44,11 +45,10 @@ class BlockWeight(Weight):
 
     def description(self) -> Coded:
         kind = self._kind
-        scales, shared, minima, shared_minima = kind.scales(self.blocks.view(-1, self._bytes))
+        scales, shared, minima, shared_minima = kind.scales(self._of(slice(None)))
         return Coded(
-            bits=kind.bits,
-            codes=self._codes if kind.nibbles is None else self._pairs,
-            nibbles=kind.nibbles is not None,
+            octets=self.blocks,
+            layout=kind.layout,
             group=kind.group,
             scales=scales.reshape(self.out_features, -1),
             levels=self._levels(),
@@ -62,15 +62,6 @@ class BlockWeight(Weight):
     def _by_row(self, numbers: Tensor | None) -> Tensor | None:
         return None if numbers is None else numbers.reshape(self.out_features, -1)
 
-    def _pairs(self, start: int, stop: int) -> Tensor:
-        assert self._kind.nibbles is not None
-        at, run = self._kind.nibbles
-        pairs = _pairs(self._of(slice(start, stop))[:, at:], run)
-        return pairs.view(-1, self.in_features // 2)
-
-    def _codes(self, start: int, stop: int) -> Tensor:
-        return self._kind.codes(self._of(slice(start, stop))).view(-1, self.in_features)
-
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         return self._expand(slice(start, stop)).to(dtype)
 
@@ -79,7 +70,7 @@ class BlockWeight(Weight):
 
     def _of(self, rows: slice | Tensor) -> Tensor:
         """The blocks of some rows, `[n, bytes]`."""
-        return self.blocks[rows].view(-1, self._bytes)
+        return self.blocks[rows].view(-1, self._kind.layout.nbytes)
 
     def _levels(self) -> Tensor | None:
         levels = self._kind.levels
@@ -102,8 +93,36 @@ def damaged(blocks: Tensor, kind: str) -> int:
         bad = blocks[:, :4] > 126
     else:
         halves = [t for t in KINDS[kind].scales(blocks) if t is not None and t.is_floating_point()]
-        bad = ~torch.cat(halves, dim=1).isfinite()
+        bad = torch.from_numpy(np.hstack([_magnitude_bits(half) >= 0x7C00 for half in halves]))
     return int(bad.any(dim=1).sum()) if bad.any() else 0
+
+
+def look_at(blocks: Tensor, kind: str) -> tuple[int, int, float]:
+    """Of what codes of the blocks, uint8 `[n, bytes]`, are multiplied with: see `magnitudes`.
+
+    How many there are, how many are zero, and the largest. No block is damaged. One thread does it:
+    waking torch's, on a busy machine, takes longer.
+    """
+    scales, shared, _, _ = KINDS[kind].scales(blocks)
+    levels = KINDS[kind].levels
+    if levels is not None:
+        counts = np.bincount(scales.numpy().ravel(), minlength=256)
+        known = levels.abs().numpy()
+        return scales.numel(), int(counts[known == 0].sum()), float(known[counts > 0].max())
+    if shared is None:
+        bits = _magnitude_bits(scales)
+        dead = bits.size - int(np.count_nonzero(bits))
+        return bits.size, dead, float(bits.max().view(np.float16))
+    within, by = scales.numpy(), shared.numpy()[:, 0]
+    alive = int(np.count_nonzero(within if by.all() else within[by != 0]))
+    top = np.maximum(within.max(axis=1).astype(np.int16), -within.min(axis=1).astype(np.int16))
+    return within.size, within.size - alive, float((top * np.abs(by.astype(np.float32))).max())
+
+
+def _magnitude_bits(halves: Tensor) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """Without their signs, floats are ordered as their bits are."""
+    bits: np.ndarray[Any, np.dtype[np.int16]] = halves.view(torch.int16).numpy() & 0x7FFF
+    return bits
 
 
 def magnitudes(blocks: Tensor, kind: str) -> Tensor:
@@ -130,15 +149,12 @@ class Scales(NamedTuple):
 class Kind:
     """One type of ggml's blocks."""
 
-    entries: int
-    bits: int
+    layout: Layout
     group: int
-    codes: Callable[[Tensor], Tensor]  # uint8 [n, bytes] -> uint8 [n, entries]
     scales: Callable[[Tensor], Scales]
     zero: int = 0
     values: tuple[float, ...] | None = None
     levels: Tensor | None = None  # float32 [256]: what a byte of `scales` stands for
-    nibbles: tuple[int, int] | None = None  # where codes of 4 bits begin, and how long a run is
 
 
 def _decode(blocks: Tensor, kind: Kind, levels: Tensor | None) -> Tensor:
@@ -146,7 +162,7 @@ def _decode(blocks: Tensor, kind: Kind, levels: Tensor | None) -> Tensor:
     factors = scales.float() if levels is None else levels.to(blocks.device)[scales.int()]
     if shared is not None:
         factors = shared.float() * factors
-    codes = kind.codes(blocks)
+    codes = kind.layout.codes(blocks, kind.layout.entries)
     if kind.values is None:
         values = codes.float()
         values -= kind.zero
@@ -165,39 +181,12 @@ def _half(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> float16 [n, 1], n
     return blocks.view(torch.float16)[:, at // 2 : at // 2 + 1]
 
 
-def _split(octets: Tensor, bits: int, run: int) -> Tensor:
-    """Numbers of a few bits each, from runs of octets: all low parts of a run, then the next.
-
-    `[n, m]` to `[n, 8 / bits * m]`, uint8.
-    """
-    runs, mask = octets.unflatten(1, (-1, run)), (1 << bits) - 1
-    parts = [runs >> shift & mask for shift in range(0, 8, bits)]
-    return torch.stack(parts, dim=2).flatten(1)
-
-
-def _pairs(octets: Tensor, run: int) -> Tensor:
-    """The numbers of 4 bits of `_split`, two to an octet: `[n, m]` to `[n, m]`."""
-    words = octets.contiguous().view(torch.int64)
-    halves = []
-    for part in (words & _LOW, words >> 4 & _LOW):
-        part |= part >> 4  # an even octet gets that of the odd one behind it
-        halves.append(part.view(torch.uint8)[:, ::2].unflatten(1, (-1, run // 2)))
-    return torch.cat(halves, dim=2).flatten(1)
-
-
-_LOW = 0x0F0F0F0F0F0F0F0F
-
-
-def _fifth_bits(blocks: Tensor, at: int) -> Tensor:  # [n, bytes] -> [n, 32], 0 or 16
-    return _split(blocks[:, at : at + 4], 1, 1) << 4
-
-
-def _nibbles(at: int, run: int) -> Callable[[Tensor], Tensor]:
-    return lambda blocks: _split(blocks[:, at:], 4, run)
-
-
 def _one_half(blocks: Tensor) -> Scales:
     return Scales(_half(blocks, 0))
+
+
+def _first(count: int) -> Callable[[Tensor], Scales]:
+    return lambda blocks: Scales(blocks[:, :count])
 
 
 def _half_and_least(blocks: Tensor) -> Scales:
@@ -211,13 +200,8 @@ def _scales_q2_k(blocks: Tensor) -> Scales:
 
 def _scales_q3_k(blocks: Tensor) -> Scales:
     """16 of 6 bits: four of them in 8 octets, two in 4."""
-    low, high = _split(blocks[:, 96:104], 4, 8), _split(blocks[:, 104:108], 2, 4)
-    return Scales((low | high << 4).view(torch.int8) - 32, _half(blocks, 108))
-
-
-def _codes_q3_k(blocks: Tensor) -> Tensor:
-    """A third bit that is set means that nothing is taken away: the code for zero is 4."""
-    return _split(blocks[:, 32:96], 2, 32) | _split(blocks[:, :32], 1, 32) << 2
+    low, high = Plane(96, 4, 8).codes(blocks, 16), Plane(104, 2, 4, 4).codes(blocks, 16)
+    return Scales((low | high).view(torch.int8) - 32, _half(blocks, 108))
 
 
 def _scales_q4_k(blocks: Tensor) -> Scales:
@@ -228,21 +212,13 @@ def _scales_q4_k(blocks: Tensor) -> Scales:
     return Scales(scales, _half(blocks, 0), minima, _half(blocks, 2))
 
 
-def _codes_q5_k(blocks: Tensor) -> Tensor:
-    return _split(blocks[:, 48:], 4, 32) | _split(blocks[:, 16:48], 1, 32) << 4
-
-
 def _scales_q6_k(blocks: Tensor) -> Scales:
     return Scales(blocks[:, 192:208].contiguous().view(torch.int8), _half(blocks, 208))
 
 
-def _codes_q6_k(blocks: Tensor) -> Tensor:
-    return _split(blocks[:, :128], 4, 64) | _split(blocks[:, 128:192], 2, 32) << 4
-
-
 def _scales_iq4_xs(blocks: Tensor) -> Scales:
-    low, high = _split(blocks[:, 4:8], 4, 1), _split(blocks[:, 2:4], 2, 1)
-    return Scales((low | high << 4).view(torch.int8) - 32, _half(blocks, 0))
+    low, high = Plane(4, 4).codes(blocks, 8), Plane(2, 2, to=4).codes(blocks, 8)
+    return Scales((low | high).view(torch.int8) - 32, _half(blocks, 0))
 
 
 def _mxfp4_levels() -> Tensor:
@@ -267,51 +243,29 @@ _E2M1_TWICE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0,
                0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0)
 # fmt: on
 
+
+def _layout(entries: int, nbytes: int, *planes: tuple[int, ...], flip: int = 0) -> Layout:
+    """Planes as `at, bits, run, to`."""
+    return Layout(entries, nbytes, tuple(Plane(*plane) for plane in planes), flip)
+
+
+_MX, _NV = _mxfp4_levels(), _nvfp4_levels()
+
+# Of Q3_K, a third bit that is set means that nothing is taken away: the code for zero is 4.
+# Q8_0 has signed octets, and a code of 0 for the least of them.
 KINDS: Mapping[str, Kind] = {
-    "Q4_0": Kind(32, 4, 32, _nibbles(2, 16), _one_half, zero=8, nibbles=(2, 16)),
-    "Q4_1": Kind(32, 4, 32, _nibbles(4, 16), _half_and_least, nibbles=(4, 16)),
-    "Q5_0": Kind(
-        32,
-        5,
-        32,
-        lambda blocks: _split(blocks[:, 6:], 4, 16) | _fifth_bits(blocks, 2),
-        _one_half,
-        zero=16,
-    ),
-    "Q5_1": Kind(
-        32,
-        5,
-        32,
-        lambda blocks: _split(blocks[:, 8:], 4, 16) | _fifth_bits(blocks, 4),
-        _half_and_least,
-    ),
-    # Signed octets, and a code of 0 for the least of them.
-    "Q8_0": Kind(32, 8, 32, lambda blocks: blocks[:, 2:] ^ 128, _one_half, zero=128),
-    "Q2_K": Kind(256, 2, 16, lambda blocks: _split(blocks[:, 16:80], 2, 32), _scales_q2_k),
-    "Q3_K": Kind(256, 3, 16, _codes_q3_k, _scales_q3_k, zero=4),
-    "Q4_K": Kind(256, 4, 32, _nibbles(16, 32), _scales_q4_k, nibbles=(16, 32)),
-    "Q5_K": Kind(256, 5, 32, _codes_q5_k, _scales_q4_k),
-    "Q6_K": Kind(256, 6, 16, _codes_q6_k, _scales_q6_k, zero=32),
-    "IQ4_NL": Kind(32, 4, 32, _nibbles(2, 16), _one_half, values=_IQ4, nibbles=(2, 16)),
-    "IQ4_XS": Kind(256, 4, 32, _nibbles(8, 16), _scales_iq4_xs, values=_IQ4, nibbles=(8, 16)),
-    "MXFP4": Kind(
-        32,
-        4,
-        32,
-        _nibbles(1, 16),
-        lambda blocks: Scales(blocks[:, :1]),
-        values=_E2M1_TWICE,
-        levels=_mxfp4_levels(),
-        nibbles=(1, 16),
-    ),
-    "NVFP4": Kind(
-        64,
-        4,
-        16,
-        _nibbles(4, 8),
-        lambda blocks: Scales(blocks[:, :4]),
-        values=_E2M1_TWICE,
-        levels=_nvfp4_levels(),
-        nibbles=(4, 8),
-    ),
+    "Q4_0": Kind(_layout(32, 18, (2, 4, 16)), 32, _one_half, zero=8),
+    "Q4_1": Kind(_layout(32, 20, (4, 4, 16)), 32, _half_and_least),
+    "Q5_0": Kind(_layout(32, 22, (6, 4, 16), (2, 1, 0, 4)), 32, _one_half, zero=16),
+    "Q5_1": Kind(_layout(32, 24, (8, 4, 16), (4, 1, 0, 4)), 32, _half_and_least),
+    "Q8_0": Kind(_layout(32, 34, (2, 8), flip=128), 32, _one_half, zero=128),
+    "Q2_K": Kind(_layout(256, 84, (16, 2, 32)), 16, _scales_q2_k),
+    "Q3_K": Kind(_layout(256, 110, (32, 2, 32), (0, 1, 32, 2)), 16, _scales_q3_k, zero=4),
+    "Q4_K": Kind(_layout(256, 144, (16, 4, 32)), 32, _scales_q4_k),
+    "Q5_K": Kind(_layout(256, 176, (48, 4, 32), (16, 1, 32, 4)), 32, _scales_q4_k),
+    "Q6_K": Kind(_layout(256, 210, (0, 4, 64), (128, 2, 32, 4)), 16, _scales_q6_k, zero=32),
+    "IQ4_NL": Kind(_layout(32, 18, (2, 4, 16)), 32, _one_half, values=_IQ4),
+    "IQ4_XS": Kind(_layout(256, 136, (8, 4, 16)), 32, _scales_iq4_xs, values=_IQ4),
+    "MXFP4": Kind(_layout(32, 17, (1, 4, 16)), 32, _first(1), values=_E2M1_TWICE, levels=_MX),
+    "NVFP4": Kind(_layout(64, 36, (4, 4, 8)), 16, _first(4), values=_E2M1_TWICE, levels=_NV),
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cabochon.nn import bits as streams
+from cabochon.nn.layout import Layout
 from cabochon.nn.weight import Coded, Weight
 
 
@@ -57,11 +58,9 @@ class PackedIntWeight(Weight):
     def description(self) -> Coded | None:
         if self.bits == 7:
             return None
-        octets = self.words.view(torch.uint8)  # the code of the lowest column comes first
         return Coded(
-            bits=self.bits,
-            codes=lambda start, stop: packed_codes(octets[start:stop], self.bits, self.in_features),
-            nibbles=self.bits == 4,
+            octets=self.words.view(torch.uint8),  # the code of the lowest column comes first
+            layout=Layout.stream(self.bits),
             group=self.group,
             scales=self.scales,
             zero=1 << (self.bits - 1),
@@ -110,11 +109,6 @@ def codes_of(words: Tensor, bits: int, count: int) -> tuple[Tensor, int]:
     pairs &= 0x000F000F
     pairs |= 0x43004300
     return pairs.view(torch.bfloat16)[:, :count], 128
-
-
-def packed_codes(octets: Tensor, bits: int, count: int) -> Tensor:
-    """Codes as `Coded` has them: of four bits, two to a byte."""
-    return octets if bits == 4 else streams.unpack(octets, bits, count)
 
 
 def unpack_columns(words: Tensor, bits: int, out_features: int) -> Tensor:

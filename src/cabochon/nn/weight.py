@@ -6,12 +6,14 @@ the dtype of the activation. This is what keeps a storage type from becoming a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cabochon.nn.layout import Layout
 
 TILE_BYTES = 8 << 20  # of a tile turned into the compute dtype, so that no dense copy ever exists
 
@@ -24,9 +26,8 @@ class Coded:
     The scale of a group is `scales`, or `levels[scales]`, or `shared * scales`.
     """
 
-    bits: int  # of a code: 2, 3, 4, 5, 6 or 8
-    codes: Callable[[int, int], Tensor]  # rows start to stop: uint8 [rows, in_features]
-    nibbles: bool = False  # `codes` gives two to a byte instead, the even column in the low half
+    octets: Tensor  # uint8 [out, n], the codes of a row as they are stored
+    layout: Layout  # where in them; its codes have 2, 3, 4, 5, 6 or 8 bits
     group: int  # entries of a row that share a scale; the last group may be cut short
     scales: Tensor  # [out, groups] float16, bfloat16, float32; of `levels` or `shared`: bytes
     levels: Tensor | None = None  # float32 [256]
@@ -38,6 +39,11 @@ class Coded:
     values: tuple[float, ...] | None = None  # of the 16 codes
     rounded: torch.dtype = torch.float32  # what an entry is rounded to, once, in the end
     exact: bool = True  # or `dense` rounds on the way too, which is not said here
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.layout.bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

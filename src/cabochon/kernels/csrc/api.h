@@ -43,6 +43,16 @@ struct Matrix {
   float values[16];      // the same exactly
 };
 
+// Where the codes of a stored row lie: `Layout` and `Plane` of nn/layout.py, which explains them.
+struct Plane {
+  int32_t at, bits, run, to;
+};
+struct Layout {
+  int32_t entries, bytes;  // of a block
+  int32_t flip, high_first, planes;
+  Plane plane[2];
+};
+
 // A matrix of floats as a checkpoint stores it, row by row.
 struct Rows {
   const uint8_t* data;

@@ -1,0 +1,138 @@
+"""Tensors where they lie in their files: mapped into memory, and not copied.
+
+Pages that are looked at count as memory of this process until their tensor is let go; pages of a
+table of which a few rows are looked up are never more than those.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cabochon.checkpoint.folder import TORCH_NAMES, cut_off, read_tensor
+from cabochon.checkpoint.gguf import BLOCKS
+from cabochon.checkpoint.headers import BITS, TensorMeta
+from cabochon.errors import UnreadableError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SMALL = 1 << 14  # bytes that are read faster than mapped
+PIECE = 32 << 20  # bytes that are in memory together while all of a tensor is looked at
+AHEAD = 256 << 20  # bytes that the system is asked to read before they are needed
+
+_POPULATE_READ = 22  # of Linux 5.14, for madvise
+
+
+def map_tensor(meta: TensorMeta) -> Tensor:
+    """The tensor that `meta` describes, as `read_tensor` gives it, in its file's own memory.
+
+    It must not be written to. A small one is read, and so is one that cannot be mapped, for its
+    place in the file or for the file system's sake. What cannot be read is told here if it is no
+    larger than a piece; beyond, a process that looks at it would be killed by the system.
+
+    Raises:
+        UnreadableError: the file ends early, or cannot be read.
+    """
+    import torch
+
+    if meta.dtype in BLOCKS:
+        octets = replace(meta, dtype="U8", shape=(meta.nbytes,))
+        return map_tensor(octets).view(*meta.shape[:-1], -1)
+    size = BITS[meta.dtype] // 8
+    if meta.nbytes < SMALL or meta.span[0] % size:
+        return read_tensor(meta)
+    skip = meta.span[0] % mmap.ALLOCATIONGRANULARITY
+    area = _area(meta, skip)
+    if area is None:
+        return read_tensor(meta)
+    dtype = getattr(torch, TORCH_NAMES[meta.dtype])
+    flat = torch.frombuffer(area, dtype=dtype, count=meta.nbytes // size, offset=skip)
+    if meta.nbytes <= PIECE:
+        _populate(meta, flat.data_ptr() - skip, skip + meta.nbytes)
+    return flat.view(meta.shape)
+
+
+def _area(meta: TensorMeta, skip: int) -> mmap.mmap | None:
+    try:
+        with meta.file.open("rb", buffering=0) as file:
+            here = os.fstat(file.fileno()).st_size
+            if here < meta.span[1]:
+                raise cut_off(meta, here)
+            # A copy on writing: what should write to it after all would not change the file.
+            return mmap.mmap(
+                file.fileno(),
+                skip + meta.nbytes,
+                access=mmap.ACCESS_COPY,
+                offset=meta.span[0] - skip,
+            )
+    except OSError:  # of file systems that cannot; reading says what is wrong, if anything is
+        return None
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _populate(meta: TensorMeta, address: int, length: int) -> None:
+    """Have all pages there at once. Other threads run meanwhile."""
+    failed = _libc.madvise(address, length, _POPULATE_READ)
+    number = ctypes.get_errno() if failed else 0
+    if number in (_EFAULT, _EIO):
+        raise UnreadableError(
+            f"{meta.file}: tensor {meta.name!r}: {os.strerror(_EIO)}; the file ends early, or what"
+            " it lies on fails"
+        )
+
+
+_EIO, _EFAULT = 5, 14
+
+
+def pieces(tensor: Tensor, meta: TensorMeta) -> Iterable[Tensor]:
+    """All of `tensor`, which `meta` describes: itself, or flat pieces of it if it is large.
+
+    A piece is a multiple of 64 KiB, and of whole blocks of ggml.
+    """
+    return [tensor] if meta.nbytes <= PIECE else _Pieces(meta)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Mapped one at a time, so that none needs to stay in memory."""
+
+    meta: TensorMeta
+
+    def __iter__(self) -> Iterator[Tensor]:
+        meta = self.meta
+        dtype = "U8" if meta.dtype in BLOCKS else meta.dtype
+        unit = math.lcm(1 << 16, BLOCKS.get(meta.dtype, (1, 1))[1])
+        step, size = max(1, PIECE // unit) * unit, BITS[dtype] // 8
+        for start in range(0, meta.nbytes, step):
+            stop = min(start + step, meta.nbytes)
+            span = (meta.span[0] + start, meta.span[0] + stop)
+            yield map_tensor(replace(meta, dtype=dtype, shape=((stop - start) // size,), span=span))
+
+
+class ReadAhead:
+    """Has the system read what comes next in a file while something is done to what is there."""
+
+    def __init__(self) -> None:
+        self._asked: dict[str, int] = {}  # up to which byte of a file
+
+    def __call__(self, meta: TensorMeta) -> None:
+        """`meta` is needed now, and what lies behind it soon."""
+        name, stop = str(meta.file), meta.span[1] + AHEAD
+        start = max(self._asked.get(name, 0), meta.span[0])
+        if not hasattr(os, "posix_fadvise") or stop - start < AHEAD // 4:
+            return
+        self._asked[name] = stop
+        try:
+            with meta.file.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # reading it will say so
