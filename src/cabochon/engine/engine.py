@@ -145,8 +145,6 @@ class Engine:
             )
 
     def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> Work:
-        sequence = new_sequence(self.runner.model, prompt, self.cache)
-        sequence.scored = params.prompt_logprobs is not None
         length = len(prompt.tokens)
         if length >= self.max_context:
             raise RequestError(
@@ -154,6 +152,8 @@ class Engine:
                 " with the answer: shorten it, or serve with a larger kv_cache_bytes",
                 "messages",
             )
+        sequence = new_sequence(self.runner.model, prompt, self.cache)
+        sequence.scored = params.prompt_logprobs is not None
         vocab = self.runner.model.config.text.vocab_size
         most = self.max_context - length
         return Work(

@@ -120,7 +120,7 @@ def new_sequence(model: Gemma4, prompt: Prompt, cache: PagedCache) -> TokenSeque
     vocab = config.text.vocab_size
     if not prompt.tokens:
         raise RequestError("the prompt is empty", "messages")
-    if not all(0 <= token < vocab for token in prompt.tokens):
+    if min(prompt.tokens) < 0 or max(prompt.tokens) >= vocab:
         raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
     spans = []
     for position, item in prompt.media:
