@@ -77,12 +77,20 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=LAST_WORDS_SECONDS,
         )
         super().__init__(config)
+        self._app = app
         self._llm = llm
         self._traffic: Traffic = app.state.traffic
         self._metrics: Metrics = app.state.metrics
         self._drain_seconds = settings.drain_seconds
         self._drained_by = float("inf")
         self._ready = ready
+
+    def settle(self) -> None:
+        """Do before the first request what would hold all of them up later."""
+        self._app.openapi()  # a good part of a second
+        # What is there now stays. Looking through it for garbage takes 160 ms, of every thread.
+        gc.collect()
+        gc.freeze()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -122,7 +130,5 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable
     # uvicorn raises the signal that ended it once more, at whoever handled it before.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     server = Server(llm, settings, ready)
-    # What is loaded stays. Looking through it for garbage held every thread up for 160 ms.
-    gc.collect()
-    gc.freeze()
+    server.settle()
     server.run(sockets=[listener])
