@@ -32,7 +32,8 @@ MODEL = "cabochon-demo"
 QUESTIONS = ("Who are you?", "What is 3 plus 4?", "Tell me something.", "What colour is the sky?")
 CHAT = "/v1/chat/completions"
 BODY_LIMIT = 2**20
-FLAT = 0.05  # of the memory of the first minute that the last one may have more
+WARM_SECONDS = 60  # until cache and allocator have what they keep
+FLAT = 0.05  # of the memory of the first fifth that the last one may have more
 
 Samples = dict[str, float]
 
@@ -223,8 +224,8 @@ def late(before: Samples, after: Samples, share: float) -> float:
 
 async def bench(port: int, pid: int, clients: int, seconds: float) -> bool:
     seen: Counter[str] = Counter()
-    warm = [Client(port, 1000 + i, Counter()).live(time.monotonic() + 5) for i in range(clients)]
-    await asyncio.gather(*warm)
+    warm = time.monotonic() + WARM_SECONDS
+    await asyncio.gather(*[Client(port, 1000 + i, Counter()).live(warm) for i in range(clients)])
     rest, before = await at_rest(port, pid), await metrics(port)
     memory: list[float] = []
     end = time.monotonic() + seconds

@@ -93,11 +93,16 @@ class Browser:
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(f) for f in files])
 
-    def press(self, key: str, code: int = 0, text: str = "") -> None:
+    def press(self, key: str, code: int = 0, text: str = "", modifiers: int = 0) -> None:
         for kind in ("keyDown", "keyUp"):
             typed = {"text": text} if text and kind == "keyDown" else {}
             self.send(
-                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **typed
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                windowsVirtualKeyCode=code,
+                modifiers=modifiers,
+                **typed,
             )
 
     def type(self, text: str) -> None:

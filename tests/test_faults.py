@@ -106,6 +106,24 @@ def test_one_request_of_a_batch_fails(
     answers(url)
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_numbers_that_are_none_are_traced_to_where_they_begin(layer: int) -> None:
+    """In the first layer of all, and behind layers that are sound."""
+    options: dict[str, Any] = {"dtype": "float32", "kv_cache_bytes": 16 * 2**20}
+    with LLM(**options, debug_nan=True) as llm, serving(llm) as url:
+        expected = text(post(url, body("Tell me.")))
+        norm = f"model.language_model.layers.{layer}.pre_feedforward_layernorm"
+        weight = llm.runner.model.get_submodule(norm).weight
+        with torch.inference_mode():
+            sound = weight[5].clone()
+            weight[5] = torch.inf
+        refused(post(url, body("Tell me.")), 500, None, "not finite", f"the output of {norm} is")
+        with torch.inference_mode():
+            weight[5] = sound
+        assert text(post(url, body("Tell me."))) == expected  # of the bad pages nothing is left
+        assert until(lambda: idle(llm))
+
+
 class Panic(BaseException):
     """As a library's Rust code raises: no Exception."""
 
@@ -128,7 +146,9 @@ def test_when_the_engine_stops_nobody_waits_for_it(monkeypatch: pytest.MonkeyPat
         refused(post(url, body("Tell me.")), 500, None)
 
 
-def test_out_of_pages_answers_are_put_off_and_stay_the_same(llm: LLM, url: str) -> None:
+def test_out_of_pages_answers_are_put_off_and_stay_the_same(
+    llm: LLM, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Room for about two of six long answers; in float32 nobody can tell."""
     length = 150
     expected = {q: text(post(url, body(q, length))) for q in QUESTIONS}
@@ -137,8 +157,13 @@ def test_out_of_pages_answers_are_put_off_and_stay_the_same(llm: LLM, url: str) 
         serving(cramped) as narrow,
         ThreadPoolExecutor(6) as pool,
     ):
-        ask = lambda q: text(post(narrow, body(q, length)))  # noqa: E731
-        got = dict(zip(QUESTIONS, pool.map(ask, QUESTIONS), strict=True))
+        run, all_there = cramped.runner.run, threading.Event()
+        held = lambda *step, **options: all_there.wait() and run(*step, **options)  # noqa: E731
+        monkeypatch.setattr(cramped.runner, "run", held)
+        asked = {q: pool.submit(post, narrow, body(q, length)) for q in QUESTIONS}
+        assert until(lambda: cramped.engine.load == len(QUESTIONS), 30)
+        all_there.set()
+        got = {q: text(answer.result()) for q, answer in asked.items()}
         counted = HTTP.get(f"{narrow}/metrics").text
         assert until(lambda: idle(cramped))
         preemptions = cramped.engine.scheduler.preemptions

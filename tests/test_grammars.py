@@ -172,6 +172,28 @@ def test_what_would_take_too_much_is_refused_in_time(name: str) -> None:
     assert "<state>" not in str(refused.value)
 
 
+def chain(links: int) -> dict[str, Any]:
+    """A schema whose definitions each refer to the next one."""
+    link = lambda i: {"properties": {"a": {"$ref": f"#/$defs/d{i}"}}, "required": ["a"]}  # noqa: E731
+    definitions = {f"d{i}": {"type": "object", **link(i + 1)} for i in range(links)}
+    return {"$defs": {**definitions, f"d{links}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+CHAINS: dict[str, Callable[[], Grammar]] = {
+    "rules": lambda: GRAMMARS.lark(
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(12_000)) + '\nr12000: "c"'
+    ),
+    "definitions": lambda: GRAMMARS.json_schema(chain(1500)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_long_chains_do_not_end_the_process(name: str) -> None:
+    """llguidance descends a chain link by link; at 8 MiB of stack 3,000 rules were the end."""
+    matcher = CHAINS[name]().start()
+    assert matcher.allowed().any()
+
+
 def test_a_lenient_schema_is_not_taken_for_a_strict_one() -> None:
     """A schema may not switch off its own enforcement."""
     with pytest.raises(RequestError, match="not"):

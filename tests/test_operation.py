@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -19,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import DEMO, HTTP, post, refused, say, serving, until
 
 from cabochon.llm import LLM
-from cabochon.serve.server import bind
-from cabochon.settings import load_settings
+from cabochon.serve.server import Server, bind, serve
+from cabochon.settings import Settings, load_settings
 
 SECRET = "xylophone"
 LONG = {"model": DEMO, "messages": say(SECRET), "stream": True, "ignore_eos": True}
@@ -182,6 +183,20 @@ def test_a_log_on_a_full_disk_stops_nobody() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_what_is_loaded_is_no_garbage(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full collection that looks through it holds every thread up, for 160 ms at times."""
+    frozen: list[int] = []
+    monkeypatch.setattr(Server, "run", lambda *_, **__: frozen.append(gc.get_freeze_count()))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with bind("127.0.0.1", 0) as listener:
+            serve(llm, Settings(), listener, lambda: None)
+    finally:
+        gc.unfreeze()
+        signal.signal(signal.SIGTERM, before)
+    assert frozen[0] > 100_000
 
 
 def answered(url: str) -> bool:

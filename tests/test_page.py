@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from browser import CHROMIUM, Browser, browser
 from serving import HTTP, picture_bytes, serving, until
 
@@ -21,6 +25,25 @@ from cabochon.serve.pages import STATIC
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium (apt install chromium)"
 )
+
+# Of WCAG 2: the texts whose colour and ground differ by less than 4.5 to 1.
+CONTRASTS = """(root) => {
+    const light = (rgb) => rgb.map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const ground = (node) => {
+        for (; node; node = node.parentElement) {
+            const colour = parts(getComputedStyle(node).backgroundColor);
+            if (colour.length < 4 || colour[3] > 0) return colour.slice(0, 3);
+        }
+    };
+    return [...root.querySelectorAll('*')].filter((node) => node.checkVisibility() && !node.disabled
+        && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()))
+        .map((node) => {
+            const both = [light(parts(getComputedStyle(node).color).slice(0, 3)), light(ground(node))];
+            return [node.textContent.trim().slice(0, 30), (Math.max(...both) + 0.05) / (Math.min(...both) + 0.05)];
+        }).filter(([, contrast]) => contrast < 4.5);
+}"""  # noqa: E501
 
 ANSWERED = "!![...document.querySelectorAll('#log .model .foot')].at(-1)?.childElementCount"
 
@@ -118,6 +141,119 @@ def test_a_pasted_picture_and_a_second_question(page: Browser, url: str) -> None
 
 
 @needs_chromium
+def test_a_sound_is_uploaded_and_heard(page: Browser, tiny: LLM, tmp_path: Path) -> None:
+    """By a tiny model with random weights: what it says is nothing, but it says it of the sound."""
+    heard: list[Any] = []
+    file = tmp_path / "noise.wav"
+    noise = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
+    soundfile.write(file, noise, 16000)
+    with serving(tiny) as url, pytest.MonkeyPatch.context() as patch:
+        hear = tiny.prompts.sound
+        patch.setattr(tiny.prompts, "sound", lambda data: heard.append(data) or hear(data))
+        page.open(url)
+        page.until(f"document.getElementById('model').textContent === {json.dumps(tiny.name)}")
+        assert "sounds" in page.run("document.getElementById('senses').textContent")
+        page.choose("#file", file)
+        page.until("document.querySelectorAll('#attachments li').length === 1")
+        page.run("document.getElementById('set-max_tokens').value = '3'")
+        page.type("What do you hear?")
+        page.press("Enter", 13, "\r")
+        page.until(ANSWERED)
+        page.run("document.getElementById('set-max_tokens').value = ''")
+        assert page.run("document.querySelectorAll('.failure').length") == 0
+        assert page.run("document.querySelector('.user audio').controls")
+        page.until("document.querySelector('.user audio').duration === 0.5")
+        page.open("about:blank")
+    page.asked = [asked for asked in page.asked if not asked.startswith(url)]
+    assert len(heard) == 1
+
+
+@needs_chromium
+def test_the_keyboard_is_enough(page: Browser, url: str, llm: LLM) -> None:
+    page.open(url)
+    page.until("document.getElementById('model').textContent === 'cabochon-demo'")
+    focus = "document.activeElement.id || document.activeElement.innerText"
+    assert page.run(focus) == "prompt"
+    # Once through: all that can be used, in the order of the page, and nothing that cannot.
+    page.run("document.querySelector('.skip').focus()")
+    order = []
+    while page.run("document.activeElement !== document.body"):
+        order.append(page.run(focus))
+        assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", order
+        page.press("Tab", 9)
+    assert order == [
+        "Skip to the message field", "tab-chat", "new", "settings-toggle", "theme", "Who are you?",
+        "What is 3 plus 4?", "What can you see?", "prompt", "attach", "thinking", "send",
+    ]  # fmt: skip
+    page.run("document.querySelector('.skip').focus()")
+    page.press("Enter", 13, "\r")
+    assert page.run(focus) == "prompt"
+
+    page.type("Who")
+    page.press("Enter", 13, "\r", modifiers=8)  # with Shift: a line more
+    page.type("are you?")
+    assert page.run("document.getElementById('prompt').value") == "Who\nare you?"
+    assert page.run("document.querySelectorAll('#log li').length") == 0
+    generate = llm.engine.ends
+    llm.engine.ends = frozenset()  # an answer that never ends by itself
+    try:
+        page.press("Enter", 13, "\r")
+        page.until("(document.querySelector('.model .body')?.innerText.length ?? 0) > 20")
+        assert page.run("document.querySelector('.user .body').innerText") == "Who\nare you?"
+        page.run("document.getElementById('settings-toggle').focus()")
+        page.press("Enter", 13, "\r")
+        assert page.run(focus) == "system"
+        page.press("Escape", 27)  # closes the settings, and leaves the answer alone
+        assert page.run(focus) == "settings-toggle"
+        assert page.run("document.getElementById('settings').hidden") is True
+        assert llm.engine.load == 1
+        page.press("Escape", 27)
+        page.until(ANSWERED)
+        assert until(lambda: llm.engine.load == 0)
+    finally:
+        llm.engine.ends = generate
+    assert "stopped" in page.run("document.querySelector('.model .foot').innerText")
+
+
+@needs_chromium
+@pytest.mark.parametrize("chosen", ["system", "page"])
+def test_it_is_dark_and_legible(page: Browser, url: str, chosen: str) -> None:
+    """By the system's choice or by the page's own; all text stands out from what is behind it."""
+    page.open(url, scheme="dark" if chosen == "system" else "light")
+    page.until("document.getElementById('model').textContent === 'cabochon-demo'")
+    if chosen == "page":
+        for _ in range(2):  # automatic, light, dark
+            page.run("document.getElementById('theme').click()")
+        page.open("about:blank")
+        page.open(url)  # it is remembered
+    page.run("document.querySelector('#suggestions button').click()")
+    page.until(ANSWERED)
+    page.run("document.getElementById('settings-toggle').click()")
+    if chosen == "page":
+        assert "Dark" in page.run("document.getElementById('theme').textContent")
+    assert page.run(f"({CONTRASTS})(document.body)") == []
+    page.run("document.getElementById('model').style.color = '#444'")
+    assert [words for words, _ in page.run(f"({CONTRASTS})(document.body)")] == ["cabochon-demo"]
+    ground = page.run("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", ground))) < 60
+    page.run("localStorage.removeItem('cabochon-theme')")
+
+
+@needs_chromium
+def test_what_cannot_be_sent_stays_where_it_is(page: Browser, url: str) -> None:
+    page.open(url)
+    page.until("document.getElementById('model').textContent === 'cabochon-demo'")
+    page.run("document.getElementById('tools').value = 'no JSON'")
+    ask(page, "Who are you?")
+    page.until("!!document.querySelector('[role=alert]')")
+    assert page.run("document.getElementById('prompt').value") == "Who are you?"
+    page.run("document.getElementById('tools').value = ''")
+    page.press("Enter", 13, "\r")
+    page.until(ANSWERED)
+    assert page.run("document.querySelectorAll('.user').length") == 1
+
+
+@needs_chromium
 def test_stop_ends_the_answer_here_and_there(page: Browser, url: str, llm: LLM) -> None:
     page.open(url)
     generate = llm.engine.ends
@@ -185,6 +321,12 @@ def test_thoughts_are_folded_and_calls_are_shown(page: Browser, url: str) -> Non
     sent = page.run("window.sent")
     assert sent == [{"role": "tool", "tool_call_id": "c1", "content": "rain"}]
     assert page.run("turn.message.tool_calls[0].function.arguments") == '{"town": "Bern"}'
+    assert page.run("turn.message.reasoning_content") == "Let me look it up."
+    # Folded until somebody opens it, with the keyboard if they like.
+    assert page.run("document.querySelector('.thoughts pre').checkVisibility()") is False
+    page.run("document.querySelector('.thoughts summary').focus()")
+    page.press("Enter", 13, "\r")
+    assert page.run("document.querySelector('.thoughts pre').checkVisibility()") is True
 
 
 PAINT = [
@@ -246,6 +388,10 @@ def test_the_checkpoint_is_drawn(page: Browser, url: str, llm: LLM) -> None:
         assert row["scheme"] in shown
     assert report["plan_hash"] in shown
     assert llm.certificate.fingerprint in shown
+    page.run("location.hash = ''")
+    page.until("!document.getElementById('chat').hidden")
+    page.run("location.hash = '#checkpoint'")
+    page.until("!document.getElementById('plan').hidden")
     shoot(page, "checkpoint")
 
 
@@ -272,6 +418,7 @@ def test_a_phone_shows_it_whole(page: Browser, url: str) -> None:
     page.run("document.querySelector('#suggestions button').click()")
     page.until(ANSWERED)
     shoot(page, "phone")
+    assert page.run(f"({CONTRASTS})(document.body)") == []
     for name in ("prompt", "send", "attach"):
         box = page.run(f"document.getElementById('{name}').getBoundingClientRect().toJSON()")
         assert box["height"] >= 40, name

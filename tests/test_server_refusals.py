@@ -274,6 +274,19 @@ def test_paths_and_methods_that_are_not_here(url: str) -> None:
     answers(url)
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/responses", "/v1/responses"),
+    ],
+)
+def test_a_base_url_that_is_not_quite_right(url: str, path: str, meant: str) -> None:
+    refused(HTTP.post(f"{url}{path}", json=HELLO), 404, None, f"did you mean {meant}?")
+    refused(HTTP.post(f"{url}/embeddings", json=HELLO), 404, None, "nothing at '/embeddings'")
+
+
 def test_a_header_without_end(url: str) -> None:
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=10)
     connection.putrequest("GET", "/health")

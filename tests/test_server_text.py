@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -175,3 +176,18 @@ def test_cached_tokens_of_several_prompts_add_up(client: OpenAI) -> None:
 def test_a_text_that_no_context_holds_is_not_tokenized(url: str) -> None:
     body = {"prompt": "a b" * 3_000_000}
     refused(HTTP.post(f"{url}/tokenize", json=body), 400, None, "characters", "8,000,000")
+    body = {"prompt": "1" * 2**20}  # a token each, and the first of all
+    refused(HTTP.post(f"{url}/tokenize", json=body), 400, None, "tokens", "1,048,576")
+
+
+def test_a_stream_with_the_scores_of_a_long_prompt(url: str) -> None:
+    asked = {"model": DEMO, "prompt": PROMPT + "and so on " * 300, "echo": True, "logprobs": 20}
+    asked |= {"max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    whole = HTTP.post(f"{url}/v1/completions", json=asked).json()["choices"][0]
+    streamed = HTTP.post(f"{url}/v1/completions", json={**asked, "stream": True}).text
+    events = [line.removeprefix("data: ") for line in streamed.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    pieces = [json.loads(event)["choices"][0] for event in events]
+    assert "".join(piece["text"] for piece in pieces) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [one for piece in pieces for one in piece["logprobs"][name]] == values

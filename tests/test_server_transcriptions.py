@@ -54,7 +54,7 @@ def test_a_transcript(client: OpenAI, tiny: LLM, url: str, kind: str) -> None:
     assert other.usage.input_tokens > answer.usage.input_tokens
 
 
-def test_a_stream_adds_up(client: OpenAI, tiny: LLM) -> None:
+def test_a_stream_adds_up(client: OpenAI, tiny: LLM, url: str) -> None:
     whole = client.audio.transcriptions.create(model=tiny.name, file=("a.wav", sound()))
     events = list(
         client.audio.transcriptions.create(model=tiny.name, file=("a.wav", sound()), stream=True)
@@ -63,6 +63,13 @@ def test_a_stream_adds_up(client: OpenAI, tiny: LLM) -> None:
     assert text == whole.text
     assert events[-1].type == "transcript.text.done"
     assert events[-1].text == text
+    files = {"file": ("a.wav", sound())}
+    form = {"model": tiny.name, "stream": "true"}
+    raw = HTTP.post(f"{url}/v1/audio/transcriptions", data=form, files=files).text
+    said = [line for line in raw.split("\n\n") if line]
+    assert len(said) == len(events)
+    for event in said:
+        valid("CreateTranscriptionResponseStreamEvent", json.loads(event.removeprefix("data: ")))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ class LLM:
         prefill_chunk: Prompt tokens computed in one step, among all requests.
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
         weights_only: Leave activations as they are where a recipe quantizes them.
+        debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
 
     Raises:
@@ -108,6 +109,7 @@ class LLM:
         prefill_chunk: int = 512,
         max_context: int | None = None,
         weights_only: bool = False,
+        debug_nan: bool = False,
         progress: Progress | None = None,
     ) -> None:
         sizes = {
@@ -147,6 +149,8 @@ class LLM:
         self.kernels = Kernels(library(), numbers.activations)
         gemma, self.certificate = _load(plan, numbers.compute, self.kernels, progress)
         self.runner = Runner(gemma, numbers.compute, torch.device("cpu"), numbers.kept)
+        if debug_nan:
+            self.runner.watch()
         ends, never = generation.ends, generation.suppressed
         self.engine = Engine(
             self.runner, cache, tokenizer, ends=ends, suppressed=never, prefill_chunk=prefill_chunk

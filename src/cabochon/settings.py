@@ -108,6 +108,11 @@ class EngineSettings(BaseModel):
         False, description="Leave activations as they are where a recipe quantizes them"
     )
 
+    debug_nan: bool = Field(
+        False,
+        description="Name the module that first gave numbers that are none; slows every step",
+    )
+
     def engine_options(self) -> dict[str, Any]:
         """The keyword arguments of `LLM`."""
         return {name: getattr(self, name) for name in EngineSettings.model_fields}

@@ -145,8 +145,6 @@ class Engine:
             )
 
     def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> Work:
-        sequence = new_sequence(self.runner.model, prompt, self.cache)
-        sequence.scored = params.prompt_logprobs is not None
         length = len(prompt.tokens)
         if length >= self.max_context:
             raise RequestError(
@@ -154,6 +152,8 @@ class Engine:
                 " with the answer: shorten it, or serve with a larger kv_cache_bytes",
                 "messages",
             )
+        sequence = new_sequence(self.runner.model, prompt, self.cache)
+        sequence.scored = params.prompt_logprobs is not None
         vocab = self.runner.model.config.text.vocab_size
         most = self.max_context - length
         return Work(
@@ -314,11 +314,10 @@ class Engine:
         with torch.inference_mode():
             logits[:, self.suppressed] = -math.inf
         numbers = [self._by_sequence[s.sequence] for s in complete]
-        for number, row, fine in zip(numbers, logits, finite, strict=True):
+        for scheduled, number, row, fine in zip(complete, numbers, logits, finite, strict=True):
             try:
                 if not fine:
-                    self.cache.forget(self._requests[number].sequence.table)
-                    raise NumericalError("the model's logits are not finite for this prompt")
+                    raise self._not_finite(scheduled)
                 token, logprobs = self._requests[number].draw(row)
             except CabochonError as error:
                 self._fail(number, error)
@@ -327,6 +326,13 @@ class Engine:
                 self._fail(number, _internal(error))
             else:
                 self._advance(number, token, logprobs)
+
+    def _not_finite(self, scheduled: Scheduled) -> NumericalError:
+        """What to say of logits that are no numbers; nobody else begins with their pages."""
+        self.cache.forget(scheduled.sequence.table)
+        source = self.runner.not_finite()
+        where = f"; the output of {source} is the first that is not" if source else ""
+        return NumericalError(f"the model's logits are not finite for this prompt{where}")
 
     def _advance(self, number: int, token: int, logprobs: tuple[TokenLogprob, ...]) -> None:
         """Give `token` to a request: text to its sink, and its end if this was the last."""

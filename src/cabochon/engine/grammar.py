@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 MAX_SOURCE = 200_000  # characters of one grammar
+# llguidance descends into each rule, and where a stack ends, so does the process. The deepest chain
+# of rules in `MAX_SOURCE` takes 80 MB of it; what is not used costs addresses alone.
+STACK = 256 * 2**20
+
+Made = TypeVar("Made")
+_starting = threading.Lock()
 
 # One space, or one line's indentation: a model that may write more does so without end at times.
 _JSON_OPTIONS: JsonCompileOptions = {
@@ -56,7 +63,10 @@ class Grammars:
             RequestError: no schema, or one with keywords that cannot be enforced.
         """
         try:
-            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+            source = json.dumps(schema)
+            text = _deep(
+                lambda: LLMatcher.grammar_from_json_schema(source, overrides=_JSON_OPTIONS)
+            )
         except (ValueError, TypeError, RecursionError) as error:
             raise _refusal("JSON schema", error, where) from None
         return self._compile(text, "JSON schema", where)
@@ -72,6 +82,9 @@ class Grammars:
     def _compile(self, source: str, kind: str, where: str) -> Grammar:
         if len(source) > MAX_SOURCE:
             raise RequestError(f"the {kind} is longer than {MAX_SOURCE:,} characters", where)
+        return _deep(lambda: self._compiled(source, kind, where))
+
+    def _compiled(self, source: str, kind: str, where: str) -> Grammar:
         tokenizer = self._llguidance()
         matcher = LLMatcher(tokenizer, source, log_level=0, limits=_limits())
         if not matcher.is_error():
@@ -90,6 +103,19 @@ class Grammars:
                     self._source.as_json(), n_vocab=self._vocab_size, eos_token=self._ends
                 )
             return self._tokenizer
+
+
+def _deep(work: Callable[[], Made]) -> Made:
+    """`work()`, in a thread with a deep stack."""
+    with _starting:  # the size is the process's, of all threads that start meanwhile
+        before = threading.stack_size(STACK)
+        try:
+            pool = ThreadPoolExecutor(1)
+            made = pool.submit(work)
+        finally:
+            threading.stack_size(before)
+    with pool:
+        return made.result()
 
 
 def _limits() -> LLParserLimits:

@@ -30,6 +30,7 @@ class Runner:
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
         self.device = device
+        self._not_finite: str | None = None
 
     @torch.inference_mode()
     def encode(self, scheduled: Scheduled) -> None:
@@ -66,6 +67,21 @@ class Runner:
             scheduled.sequence.computed = scheduled.chunk.stop
             cache.settle(scheduled.chunk)
         return logits
+
+    def watch(self) -> None:
+        """From now on, notice which module is the first to give what is not finite; it costs."""
+
+        def look(name: str, output: object) -> None:
+            if self._not_finite is None and isinstance(output, Tensor):
+                self._not_finite = None if output.isfinite().all() else name
+
+        for name, module in self.model.named_modules():
+            module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+
+    def not_finite(self) -> str | None:
+        """The module that was the first since this was asked, if anybody watches."""
+        name, self._not_finite = self._not_finite, None
+        return name
 
     def batch(self, step: Sequence[Scheduled], every: bool) -> Batch:
         tokens: list[int] = []
@@ -120,7 +136,7 @@ def new_sequence(model: Gemma4, prompt: Prompt, cache: PagedCache) -> TokenSeque
     vocab = config.text.vocab_size
     if not prompt.tokens:
         raise RequestError("the prompt is empty", "messages")
-    if not all(0 <= token < vocab for token in prompt.tokens):
+    if min(prompt.tokens) < 0 or max(prompt.tokens) >= vocab:
         raise RequestError(f"token ids must be 0 to {vocab - 1}", "prompt")
     spans = []
     for position, item in prompt.media:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from cabochon.engine.request import Delta, TokenLogprob
@@ -52,14 +53,16 @@ class ChatAnswer:
             "system_fingerprint": fingerprint,
         }
 
-    async def collect(self, deltas: Deltas) -> dict[str, Any]:
-        """The whole answer.
+    async def collect(self, deltas: Deltas) -> Callable[[], dict[str, Any]]:
+        """What makes the whole answer, once it is complete.
 
         Raises:
             CabochonError: the engine could not finish it.
             ClientDisconnect: the deltas were closed before the last one.
         """
-        spoken = await listen(deltas, self.runs)
+        return partial(self._completion, await listen(deltas, self.runs))
+
+    def _completion(self, spoken: Sequence[Spoken]) -> dict[str, Any]:
         return ChatCompletion(
             **self.head,
             choices=[self._whole(i, one) for i, one in enumerate(spoken)],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -163,8 +164,8 @@ class MessageAnswer:
         self._spoken = Spoken()
         self._id = new_id("msg_")
 
-    async def collect(self, deltas: Deltas) -> Json:
-        """The whole message.
+    async def collect(self, deltas: Deltas) -> Callable[[], Json]:
+        """What makes the whole message, once it is complete.
 
         Raises:
             CabochonError: the engine could not finish it.
@@ -175,7 +176,7 @@ class MessageAnswer:
             self._spoken.add(delta)
         if self._spoken.finish is None:
             raise ClientDisconnect
-        return self._message(self._blocks.content, self._ending())
+        return partial(self._message, self._blocks.content, self._ending())
 
     async def events(self, deltas: Deltas) -> AsyncIterator[str]:
         """The message as server-sent events; the last one is `message_stop` or an error."""

@@ -79,8 +79,16 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     messages = {
-        404: f"there is nothing at {request.url.path[:128]!r}",
+        404: f"there is nothing at {request.url.path[:128]!r}{_hint(request)}",
         405: f"{request.url.path} does not take {request.method}",
     }
     body = error_body(error.status_code, messages.get(error.status_code, error.detail))
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _hint(request: Request) -> str:
+    """Where the client may have wanted to go: its base URL lacks /v1, or has it twice."""
+    asked = request.url.path.rstrip("/")
+    paths = [path for path in request.app.openapi()["paths"] if asked and "{" not in path]
+    meant = next((path for path in paths if path.endswith(asked) or asked.endswith(path)), None)
+    return f"; did you mean {meant}?" if meant else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -151,8 +152,8 @@ class ResponseAnswer:
         self._id = new_id("resp_")
         self._created = int(time.time())
 
-    async def collect(self, deltas: Deltas) -> Json:
-        """The whole response.
+    async def collect(self, deltas: Deltas) -> Callable[[], Json]:
+        """What makes the whole response, once it is complete.
 
         Raises:
             CabochonError: the engine could not finish it.
@@ -162,7 +163,7 @@ class ResponseAnswer:
             self._items.add(delta)
             self._tally.add(delta)
             if delta.finish_reason is not None:
-                return self._response(_status(delta))
+                return partial(self._response, _status(delta))
         raise ClientDisconnect
 
     async def events(self, deltas: Deltas) -> AsyncIterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -11,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cabochon import __version__
@@ -26,14 +27,17 @@ from cabochon.settings import Settings
 
 PREPARING = 2  # requests whose JSON, media and tokens are worked on at once, off the event loop
 FETCHING = 8  # more of them where they may wait for media from elsewhere
+Json = dict[str, Any]
 Prepared = TypeVar("Prepared")
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 class Answer(Protocol):
     """The shape of an endpoint's answers."""
 
-    async def collect(self, deltas: Deltas) -> dict[str, Any]:
-        """The whole answer."""
+    async def collect(self, deltas: Deltas) -> Callable[[], Json]:
+        """Listens to the end. What it returns makes the whole answer, off the event loop."""
 
     def events(self, deltas: Deltas) -> AsyncIterator[str]:
         """The answer as server-sent events."""
@@ -60,6 +64,7 @@ class Service:
         self.fetch = Fetcher(settings.media_hosts).fetch if settings.media_urls else None
         threads = PREPARING + (FETCHING if settings.media_urls else 0)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="cabochon-prepare")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="cabochon-write")
 
     async def respond(self, request: Request, prepare: Callable[[bytes], Job]) -> Response:
         """The answer to one HTTP request: JSON, or a stream of events.
@@ -76,15 +81,18 @@ class Service:
             presence.on_leave(deltas.close)
             if job.stream:
                 return EventStream(job.answer.events(deltas), stack.pop_all())
-            answer = await job.answer.collect(deltas)
-            return PlainTextResponse(answer[job.plain]) if job.plain else JSONResponse(answer)
+            make = await job.answer.collect(deltas)
+            write = partial(_written, make, job.plain)
+            return await asyncio.get_running_loop().run_in_executor(self._writer, write)
 
-    async def tell(self, request: Request, prepare: Callable[[bytes], dict[str, Any]]) -> Response:
+    async def tell(self, request: Request, prepare: Callable[[bytes], Json]) -> Response:
         """The answer to a request that the model need not run for."""
         with self.gate.slot():
             body = await read_body(request, self.settings.max_body_bytes)
             with closing(Presence(request)) as presence:
-                return JSONResponse(await self._aside(prepare, body, presence))
+                return await self._aside(
+                    lambda body: _written(partial(prepare, body)), body, presence
+                )
 
     async def _aside(
         self, prepare: Callable[[bytes], Prepared], body: bytes, presence: Presence
@@ -100,6 +108,17 @@ class Service:
     def check_model(self, name: str) -> None:
         if name != self.llm.name:
             raise unknown_model(name, self.llm.name)
+
+
+def _written(make: Callable[[], Json], plain: str | None = None) -> Response:
+    """The answer that `make` makes, or one of its texts.
+
+    Piece by piece: `json.dumps` lets no other thread run before the last of a million numbers.
+    """
+    answer = make()
+    if plain is not None:
+        return PlainTextResponse(answer[plain])
+    return Response("".join(_ENCODER.iterencode(answer)), media_type="application/json")
 
 
 def unknown_model(asked: str, served: str) -> ApiError:

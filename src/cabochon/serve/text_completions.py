@@ -6,11 +6,13 @@ of a sequence gets it, since Gemma repeats itself without; token ids are taken a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, Tag
@@ -169,14 +171,16 @@ class TextAnswer:
             "system_fingerprint": service.fingerprint,
         }
 
-    async def collect(self, deltas: Deltas) -> dict[str, Any]:
-        """The whole answer.
+    async def collect(self, deltas: Deltas) -> Callable[[], dict[str, Any]]:
+        """What makes the whole answer, once it is complete.
 
         Raises:
             CabochonError: the engine could not finish it.
             ClientDisconnect: the deltas were closed before the last one.
         """
-        spoken = await listen(deltas, len(self.prompts) * self.choices)
+        return partial(self._completion, await listen(deltas, len(self.prompts) * self.choices))
+
+    def _completion(self, spoken: Sequence[Spoken]) -> dict[str, Any]:
         choices = [self._whole(i, one) for i, one in enumerate(spoken)]
         return Completion(**self.head, choices=choices, usage=self._usage(spoken)).model_dump()
 
@@ -188,10 +192,12 @@ class TextAnswer:
             async for i, delta in checked(deltas):
                 part = Spoken()
                 part.add(delta)
-                piece = self._whole(i, part, offset=shown[i], first=not spoken[i].tokens)
-                shown[i] += len(piece.text)
+                make = partial(self._piece, i, part, shown[i], not spoken[i].tokens)
+                # That of a long prompt's scores takes its time.
+                length, told = await asyncio.to_thread(make) if part.prompt_logprobs else make()
+                shown[i] += length
                 spoken[i].add(delta)
-                yield self._chunk([piece])
+                yield told
         except CabochonError as error:
             yield event(json.dumps(describe(error)))
             return
@@ -199,6 +205,11 @@ class TextAnswer:
             if self.asked.with_usage:
                 yield self._chunk([], self._usage(spoken))
             yield event("[DONE]")
+
+    def _piece(self, index: int, part: Spoken, offset: int, first: bool) -> tuple[int, str]:
+        """The event of what one delta adds, and the characters of its text."""
+        piece = self._whole(index, part, offset, first)
+        return len(piece.text), self._chunk([piece])
 
     def _whole(self, index: int, one: Spoken, offset: int = 0, first: bool = True) -> TextChoice:
         """One choice; in a stream, what one delta adds to it behind `offset` characters."""

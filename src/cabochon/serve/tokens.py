@@ -12,6 +12,7 @@ from cabochon.serve.fields import STRICT, TokenId
 from cabochon.serve.requests import Fields, parse, parse_json
 from cabochon.serve.service import Service
 from cabochon.serve.text_completions import BOS
+from cabochon.text.tokenizer import MAX_TOKENS
 
 _KNOWN = Fields(not_served={})
 
@@ -31,7 +32,7 @@ class DetokenizeRequest(BaseModel):
     model_config = STRICT
 
     model: str | None = Field(None, min_length=1, max_length=1024)
-    tokens: list[TokenId] = Field(max_length=2**22)
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
 
 
 def tokenized(service: Service, body: bytes) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
@@ -140,9 +140,10 @@ class TranscriptionAnswer:
     def __init__(self, prompt_tokens: int) -> None:
         self._prompt_tokens = prompt_tokens
 
-    async def collect(self, deltas: Deltas) -> dict[str, Any]:
+    async def collect(self, deltas: Deltas) -> Callable[[], dict[str, Any]]:
+        """What makes the whole transcript, once it is complete."""
         (spoken,) = await listen(deltas, 1)
-        return {"text": spoken.text, "usage": self._usage(spoken)}
+        return lambda: {"text": spoken.text, "usage": self._usage(spoken)}
 
     async def events(self, deltas: Deltas) -> AsyncIterator[str]:
         """The transcript as server-sent events."""

@@ -18,6 +18,7 @@ from cabochon.errors import ConfigError, RequestError
 
 # No context holds more; tokenizing takes some 140 bytes of memory for a character, at worst.
 MAX_CHARACTERS = 8_000_000
+MAX_TOKENS = 2**20
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -85,6 +86,10 @@ class Tokenizer:
             raise RequestError(
                 "the text holds half a surrogate pair, which is no character"
             ) from None
+        if len(encoded[0]) > MAX_TOKENS:
+            raise RequestError(
+                f"the text has {len(encoded[0]):,} tokens, expected at most {MAX_TOKENS:,}"
+            )
         ids: list[int] = encoded[0].ids
         return ids
 
@@ -95,7 +100,8 @@ class Tokenizer:
 
     def spell(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens by their names."""
-        text: str = self._inner.decode(ids, skip_special_tokens=False)
+        # As a batch of one, for the same reason as above.
+        text: str = self._inner.decode_batch([ids], skip_special_tokens=False)[0]
         return text
 
     def as_json(self) -> str:

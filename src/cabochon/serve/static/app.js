@@ -32,6 +32,7 @@ function toEnd(force = false) {
 
 // ---- views
 
+const PLAN = "#checkpoint";
 const tabs = [...document.querySelectorAll('[role="tab"]')];
 
 function show(tab) {
@@ -42,7 +43,7 @@ function show(tab) {
     $(other.getAttribute("aria-controls")).hidden = !chosen;
   }
   for (const id of ["new", "settings-toggle"]) $(id).hidden = tab.id !== "tab-chat";
-  history.replaceState(null, "", tab.id === "tab-plan" ? "#checkpoint" : location.pathname);
+  history.replaceState(null, "", tab.id === "tab-plan" ? PLAN : location.pathname);
   if (tab.id === "tab-plan") drawPlan($("plan"));
 }
 
@@ -65,7 +66,11 @@ function openSettings(open) {
 $("settings-toggle").onclick = () => openSettings($("settings").hidden);
 $("settings-close").onclick = () => openSettings(false);
 $("reset").onclick = () => settings.reset();
-$("settings").onkeydown = (event) => event.key === "Escape" && openSettings(false);
+$("settings").onkeydown = (event) => {
+  if (event.key !== "Escape") return;
+  event.stopPropagation(); // it would stop an answer, too
+  openSettings(false);
+};
 
 // ---- the conversation
 
@@ -76,25 +81,36 @@ $("new").onclick = () => {
   prompt.focus();
 };
 
-function submit(text) {
-  const items = attachments.take();
-  if (!text && !items.length) return;
+// What cannot be sent stays in the composer.
+async function submit() {
+  const text = prompt.value.trim();
+  const { items } = attachments;
+  if (running || (!text && !items.length)) return;
   const parts = [...items.map((item) => item.part), ...(text ? [{ type: "text", text }] : [])];
-  messages.push({ role: "user", content: items.length ? parts : text });
-  log.append(userTurn(text, items));
+  const asked = [...messages, { role: "user", content: items.length ? parts : text }];
+  if (!(await requestFor(asked))) return;
+  messages = asked;
+  prompt.value = "";
+  grow();
+  log.append(userTurn(text, attachments.take()));
   answer();
+}
+
+// The fields of a request, or nothing where the page has said why there can be none.
+async function requestFor(messages) {
+  try {
+    model ??= await meet();
+    return { ...settings.request(messages), model: model.id };
+  } catch (error) {
+    say(error.message, true);
+    return null;
+  }
 }
 
 async function answer() {
   const turn = new Answer();
-  let request;
-  try {
-    model ??= await meet();
-    request = { ...settings.request(messages), model: model.id };
-  } catch (error) {
-    say(error.message, true);
-    return;
-  }
+  const request = await requestFor(messages);
+  if (!request) return;
   log.append(turn.node);
   toEnd(true);
   busy(new AbortController());
@@ -176,11 +192,7 @@ function grow() {
 
 $("composer").onsubmit = (event) => {
   event.preventDefault();
-  if (running) return;
-  const text = prompt.value.trim();
-  prompt.value = "";
-  grow();
-  submit(text);
+  submit();
 };
 
 prompt.oninput = grow;
@@ -222,9 +234,16 @@ for (const kind of ["dragover", "dragleave", "drop"])
 
 // ---- the beginning
 
+const SENSES = [
+  ["vision", "pictures", "image/png,image/jpeg,image/webp,image/gif,image/bmp"],
+  ["audio", "sounds", "audio/*"],
+  ["video", "videos", "video/*"],
+];
+
 setUpTheme($("theme"));
-if (location.hash === "#checkpoint") show($("tab-plan"));
+if (location.hash === PLAN) show($("tab-plan"));
 else prompt.focus();
+addEventListener("hashchange", () => show($(location.hash === PLAN ? "tab-plan" : "tab-chat")));
 // Asks who is served, and offers no more than that model can do.
 async function meet() {
   const card = (await get("/v1/models")).data[0];
@@ -234,8 +253,10 @@ async function meet() {
   if (!can.thinking) $("thinking").checked = false;
   $("tools").disabled = !can.tools;
   $("attach").hidden = !(can.vision || can.audio);
-  const kinds = [["vision", "image/png,image/jpeg,image/webp,image/gif,image/bmp"], ["audio", "audio/*"], ["video", "video/*"]];
-  $("file").accept = kinds.filter(([name]) => can[name]).map(([, types]) => types).join();
+  const kinds = SENSES.filter(([name]) => can[name]);
+  $("file").accept = kinds.map(([, , types]) => types).join();
+  const named = new Intl.ListFormat("en").format(kinds.map(([, things]) => things));
+  $("senses").textContent = named && `Paste, drop or attach ${named}. `;
   return card;
 }
 

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { el } from "./markdown.js";
 
 const COLOURS = ["#e9a6a0", "#a9c7e8", "#c7dba0", "#e3c88f", "#c9b4e4", "#9fd8cb", "#e6b1d0", "#c9c3bd"];
-const WIDTH = 960;
+const WIDTH = 960; // at most; on a phone the picture is as wide as the page, so that its words stay legible
 const HEIGHT = 420;
 
 export function size(bytes) {
@@ -17,19 +17,20 @@ export async function drawPlan(panel) {
   if (panel.childElementCount) return;
   try {
     const [plan, models] = await Promise.all([get("/plan"), get("/v1/models")]);
-    panel.replaceChildren(...sections(plan, models.data[0].id));
+    const width = Math.min(WIDTH, panel.clientWidth - 32);
+    panel.replaceChildren(...sections(plan, models.data[0].id, width));
   } catch (error) {
     panel.replaceChildren(el("p", { className: "failure", role: "alert" }, error.message));
   }
 }
 
-function* sections(plan, model) {
+function* sections(plan, model, width) {
   yield el("h2", {}, model);
   yield el("p", { className: "verdict" }, `${plan.architecture}: ${plan.verdict}, ${size(plan.bytes)} read.`);
   const colours = new Map();
   for (const { scheme } of plan.groups)
     if (!colours.has(scheme)) colours.set(scheme, COLOURS[colours.size % COLOURS.length]);
-  yield treemap(plan, colours);
+  yield treemap(plan, colours, width);
   yield legend(plan, colours);
   yield el("h2", {}, "What is read");
   yield groupTable(plan, colours);
@@ -51,11 +52,11 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
-function treemap(plan, colours) {
+function treemap(plan, colours, width) {
   const rows = plan.groups.filter((row) => row.bytes > 0).sort((a, b) => b.bytes - a.bytes);
   const said = rows.map((row) => `${row.group} ${row.scheme} ${size(row.bytes)}`).join("; ");
-  const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `Bytes by group and scheme: ${said}` });
-  for (const { item, x, y, w, h } of squarify(rows, WIDTH, HEIGHT)) {
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Bytes by group and scheme: ${said}` });
+  for (const { item, x, y, w, h } of squarify(rows, width, HEIGHT)) {
     const share = `${((100 * item.bytes) / plan.bytes).toFixed(1)} %`;
     const box = svg("g", {});
     box.append(

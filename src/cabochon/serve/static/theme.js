@@ -2,12 +2,13 @@
 
 const STORE = "cabochon-theme";
 const NAMES = { auto: "Auto", light: "Light", dark: "Dark" };
+const SIGNS = { auto: "◐", light: "☀", dark: "☾" };
 
 export function setUpTheme(button) {
   const apply = (theme) => {
     if (theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
-    button.textContent = NAMES[theme];
+    button.textContent = `${SIGNS[theme]} ${NAMES[theme]}`;
     button.setAttribute("aria-label", `Colours: ${NAMES[theme]}`);
     localStorage.setItem(STORE, theme);
   };

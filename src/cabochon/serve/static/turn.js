@@ -97,6 +97,8 @@ export class Answer {
   // The message as the next request's history has it.
   get message() {
     const message = { role: "assistant", content: this.text || (this.calls.length ? null : "") };
+    // The model goes on from its thoughts once it has the results; of other turns it has no use for them.
+    if (this.calls.length && this.reasoning) message.reasoning_content = this.reasoning;
     if (this.calls.length)
       message.tool_calls = this.calls.map((call) => ({
         id: call.id,
