@@ -12,6 +12,7 @@ from cabochon.engine.request import Prompt
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.groups import group_of
 from cabochon.load.plan import LoadPlan
+from cabochon.nn.weight import TILE_BYTES
 from cabochon.verify.chart import scatter
 from cabochon.verify.stage import Finding, Table
 from cabochon.verify.suspects import Suspect, suspicious_modules, suspicious_weights
@@ -59,7 +60,7 @@ def modules_against(models: Models, prompts: Mapping[str, Prompt]) -> Finding:
         runs.append([])
         for step in together(models.original, models.found, prompt):
             if isinstance(step, Logits):
-                rows.append([name, *_ends(step, prompt)])
+                rows.append([name, *ends(step, prompt)])
             else:
                 runs[-1].append(step)
     errors = [error for run in runs for error in run]
@@ -88,26 +89,30 @@ def modules_against(models: Models, prompts: Mapping[str, Prompt]) -> Finding:
 ENDS = ("prompt", "KL divergence", "top 1 agrees", "top 5 agree", "perplexity", "original's")
 
 
-def _ends(logits: Logits, prompt: Prompt) -> list[str]:
-    """Mean over positions of the divergence of `found` from the original, in nats, and the rest."""
-    p, q = logits.original.log_softmax(-1), logits.found.log_softmax(-1)
-    divergence = float((p.exp() * (p - q)).sum(-1).mean())
-    first = (p.argmax(-1) == q.argmax(-1)).float().mean()
-    five = [len(set(a) & set(b)) for a, b in zip(_five(p), _five(q), strict=True)]
-    both = [_perplexity(q, prompt), _perplexity(p, prompt)]
-    share = sum(five) / (5 * len(five))
-    return [f"{divergence:.3g}", f"{first:.1%}", f"{share:.1%}", *(f"{v:.2f}" for v in both)]
+def ends(logits: Logits, prompt: Prompt) -> list[str]:
+    """Means over positions: the divergence of `found` from the original, in nats, and the rest."""
+    following = torch.tensor([*prompt.tokens[1:], 0])
+    sums = torch.zeros(5, dtype=torch.float64)
+    rows = max(1, TILE_BYTES // (8 * logits.found.shape[1]))
+    for start in range(0, len(following), rows):
+        some = slice(start, start + rows)
+        p = logits.original[some].double().log_softmax(-1)
+        q = logits.found[some].double().log_softmax(-1)
+        sums[0] += (p.exp() * (p - q)).sum()
+        sums[1] += (p.argmax(-1) == q.argmax(-1)).sum()
+        five = [set(a) & set(b) for a, b in zip(_five(p), _five(q), strict=True)]
+        sums[2] += sum(map(len, five)) / 5
+        read = following[some, None][: len(following) - 1 - start]  # what follows the last is open
+        sums[3] -= q[: len(read)].gather(1, read).sum()
+        sums[4] -= p[: len(read)].gather(1, read).sum()
+    divergence, first, five_alike = (sums[:3] / len(following)).tolist()
+    both = (sums[3:] / (len(following) - 1)).exp().tolist()
+    return [f"{divergence:.3g}", f"{first:.1%}", f"{five_alike:.1%}", *(f"{v:.2f}" for v in both)]
 
 
 def _five(logits: Tensor) -> list[list[int]]:
     found: list[list[int]] = logits.topk(5, dim=-1).indices.tolist()
     return found
-
-
-def _perplexity(log_probabilities: Tensor, prompt: Prompt) -> float:
-    wanted = torch.tensor(prompt.tokens[1:])[:, None]
-    loss = -log_probabilities[:-1].gather(1, wanted).mean()
-    return float(loss.exp())
 
 
 def _bits(plan: LoadPlan) -> Mapping[str, int]:

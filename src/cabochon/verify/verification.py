@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,13 +25,16 @@ from cabochon.load.report import Report, plan_checkpoint
 from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes
+from cabochon.verify.reference import against_transformers
 from cabochon.verify.stage import Finding, Stage, left_out, timed
 from cabochon.verify.truth import kernels_tell_the_truth
+from cabochon.verify.upstream import blank, fill
 
 SCHEMA = 1  # of the JSON
 IN_MEMORY = 1 << 30  # bytes of weights up to which they are not read from files again and again
 
 Progress = Callable[[int, int], None]  # bytes done, and in all
+Reference = Literal["ours", "transformers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +78,9 @@ class Subject:
         UnreadableError, LoadError: it is no checkpoint that loads.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.report = plan_checkpoint(path)
+    def __init__(self, path: Path, *, weights_only: bool = False) -> None:
+        self.path = path
+        self.report = plan_checkpoint(path, weights_only=weights_only)
         assert self.report.plan is not None
         self.plan = self.report.plan
 
@@ -91,6 +95,7 @@ def verify(
     path: Path,
     against: Path | None = None,
     *,
+    reference: Reference = "ours",
     activations: Activations = "int8",
     to_the_end: bool = False,
     progress: Progress | None = None,
@@ -98,17 +103,20 @@ def verify(
     """Verify the checkpoint `path`, by itself or against the one it was made from.
 
     Args:
+        reference: whose model says what is right; transformers' finds faults of ours.
         activations: how serving would round activations, which the kernels are tried with.
         to_the_end: run the stages that follow one that failed, too.
 
     Raises:
-        UnreadableError, LoadError: one of the checkpoints cannot be used at all.
+        UnreadableError, LoadError: one of the checkpoints cannot be used at all, or transformers is
+            wanted and not there.
     """
     subject = Subject(path)
     original = None if against is None else Subject(against)
     _check_alike(subject, original)
+    theirs = None if reference == "ours" else blank(subject.report.checkpoint.folder)
     stages: list[Stage] = []
-    for name, work in _stages(subject, original, activations, progress):
+    for name, work in _stages(subject, original, theirs, activations, progress):
         if all(stage.passed for stage in stages) or to_the_end:
             stages.append(timed(name, work))
         else:
@@ -119,6 +127,7 @@ def verify(
 def _stages(
     subject: Subject,
     original: Subject | None,
+    theirs: Any,
     activations: Activations,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
@@ -131,10 +140,20 @@ def _stages(
         plan = original.plan
         yield "weights", lambda: weights_against(plan, subject.plan, progress)
         yield "modules", lambda: _side_by_side(original, subject, probes(prompts))
+    if theirs is not None:
+        yield "transformers", lambda: _beside(theirs, subject, probes(prompts))
 
 
 def _side_by_side(original: Subject, subject: Subject, prompts: Mapping[str, Prompt]) -> Finding:
     return modules_against(Models(original.model, subject.model, subject.plan), prompts)
+
+
+def _beside(theirs: Any, subject: Subject, prompts: Mapping[str, Prompt]) -> Finding:
+    """What a recipe does to activations is left out of both: transformers' model knows nothing."""
+    if subject.report.recipe:
+        subject = Subject(subject.path, weights_only=True)
+    fill(theirs, subject.model)
+    return against_transformers(theirs, subject.model, prompts)
 
 
 def _certified(plan: LoadPlan, progress: Progress | None) -> Finding:
