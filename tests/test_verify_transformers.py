@@ -1,4 +1,4 @@
-"""`cabochon verify --reference transformers`: faults of ours, found by the module that makes them."""
+"""`cabochon verify --reference transformers`: faults of ours, each named by its module."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def test_what_is_sound_passes(member: str) -> None:
     assert all(float(ends["KL divergence"]) < 1e-9 for ends in found.data["ends"])
 
 
-def test_the_model_that_is_filled_is_the_one_that_transformers_loads(
-    references: References,
-) -> None:
+def test_the_model_that_is_filled_is_the_one_that_is_loaded(references: References) -> None:
     """The checkpoint is bfloat16: nothing that we decode has a part in what transformers loads."""
     from reference import logits
 

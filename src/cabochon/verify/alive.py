@@ -17,8 +17,9 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.pictures import Picture
 from cabochon.prompts import Prompts
 from cabochon.verify.distance import distance
-from cabochon.verify.probes import HEARD, QUESTION, asked, rectangle, tone
-from cabochon.verify.stage import Finding, Table
+from cabochon.verify.page import Html
+from cabochon.verify.probes import HEARD, QUESTION, asked, drawn, rectangle, tone
+from cabochon.verify.stage import Finding, Progress, Table
 
 PINNED = 0.999  # of the soft-cap
 TOO_SURE, TOO_UNSURE = 1e-4, 0.9995  # mean entropy in nats; and as a share of the most there is
@@ -40,10 +41,12 @@ class Said:
     repeats: bool  # one token over and over
 
 
-def is_alive(model: Gemma4, prompts: Prompts, ends: frozenset[int]) -> Finding:
+def is_alive(
+    model: Gemma4, prompts: Prompts, ends: frozenset[int], progress: Progress | None = None
+) -> Finding:
     """Run the probes through `model`, all of them side by side."""
     finding = Finding("")
-    said = _say(model, prompts, _questions(prompts), ends)
+    said = _say(model, prompts, _questions(prompts), ends, progress)
     rows = []
     for name, what in said.items():
         finding.faults += [f"{name}: {fault}" for fault in _faults(model, what.logits)]
@@ -56,6 +59,9 @@ def is_alive(model: Gemma4, prompts: Prompts, ends: frozenset[int]) -> Finding:
     finding.tables["Answers, greedily, cut short"] = Table(columns, rows)
     finding.faults += _soft_tokens(model, prompts)
     finding.faults += _answers(said)
+    if prompts.config.vision is not None:
+        pictures = Html("".join(drawn(rectangle(colour)) for colour in ("red", "blue")))
+        finding.figures.append((pictures, "The pictures that it was asked about."))
     finding.summary = f"{len(rows)} prompts" + ("" if finding.faults else "; every sense is felt")
     return finding
 
@@ -135,7 +141,11 @@ def _shuffled(picture: Picture) -> Picture:
 
 @torch.inference_mode()
 def _say(
-    model: Gemma4, prompts: Prompts, asked: Mapping[str, Prompt], ends: frozenset[int]
+    model: Gemma4,
+    prompts: Prompts,
+    asked: Mapping[str, Prompt],
+    ends: frozenset[int],
+    progress: Progress | None,
 ) -> dict[str, Said]:
     """The greedy answers to `asked`, cut off after `ANSWER` tokens."""
     writers = _Writers(model, list(asked.values()))
@@ -149,6 +159,8 @@ def _say(
             if len(answers[index]) < ANSWER and likeliest not in ends:
                 answers[index].append(likeliest)
                 writers.write(index, likeliest)
+        if progress is not None:
+            progress(max(map(len, logits)), ANSWER + 1)
         going = [i for i in going if len(logits[i]) == len(answers[i])]
     return {
         name: Said(
@@ -187,4 +199,6 @@ class _Writers:
             assert reserved
             step.append(Scheduled(sequence, chunk))
             self._runner.encode(step[-1])
-        return self._runner.run(self._cache, step).split([scheduled.rows for scheduled in step])
+        rows = self._runner.run(self._cache, step)
+        parts: Sequence[Tensor] = rows.split([scheduled.rows for scheduled in step])
+        return parts

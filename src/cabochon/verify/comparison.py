@@ -13,7 +13,8 @@ from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
 from cabochon.verify.chart import scatter
 from cabochon.verify.page import Page
-from cabochon.verify.weights import Progress, SiteSigns, compare, examine
+from cabochon.verify.stage import Progress
+from cabochon.verify.weights import SiteSigns, compare, examine
 
 MOST = 10  # sites of a list that a terminal gets to see
 EDGE = 0.2  # share of codes at the end of their range that no recipe means; int4 has about 0.05

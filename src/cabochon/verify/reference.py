@@ -22,9 +22,10 @@ from cabochon.nn.weight import Weight
 from cabochon.verify.against import ENDS, ends
 from cabochon.verify.distance import distance
 from cabochon.verify.halting import Call, Halting, Pair, paired
-from cabochon.verify.stage import Finding, Table
+from cabochon.verify.stage import Finding, Progress, Table
 from cabochon.verify.together import (
     Logits,
+    Walked,
     added,
     logits_of,
     outcome,
@@ -57,14 +58,18 @@ class Departure:
     spread: float = 0.0
 
 
-def against_transformers(theirs: Any, ours: Gemma4, prompts: Mapping[str, Prompt]) -> Finding:
+def against_transformers(
+    theirs: Any, ours: Gemma4, prompts: Mapping[str, Prompt], progress: Progress | None = None
+) -> Finding:
     """Both models on every prompt, module by module, and what comes out when nothing is given."""
     found: list[Departure] = []
     rows = []
+    walked = Walked(ours, len(prompts), progress)
     for name, prompt in prompts.items():
         for made in departures(theirs, ours, prompt):
             if isinstance(made, Departure):
                 found.append(made)
+                walked(made.name)
             else:
                 free = Logits(made, logits_of(ours, prompt))
                 rows.append([name, *ends(free, prompt)])
@@ -121,7 +126,7 @@ def _departure(pair: Pair, measured: set[str]) -> Iterator[Departure]:
         return
     expected, found = outcome(theirs), outcome(ours)
     if isinstance(ours.module, Router):
-        expected = shares(*theirs.output, len(ours.module.per_expert_scale))
+        expected = shares(theirs.output, len(ours.module.per_expert_scale))
     if expected is None or found is None:
         return
     error = distance(expected, found).relative

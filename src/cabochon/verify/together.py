@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,10 @@ from cabochon.nn.linear import Linear
 from cabochon.nn.norm import LayerNorm, RMSNorm
 from cabochon.verify.distance import Distance, distance
 from cabochon.verify.halting import Call, Halting, paired
+from cabochon.verify.stage import Progress
 
 # Modules that can be run again by themselves, on the original's inputs.
+_LAYER = re.compile(r"model\.language_model\.layers\.\d+")
 ALONE = (Linear, RMSNorm, LayerNorm, Experts)
 
 
@@ -46,6 +49,21 @@ class Logits:
 
     original: Tensor
     found: Tensor
+
+
+class Walked:
+    """Says how far a stage is that walks through a model's decoder layers once for each prompt."""
+
+    def __init__(self, model: Gemma4, prompts: int, progress: Progress | None) -> None:
+        self._all = len(model.config.text.layers) * prompts
+        self._done = 0
+        self._progress = progress
+
+    def __call__(self, name: str) -> None:
+        """A module has been compared."""
+        if _LAYER.fullmatch(name) and self._progress is not None:
+            self._done += 1
+            self._progress(self._done, self._all)
 
 
 @torch.inference_mode()
@@ -87,13 +105,14 @@ def names_of(model: nn.Module) -> frozenset[str]:
 def outcome(call: Call) -> Tensor | None:
     """What a module made, in figures that can be compared."""
     if isinstance(call.module, Router):
-        return shares(*call.output, len(call.module.per_expert_scale))
+        return shares(call.output, len(call.module.per_expert_scale))
     output = call.output
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
-def shares(given: Tensor, experts: Tensor, count: int) -> Tensor:
+def shares(choice: tuple[Tensor, Tensor], count: int) -> Tensor:
     """A router's choice as what each expert gets: `[tokens, count]`."""
+    given, experts = choice
     return given.new_zeros(len(given), count).scatter(1, experts, given)
 
 

@@ -52,7 +52,7 @@ def blank(folder: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights():  # buffers that are computed are not empty
-        built = AutoModelForImageTextToText.from_config(
+        built = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
             config,
             dtype=torch.float32,
             attn_implementation="eager",

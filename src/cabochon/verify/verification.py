@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from cabochon.config import Gemma4Config, TextConfig
 from cabochon.engine.request import Prompt
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.gemma4.model import Gemma4
@@ -26,14 +27,13 @@ from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes
 from cabochon.verify.reference import against_transformers
-from cabochon.verify.stage import Finding, Stage, left_out, timed
+from cabochon.verify.stage import Finding, Progress, Stage, left_out, timed
 from cabochon.verify.truth import kernels_tell_the_truth
 from cabochon.verify.upstream import blank, fill
 
 SCHEMA = 1  # of the JSON
 IN_MEMORY = 1 << 30  # bytes of weights up to which they are not read from files again and again
 
-Progress = Callable[[int, int], None]  # bytes done, and in all
 Reference = Literal["ours", "transformers"]
 
 
@@ -135,25 +135,38 @@ def _stages(
     kernels = Kernels(library(), activations)
     yield "kernels", lambda: kernels_tell_the_truth(subject.plan, kernels)
     prompts, defaults = open_text(subject.report)
-    yield "alive", lambda: is_alive(subject.model, prompts, frozenset(defaults.ends))
+    walk = _as_bytes(progress, subject.plan)
+    yield "alive", lambda: is_alive(subject.model, prompts, frozenset(defaults.ends), walk)
     if original is not None:
         plan = original.plan
         yield "weights", lambda: weights_against(plan, subject.plan, progress)
-        yield "modules", lambda: _side_by_side(original, subject, probes(prompts))
+        yield "modules", lambda: _side_by_side(original, subject, probes(prompts), walk)
     if theirs is not None:
-        yield "transformers", lambda: _beside(theirs, subject, probes(prompts))
+        yield "transformers", lambda: _beside(theirs, subject, probes(prompts), walk)
 
 
-def _side_by_side(original: Subject, subject: Subject, prompts: Mapping[str, Prompt]) -> Finding:
-    return modules_against(Models(original.model, subject.model, subject.plan), prompts)
+def _as_bytes(progress: Progress | None, plan: LoadPlan) -> Progress | None:
+    """A bar of bytes for what is counted in steps or layers."""
+    if progress is None:
+        return None
+    return lambda done, of: progress(done * plan.nbytes // of, plan.nbytes)
 
 
-def _beside(theirs: Any, subject: Subject, prompts: Mapping[str, Prompt]) -> Finding:
+def _side_by_side(
+    original: Subject, subject: Subject, prompts: Mapping[str, Prompt], progress: Progress | None
+) -> Finding:
+    models = Models(original.model, subject.model, subject.plan)
+    return modules_against(models, _common(prompts, original), progress)
+
+
+def _beside(
+    theirs: Any, subject: Subject, prompts: Mapping[str, Prompt], progress: Progress | None
+) -> Finding:
     """What a recipe does to activations is left out of both: transformers' model knows nothing."""
     if subject.report.recipe:
         subject = Subject(subject.path, weights_only=True)
     fill(theirs, subject.model)
-    return against_transformers(theirs, subject.model, prompts)
+    return against_transformers(theirs, subject.model, prompts, progress)
 
 
 def _certified(plan: LoadPlan, progress: Progress | None) -> Finding:
@@ -170,11 +183,24 @@ def _certified(plan: LoadPlan, progress: Progress | None) -> Finding:
     )
 
 
+def _text(config: Gemma4Config) -> TextConfig:
+    """Of files of GGUF, and of exports of text alone, nobody can say how pictures would be seen."""
+    layers = tuple(replace(layer, pictures="causal") for layer in config.text.layers)
+    return replace(config.text, layers=layers)
+
+
+def _common(prompts: Mapping[str, Prompt], original: Subject) -> Mapping[str, Prompt]:
+    """Those that the original, too, has a sense for."""
+    config = original.plan.config
+    lacking = {"picture": config.vision is None, "sound": config.audio is None}
+    return {name: prompt for name, prompt in prompts.items() if not lacking.get(name)}
+
+
 def _check_alike(subject: Subject, original: Subject | None) -> None:
     if original is None:
         return
     ours, theirs = subject.plan.config, original.plan.config
-    if ours.text != theirs.text or ours.architecture != theirs.architecture:
+    if _text(ours) != _text(theirs):
         raise UnreadableError(
             f"{original.report.folder} is no original of {subject.report.folder}: their"
             " configurations describe different models"
