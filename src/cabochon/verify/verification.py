@@ -20,6 +20,7 @@ from cabochon.kernels.packed import Activations
 from cabochon.llm import open_text
 from cabochon.load.certify import certify
 from cabochon.load.execute import execute
+from cabochon.load.forecast import machine_memory
 from cabochon.load.in_file import in_file
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
@@ -34,6 +35,7 @@ from cabochon.verify.upstream import blank, fill
 SCHEMA = 1  # of the JSON
 IN_MEMORY = 1 << 30  # bytes of weights up to which they are not read from files again and again
 
+ROOM = 0.75  # of the machine's memory
 Reference = Literal["ours", "transformers"]
 
 
@@ -90,6 +92,13 @@ class Subject:
             return in_file(self.plan, dtype=torch.float32)
         return execute(self.plan, dtype=torch.float32).model
 
+    def served(self, kernels: Kernels) -> Gemma4:
+        """A model for many steps: as it is served, if what is read in each step has room."""
+        tables = sum(read.nbytes for read in self.plan.sites if read.site.kind == "embedding")
+        if self.plan.nbytes <= IN_MEMORY or self.plan.nbytes - tables > ROOM * machine_memory():
+            return self.model
+        return in_file(self.plan, dtype=torch.float32, hold=kernels.for_weight)
+
 
 def verify(
     path: Path,
@@ -136,7 +145,8 @@ def _stages(
     yield "kernels", lambda: kernels_tell_the_truth(subject.plan, kernels)
     prompts, defaults = open_text(subject.report)
     walk = _as_bytes(progress, subject.plan)
-    yield "alive", lambda: is_alive(subject.model, prompts, frozenset(defaults.ends), walk)
+    ends = frozenset(defaults.ends)
+    yield "alive", lambda: is_alive(subject.served(kernels), prompts, ends, walk)
     if original is not None:
         plan = original.plan
         yield "weights", lambda: weights_against(plan, subject.plan, progress)
