@@ -17,10 +17,11 @@ from command import ENVIRONMENT, cabochon
 from conftest import MEMBERS
 from torch import nn
 
+from cabochon.config.types import PictureSight
 from cabochon.errors import UnreadableError
 from cabochon.gemma4.model import Gemma4
 from cabochon.llm import open_text
-from cabochon.nn.attention import KeyValues
+from cabochon.nn.attention import KeyValues, visible
 from cabochon.nn.experts import Experts
 from cabochon.nn.weight import DenseWeight
 from cabochon.verify.probes import probes
@@ -73,15 +74,19 @@ class Fault(NamedTuple):
     member: str
     inject: Callable[[Gemma4], None]
     guilty: set[str]
+    report: str  # of an engine that made it
     of_weights: bool = False  # which a model that is filled with ours would have, too
 
 
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(member: str, *guilty: str, of_weights: bool = False) -> Callable[[Any], Any]:
+def fault(
+    member: str, *guilty: str, report: str = "", of_weights: bool = False
+) -> Callable[[Any], Any]:
     def register(inject: Callable[[Gemma4], None]) -> Callable[[Gemma4], None]:
-        FAULTS[f"{member}-{inject.__name__}"] = Fault(member, inject, set(guilty), of_weights)
+        name = f"{report} {inject.__name__}" if report else f"{inject.__name__} of {member}"
+        FAULTS[name] = Fault(member, inject, set(guilty), report, of_weights)
         return inject
 
     return register
@@ -94,7 +99,7 @@ def layer_scalar_left_out(model: Gemma4) -> None:
     layer.forward = lambda *given: plain(*given) / layer.layer_scalar
 
 
-@fault("e2b", f"{LAYER}.mlp")
+@fault("e2b", f"{LAYER}.mlp", report="vLLM #41574")
 @fault("31b", f"{LAYER}.mlp")
 def silu_for_gelu(model: Gemma4) -> None:
     mlp: Any = model.get_submodule(f"{LAYER}.mlp")
@@ -141,7 +146,7 @@ def router_scale_left_out(model: Gemma4) -> None:
     router.proj.register_forward_pre_hook(lambda _, given: (given[0] / router.scale,))
 
 
-@fault("26b", f"{LAYER}.router")
+@fault("26b", f"{LAYER}.router", report="vLLM #42250")
 def expert_scale_left_out(model: Gemma4) -> None:
     router: Any = model.get_submodule(f"{LAYER}.router")
     plain = router.forward
@@ -160,7 +165,14 @@ def experts_see_the_norm_of_the_mlp(model: Gemma4) -> None:
     experts.register_forward_pre_hook(lambda _, given: (norm.forward(given[0]), *given[1:]))
 
 
-@fault("e2b", "model.embed_vision")
+@fault("e2b", "model.language_model.embed_tokens_per_layer", report="transformers #45207")
+def inputs_of_layers_not_scaled(model: Gemma4) -> None:
+    """The table's rows are multiplied with the root of their width, 16 in the real ones."""
+    table: Any = model.get_submodule("model.language_model.embed_tokens_per_layer")
+    table.scale = 1.0
+
+
+@fault("e2b", "model.embed_vision", report="vLLM #40411")
 @fault("12b", "model.embed_vision")
 @fault("26b", "model.embed_vision")
 def norm_behind_the_projection(model: Gemma4) -> None:
@@ -202,6 +214,23 @@ def test_a_fault_of_ours_is_named(references: References, name: str) -> None:
     assert all(
         "differs from transformers' by" in text or "only one" in text for text in found.faults
     )
+
+
+@pytest.mark.parametrize(("sight", "layers"), [("causal", (0, 1, 3, 4)), ("window", (2, 5))])
+def test_vllm_40534_47217_pictures_are_seen_forwards_in_sliding_layers_alone(
+    monkeypatch: pytest.MonkeyPatch, sight: PictureSight, layers: tuple[int, ...]
+) -> None:
+    """One sight in all layers shows in those whose own is another."""
+
+    def other(*given: Any) -> torch.Tensor:
+        queries, keys, window, _, *spans = given
+        return visible(queries, keys, window, sight, *spans)
+
+    subject = Subject(FIXTURES / "31b-bf16")
+    monkeypatch.setattr("cabochon.engine.cache.visible", other)
+    found = beside(filled(subject), subject)
+    guilty = {f"model.language_model.layers.{layer}.self_attn" for layer in layers}
+    assert set(found.data["suspects"]) == guilty
 
 
 def test_activations_are_not_rounded_here() -> None:

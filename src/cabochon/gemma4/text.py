@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -143,16 +143,6 @@ class TextModel(nn.Module):
             wanted: `[rows]`, sorted. From the first layer that shares keys and values on, nothing
                 is written any more, so only these rows go through the rest of the model.
         """
-        *_, (rows, asked) = self.walk(ids, x, positions, kv, wanted)
-        return self.norm(rows[asked])
-
-    def walk(
-        self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes into `forward`'s final norm, layer by layer, for those who want to look.
-
-        After each layer its rows `[rows, hidden_size]`, and which of them are wanted.
-        """
         own = self._layer_inputs(ids, x)
         rotations = self._rotations(positions, x.dtype)
         for layer, module in zip(self.config.layers, self.layers, strict=True):
@@ -165,7 +155,7 @@ class TextModel(nn.Module):
                 part = None if own is None else own[:, layer.index]
                 run = self.fused.get(layer.index, module)
                 x = run(x, part, rotations[layer.index], kv)
-            yield x, wanted
+        return self.norm(x[wanted])
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
         """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""

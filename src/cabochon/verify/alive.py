@@ -17,8 +17,7 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.pictures import Picture
 from cabochon.prompts import Prompts
 from cabochon.verify.distance import distance
-from cabochon.verify.page import Html
-from cabochon.verify.probes import HEARD, QUESTION, asked, drawn, rectangle, tone
+from cabochon.verify.probes import HEARD, QUESTION, asked, rectangle, tone
 from cabochon.verify.stage import Finding, Progress, Table
 
 PINNED = 0.999  # of the soft-cap
@@ -59,9 +58,6 @@ def is_alive(
     finding.tables["Answers, greedily, cut short"] = Table(columns, rows)
     finding.faults += _soft_tokens(model, prompts)
     finding.faults += _answers(said)
-    if prompts.config.vision is not None:
-        pictures = Html("".join(drawn(rectangle(colour)) for colour in ("red", "blue")))
-        finding.figures.append((pictures, "The pictures that it was asked about."))
     finding.summary = f"{len(rows)} prompts" + ("" if finding.faults else "; every sense is felt")
     return finding
 

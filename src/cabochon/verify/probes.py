@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
-from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,14 +31,6 @@ def rectangle(colour: str) -> Image.Image:
     image = Image.new("RGB", (192, 144), "white")
     ImageDraw.Draw(image).rectangle((20, 30, 130, 110), fill=colour)
     return image
-
-
-def drawn(image: Image.Image) -> str:
-    """A picture as markup that needs no file beside it."""
-    file = BytesIO()
-    image.save(file, "png")
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}" width="{image.width}">'
 
 
 def tone(hertz: float) -> Wave:
