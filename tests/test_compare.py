@@ -114,6 +114,9 @@ def test_the_command_writes_a_page_and_json(tmp_path: Path) -> None:
     done = cabochon("compare", W4A16, DENSE, *files)
     assert done.returncode == 0
     assert "the worst, by signal to noise" in done.stdout
+    head = next(line for line in done.stdout.splitlines() if "stored as" in line)
+    for column in ("MB", "bits", "dB least", "largest error", "outlying", "dead", "at the ends"):
+        assert column in head
     found = json.loads(data.read_text())
     assert (found["schema"], len(found["sites"])) == (1, 92)
     text = page.read_text()

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FIXTURES, Tensors, altered
+from checkpoints import FIXTURES, Tensors, altered, tensors_of
 from command import cabochon
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from ct_writer import compress
 from torch import nn
 
 from cabochon.engine.request import Prompt
@@ -19,8 +21,9 @@ from cabochon.errors import UnreadableError
 from cabochon.files import DEMO
 from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
+from cabochon.kernels.library import library
 from cabochon.llm import open_text
-from cabochon.load.in_file import in_file
+from cabochon.load.in_file import InFile, in_file
 from cabochon.load.report import plan_checkpoint
 from cabochon.nn.weight import DenseWeight
 from cabochon.verify.against import Models, modules_against, weights_against
@@ -85,6 +88,17 @@ def drift(tensors: Tensors) -> None:
     tensors[name] = (table + 0.05 * table.norm() / part.norm() * part).bfloat16()
 
 
+def drift_before_rounding(tensors: Tensors) -> None:
+    """The same on a matrix that compressed-tensors rounds to four bits afterwards."""
+    weight = tensors_of(dense(E2B))[f"{UP}.weight"].float()
+    left, right = torch.randn(len(weight)), torch.randn(weight.shape[1])
+    part = torch.outer(left, right)
+    weight += 0.1 * weight.norm() / part.norm() * part
+    arguments = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=True)
+    made = compress(weight.bfloat16(), QuantizationScheme(targets=["Linear"], weights=arguments))
+    tensors.update({f"{UP}.{leaf}": tensor for leaf, tensor in made.items()})
+
+
 def another_head(tensors: Tensors) -> None:
     packed = tensors["lm_head.weight_packed"]
     tensors["lm_head.weight_packed"] = packed[torch.randperm(len(packed))]
@@ -103,6 +117,7 @@ IN_THE_FILE: Mapping[str, tuple[Path, Callable[[Tensors], object], set[str]]] = 
     ),
     "keys without their scales": (E2B, scale_of_ones, {KEYS}),
     "a drift of rank one": (E2B, drift, {"model.language_model.embed_tokens_per_layer"}),
+    "a drift of rank one, then rounded": (E2B, drift_before_rounding, {UP}),
     "the head of another checkpoint": (HEAD, another_head, {"lm_head"}),
 }
 
@@ -174,6 +189,20 @@ def test_what_is_sound_passes(name: str) -> None:
     found = modules_against(models, {"text": shown(dense(FIXTURES / name))["text"]})
     assert not found.faults
     assert found.data["first"] is None
+
+
+def test_a_large_checkpoint_stays_in_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tables do even while it answers, for which its other matrices are held as served."""
+    monkeypatch.setattr("cabochon.verify.verification.IN_MEMORY", 0)
+    subject = Subject(E2B)
+    table = subject.model.model.language_model.embed_tokens.weight
+    served = subject.served(Kernels(library(), "int8")).model.language_model
+    assert isinstance(table, InFile)
+    assert isinstance(served.embed_tokens.weight, InFile)
+    assert not isinstance(served.get_submodule("layers.1.mlp.gate_proj").weight, InFile)
+    found = verify(E2B, dense(E2B))
+    assert found.passed
+    assert [stage.verdict for stage in found.stages] == ["passed"] * 5
 
 
 class Deaf(DenseWeight):

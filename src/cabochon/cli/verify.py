@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,6 +21,12 @@ def verify(
         str | None,
         typer.Option("--against", metavar="ORIGINAL", help="What it was made from"),
     ] = None,
+    reference: Annotated[
+        Literal["ours", "transformers"],
+        typer.Option(
+            "--reference", help="Whose arithmetic is right; transformers finds faults of ours"
+        ),
+    ] = "ours",
     to_the_end: Annotated[
         bool, typer.Option("--to-the-end", help="Go on after a stage that failed")
     ] = False,
@@ -38,7 +44,9 @@ def verify(
 
     path, original = obtained(given(model)), None if against is None else obtained(against)
     with progress_bar("verifying") as progress:
-        found = verify(path, original, to_the_end=to_the_end, progress=progress)
+        found = verify(
+            path, original, reference=reference, to_the_end=to_the_end, progress=progress
+        )
     print(text(found))
     if as_json is not None:
         write_text(as_json, json.dumps(found.as_dict(), indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -159,27 +159,9 @@ class TextModel(nn.Module):
             wanted: `[rows]`, sorted. From the first layer that shares keys and values on, nothing
                 is written any more, so only these rows go through the rest of the model.
         """
-        *_, (rows, asked) = self.walk(ids, x, positions, kv, wanted, each=False)
-        return self.norm(rows[asked])
-
-    def walk(
-        self,
-        ids: Tensor,
-        x: Tensor,
-        positions: Tensor,
-        kv: KeyValues,
-        wanted: Tensor,
-        *,
-        each: bool = True,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What goes into `forward`'s final norm, layer by layer, for those who want to look.
-
-        After each layer its rows `[rows, hidden_size]`, and which of them are wanted; without
-        `each`, after runs of layers that work on the same rows.
-        """
         own = self._layer_inputs(ids, x)
         rotations = self._rotations(positions, x.dtype)
-        for run in self._runs(each):
+        for run in self._runs():
             if self.config.layers[run[0]].shares_kv and len(wanted) < len(x):
                 x, kv, positions = x[wanted], kv.narrow(wanted), positions[wanted]
                 own = None if own is None else own[wanted]
@@ -187,13 +169,11 @@ class TextModel(nn.Module):
                 wanted = torch.arange(len(wanted), device=wanted.device)
             if len(x):
                 x = self._compute(run, x, own, [rotations[index] for index in run], kv)
-            yield x, wanted
+        return self.norm(x[wanted])
 
-    def _runs(self, each: bool) -> list[range]:
-        """Consecutive layers; what shares keys and values is apart from what writes them."""
+    def _runs(self) -> list[range]:
+        """Consecutive layers that work on the same rows: those that write keys and values first."""
         depth = len(self.config.layers)
-        if each:
-            return [range(i, i + 1) for i in range(depth)]
         writing = sum(not layer.shares_kv for layer in self.config.layers)
         return [run for run in (range(writing), range(writing, depth)) if run]
 

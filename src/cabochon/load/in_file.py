@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -22,8 +22,12 @@ from cabochon.quant.scheme import Slot
 PIECE_BYTES = 32 << 20  # of stored rows that are in memory together
 
 
-def in_file(plan: LoadPlan, *, dtype: torch.dtype) -> Gemma4:
+def in_file(
+    plan: LoadPlan, *, dtype: torch.dtype, hold: Callable[[Weight], Weight] | None = None
+) -> Gemma4:
     """The model that `plan` describes, of which only norms and scalars are in memory.
+
+    With `hold`, so is what it makes of each matrix that is no table: only tables stay in files.
 
     Raises:
         UnreadableError: a file ended early.
@@ -34,7 +38,10 @@ def in_file(plan: LoadPlan, *, dtype: torch.dtype) -> Gemma4:
     for parameter in plan.parameters:
         fill_parameter(model, parameter, dtype, measure)
     for matrix in matrices(plan):
-        parts = [InFile(read) for read in matrix.reads]
+        if hold is None or matrix.reads[0].site.kind == "embedding":
+            parts: list[Weight] = [InFile(read) for read in matrix.reads]
+        else:
+            parts = [hold(build_weight(read, dtype)) for read in matrix.reads]
         stored = parts[0] if matrix.reads[0].part is None else Stack(parts)
         fill_site(model, matrix.name, stored)
     return model.eval()

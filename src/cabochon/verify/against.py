@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from cabochon.engine.request import Prompt
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.groups import group_of
-from cabochon.load.plan import LoadPlan
+from cabochon.load.plan import LoadPlan, SiteRead
+from cabochon.nn.weight import TILE_BYTES
 from cabochon.verify.chart import scatter
-from cabochon.verify.stage import Finding, Table
+from cabochon.verify.stage import Finding, Progress, Table
 from cabochon.verify.suspects import Suspect, suspicious_modules, suspicious_weights
-from cabochon.verify.together import Logits, ModuleError, together
-from cabochon.verify.weights import Progress, SiteSigns, compare
+from cabochon.verify.together import Logits, ModuleError, Walked, together
+from cabochon.verify.weights import SiteSigns, compare
 
 MOST = 10  # modules of a list
 WORST = ("module", "error added", "error reached", "cosine")
@@ -50,21 +51,24 @@ class Models:
     plan: LoadPlan
 
 
-def modules_against(models: Models, prompts: Mapping[str, Prompt]) -> Finding:
+def modules_against(
+    models: Models, prompts: Mapping[str, Prompt], progress: Progress | None = None
+) -> Finding:
     """Both models side by side on every prompt, module by module."""
     finding = Finding("")
     runs: list[list[ModuleError]] = []
     rows = []
+    walked = Walked(models.found, len(prompts), progress)
     for name, prompt in prompts.items():
         runs.append([])
         for step in together(models.original, models.found, prompt):
             if isinstance(step, Logits):
-                rows.append([name, *_ends(step, prompt)])
+                rows.append([name, *ends(step, prompt)])
             else:
                 runs[-1].append(step)
+                walked(step.name)
     errors = [error for run in runs for error in run]
-    stored = {read.site.name: read.stored_as for read in models.plan.sites}
-    suspects = suspicious_modules(runs, stored, _bits(models.plan))
+    suspects = suspicious_modules(runs, _stored(models.plan), _bits(models.plan))
     first = next((e for e in errors if e.name in {s.name for s in suspects}), None)
     finding.faults = _sentences(suspects)
     if first is not None:
@@ -75,7 +79,11 @@ def modules_against(models: Models, prompts: Mapping[str, Prompt]) -> Finding:
     finding.tables["What comes out"] = Table(ENDS, rows)
     finding.tables["The modules that add most"] = Table(WORST, [_worst(e) for e in _top(errors)])
     caption = "What each module adds to the error, given the original's inputs, along depth."
-    finding.figures.append((scatter(_depth(errors), "layer", "error added", log=True), caption))
+    along = _depth(errors, _added)
+    finding.figures.append((scatter(along, "layer", "error added", log=True), caption))
+    caption = "How far each module has come from the original by then, on its own model's inputs."
+    along = _depth(errors, lambda error: error.reached.relative)
+    finding.figures.append((scatter(along, "layer", "error reached", log=True), caption))
     finding.data = {
         "suspects": [suspect.name for suspect in suspects],
         "first": None if first is None else first.name,
@@ -88,15 +96,25 @@ def modules_against(models: Models, prompts: Mapping[str, Prompt]) -> Finding:
 ENDS = ("prompt", "KL divergence", "top 1 agrees", "top 5 agree", "perplexity", "original's")
 
 
-def _ends(logits: Logits, prompt: Prompt) -> list[str]:
-    """Mean over positions of the divergence of `found` from the original, in nats, and the rest."""
-    p, q = logits.original.log_softmax(-1), logits.found.log_softmax(-1)
-    divergence = float((p.exp() * (p - q)).sum(-1).mean())
-    first = (p.argmax(-1) == q.argmax(-1)).float().mean()
-    five = [len(set(a) & set(b)) for a, b in zip(_five(p), _five(q), strict=True)]
-    both = [_perplexity(q, prompt), _perplexity(p, prompt)]
-    share = sum(five) / (5 * len(five))
-    return [f"{divergence:.3g}", f"{first:.1%}", f"{share:.1%}", *(f"{v:.2f}" for v in both)]
+def ends(logits: Logits, prompt: Prompt) -> list[str]:
+    """Means over positions: the divergence of `found` from the original, in nats, and the rest."""
+    following = torch.tensor([*prompt.tokens[1:], 0])
+    sums = torch.zeros(5, dtype=torch.float64)
+    rows = max(1, TILE_BYTES // (8 * logits.found.shape[1]))
+    for start in range(0, len(following), rows):
+        some = slice(start, start + rows)
+        p = logits.original[some].double().log_softmax(-1)
+        q = logits.found[some].double().log_softmax(-1)
+        sums[0] += (p.exp() * (p - q)).sum()
+        sums[1] += (p.argmax(-1) == q.argmax(-1)).sum()
+        five = [set(a) & set(b) for a, b in zip(_five(p), _five(q), strict=True)]
+        sums[2] += sum(map(len, five)) / 5
+        read = following[some, None][: len(following) - 1 - start]  # what follows the last is open
+        sums[3] -= q[: len(read)].gather(1, read).sum()
+        sums[4] -= p[: len(read)].gather(1, read).sum()
+    divergence, first, five_alike = (sums[:3] / len(following)).tolist()
+    both = (sums[3:] / (len(following) - 1)).exp().tolist()
+    return [f"{divergence:.3g}", f"{first:.1%}", f"{five_alike:.1%}", *(f"{v:.2f}" for v in both)]
 
 
 def _five(logits: Tensor) -> list[list[int]]:
@@ -104,14 +122,26 @@ def _five(logits: Tensor) -> list[list[int]]:
     return found
 
 
-def _perplexity(log_probabilities: Tensor, prompt: Prompt) -> float:
-    wanted = torch.tensor(prompt.tokens[1:])[:, None]
-    loss = -log_probabilities[:-1].gather(1, wanted).mean()
-    return float(loss.exp())
+def _stored(plan: LoadPlan) -> Mapping[str, str]:
+    found: dict[str, dict[str, None]] = {}
+    for name, read in _modules(plan):
+        found.setdefault(name, {})[read.stored_as] = None
+    return {name: " and ".join(schemes) for name, schemes in found.items()}
 
 
 def _bits(plan: LoadPlan) -> Mapping[str, int]:
-    return {read.site.name: read.scheme.bits for read in plan.sites}
+    found: dict[str, int] = {}
+    for name, read in _modules(plan):
+        found[name] = min(read.scheme.bits, found.get(name, read.scheme.bits))
+    return found
+
+
+def _modules(plan: LoadPlan) -> Iterator[tuple[str, SiteRead]]:
+    """The matrices that each module computes with; experts are one module, of two matrices."""
+    for read in plan.sites:
+        yield read.site.name, read
+        if read.site.kind == "experts":
+            yield read.site.name.rpartition(".")[0], read
 
 
 def _sentences(suspects: Sequence[Suspect]) -> list[str]:
@@ -138,14 +168,16 @@ def _damage(sites: Sequence[SiteSigns]) -> Mapping[str, list[tuple[float, float,
     return series
 
 
-def _depth(errors: Iterable[ModuleError]) -> Mapping[str, list[tuple[float, float, str]]]:
+def _depth(
+    errors: Iterable[ModuleError], value: Callable[[ModuleError], float]
+) -> Mapping[str, list[tuple[float, float, str]]]:
     """By the last name of a module: all q_proj are one series."""
     series: dict[str, list[tuple[float, float, str]]] = {}
     for error in errors:
         number = next((int(part) for part in error.name.split(".") if part.isdecimal()), None)
-        if number is not None and error.added is not None and error.added.relative > 0:
+        if number is not None and error.added is not None and value(error) > 0:
             kind = error.name.rpartition(".")[2]
-            point = (number, error.added.relative, f"{error.name}, {error.added.relative:.2g}")
+            point = (number, value(error), f"{error.name}, {value(error):.2g}")
             series.setdefault(kind, []).append(point)
     return series
 

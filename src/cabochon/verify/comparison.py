@@ -13,7 +13,8 @@ from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
 from cabochon.verify.chart import scatter
 from cabochon.verify.page import Page
-from cabochon.verify.weights import Progress, SiteSigns, compare, examine
+from cabochon.verify.stage import Progress
+from cabochon.verify.weights import SiteSigns, compare, examine
 
 MOST = 10  # sites of a list that a terminal gets to see
 EDGE = 0.2  # share of codes at the end of their range that no recipe means; int4 has about 0.05
@@ -100,7 +101,8 @@ class Comparison:
         return series
 
 
-COLUMNS = ("group", "stored as", "matrices", "bits", "dB least", "dB mean", "dead", "at the ends")
+LOSS = ("dB least", "dB mean", "largest error", "outlying")
+COLUMNS = ("group", "stored as", "matrices", "MB", "bits", *LOSS, "dead", "at the ends")
 WORST_COLUMNS = ("matrix", "stored as", "dB", "largest error", "outlying groups")
 
 
@@ -164,15 +166,36 @@ def _as_dict(site: SiteSigns) -> dict[str, Any]:
 
 def _row(group: str, stored: str, sites: Sequence[SiteSigns]) -> tuple[str, ...]:
     entries = sum(site.signs.entries for site in sites)
-    bits = 8 * sum(site.signs.nbytes for site in sites) / entries
+    nbytes = sum(site.signs.nbytes for site in sites)
     edge = sum(site.signs.edge * site.signs.entries for site in sites) / entries
-    found = [_decibels(site) for site in sites if site.loss is not None]
-    lossy = [value for value in found if value < math.inf]
-    least, mean = (f"{min(lossy):.1f}", f"{sum(lossy) / len(lossy):.1f}") if lossy else ("", "")
-    if found and not lossy:
-        least = mean = "equal"
     dead = sum(site.signs.dead for site in sites)
-    return (group, stored, str(len(sites)), f"{bits:.2f}", least, mean, str(dead), f"{edge:.1%}")
+    return (
+        group,
+        stored,
+        str(len(sites)),
+        f"{nbytes / 1e6:.2f}",
+        f"{8 * nbytes / entries:.2f}",
+        *_lost(sites),
+        str(dead),
+        f"{edge:.1%}",
+    )
+
+
+def _lost(sites: Sequence[SiteSigns]) -> tuple[str, ...]:
+    """What alike matrices lost together, under the words of `LOSS`."""
+    losses = [site.loss for site in sites if site.loss is not None]
+    lossy = [loss.distance.decibels for loss in losses if loss.distance.relative > 0]
+    if not lossy:
+        return ("equal",) * 2 + ("", "") if losses else ("",) * 4
+    largest = max(loss.distance.largest for loss in losses)
+    outliers = sum(loss.outliers for loss in losses)
+    groups = sum(loss.groups for loss in losses)
+    return (
+        f"{min(lossy):.1f}",
+        f"{sum(lossy) / len(lossy):.1f}",
+        f"{largest:.3g}",
+        f"{outliers} of {groups}",
+    )
 
 
 def _worst(site: SiteSigns) -> tuple[str, ...]:

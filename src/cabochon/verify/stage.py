@@ -9,6 +9,8 @@ from typing import Any
 
 from cabochon.verify.page import Html
 
+Progress = Callable[[int, int], None]  # how much of a stage is done, and of how much
+
 
 @dataclass(frozen=True, slots=True)
 class Table:

@@ -22,6 +22,9 @@ FEW = 4  # of a kind are too few to learn from
 SPREADS = 32.0  # what the original differs from itself, so many times, is no rounding of weights
 ALONG_ONE = 2.0  # times what noise has along one direction
 
+# By bits: of three bits of mantissa, and of seven.
+_FLOATS = {8: 2.0**-3, 16: 2.0**-7}
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -101,8 +104,14 @@ def _unlike(
 
 
 def _most(bits: int | None) -> float:
-    """Steps are `2 ** (1 - bits)` of the largest entry of a group, which is a few usual ones."""
-    return 1.2 if bits is None else min(1.2, 4 * 2.0 ** (1 - bits))
+    """What rounding to `bits` explains.
+
+    Steps of integers are `2 ** (1 - bits)` of the largest entry of a group, which is a few usual
+    ones. Those of floats are shares of each entry, and a recipe may round inputs alike.
+    """
+    if bits is None:
+        return 1.2
+    return min(1.2, max(4 * 2.0 ** (1 - bits), _FLOATS.get(bits, 0.0)))
 
 
 def _parts(site: SiteSigns, parts: Sequence[float]) -> Iterator[Suspect]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from cabochon.config import Gemma4Config, TextConfig
 from cabochon.engine.request import Prompt
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.gemma4.model import Gemma4
@@ -19,19 +20,23 @@ from cabochon.kernels.packed import Activations
 from cabochon.llm import open_text
 from cabochon.load.certify import certify
 from cabochon.load.execute import execute
+from cabochon.load.forecast import machine_memory
 from cabochon.load.in_file import in_file
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
 from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes
-from cabochon.verify.stage import Finding, Stage, left_out, timed
+from cabochon.verify.reference import against_transformers
+from cabochon.verify.stage import Finding, Progress, Stage, left_out, timed
 from cabochon.verify.truth import kernels_tell_the_truth
+from cabochon.verify.upstream import blank, fill
 
 SCHEMA = 1  # of the JSON
 IN_MEMORY = 1 << 30  # bytes of weights up to which they are not read from files again and again
 
-Progress = Callable[[int, int], None]  # bytes done, and in all
+ROOM = 0.75  # of the machine's memory
+Reference = Literal["ours", "transformers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,9 @@ class Subject:
         UnreadableError, LoadError: it is no checkpoint that loads.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.report = plan_checkpoint(path)
+    def __init__(self, path: Path, *, weights_only: bool = False) -> None:
+        self.path = path
+        self.report = plan_checkpoint(path, weights_only=weights_only)
         assert self.report.plan is not None
         self.plan = self.report.plan
 
@@ -86,11 +92,19 @@ class Subject:
             return in_file(self.plan, dtype=torch.float32)
         return execute(self.plan, dtype=torch.float32).model
 
+    def served(self, kernels: Kernels) -> Gemma4:
+        """A model for many steps: as it is served, if what is read in each step has room."""
+        tables = sum(read.nbytes for read in self.plan.sites if read.site.kind == "embedding")
+        if self.plan.nbytes <= IN_MEMORY or self.plan.nbytes - tables > ROOM * machine_memory():
+            return self.model
+        return in_file(self.plan, dtype=torch.float32, hold=kernels.for_weight)
+
 
 def verify(
     path: Path,
     against: Path | None = None,
     *,
+    reference: Reference = "ours",
     activations: Activations = "int8",
     to_the_end: bool = False,
     progress: Progress | None = None,
@@ -98,17 +112,20 @@ def verify(
     """Verify the checkpoint `path`, by itself or against the one it was made from.
 
     Args:
+        reference: whose model says what is right; transformers' finds faults of ours.
         activations: how serving would round activations, which the kernels are tried with.
         to_the_end: run the stages that follow one that failed, too.
 
     Raises:
-        UnreadableError, LoadError: one of the checkpoints cannot be used at all.
+        UnreadableError, LoadError: one of the checkpoints cannot be used at all, or transformers is
+            wanted and not there.
     """
     subject = Subject(path)
     original = None if against is None else Subject(against)
     _check_alike(subject, original)
+    theirs = None if reference == "ours" else blank(subject.report.checkpoint.folder)
     stages: list[Stage] = []
-    for name, work in _stages(subject, original, activations, progress):
+    for name, work in _stages(subject, original, theirs, activations, progress):
         if all(stage.passed for stage in stages) or to_the_end:
             stages.append(timed(name, work))
         else:
@@ -119,6 +136,7 @@ def verify(
 def _stages(
     subject: Subject,
     original: Subject | None,
+    theirs: Any,
     activations: Activations,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Callable[[], Finding]]]:
@@ -126,15 +144,39 @@ def _stages(
     kernels = Kernels(library(), activations)
     yield "kernels", lambda: kernels_tell_the_truth(subject.plan, kernels)
     prompts, defaults = open_text(subject.report)
-    yield "alive", lambda: is_alive(subject.model, prompts, frozenset(defaults.ends))
+    walk = _as_bytes(progress, subject.plan)
+    ends = frozenset(defaults.ends)
+    yield "alive", lambda: is_alive(subject.served(kernels), prompts, ends, walk)
     if original is not None:
         plan = original.plan
         yield "weights", lambda: weights_against(plan, subject.plan, progress)
-        yield "modules", lambda: _side_by_side(original, subject, probes(prompts))
+        yield "modules", lambda: _side_by_side(original, subject, probes(prompts), walk)
+    if theirs is not None:
+        yield "transformers", lambda: _beside(theirs, subject, probes(prompts), walk)
 
 
-def _side_by_side(original: Subject, subject: Subject, prompts: Mapping[str, Prompt]) -> Finding:
-    return modules_against(Models(original.model, subject.model, subject.plan), prompts)
+def _as_bytes(progress: Progress | None, plan: LoadPlan) -> Progress | None:
+    """A bar of bytes for what is counted in steps or layers."""
+    if progress is None:
+        return None
+    return lambda done, of: progress(done * plan.nbytes // of, plan.nbytes)
+
+
+def _side_by_side(
+    original: Subject, subject: Subject, prompts: Mapping[str, Prompt], progress: Progress | None
+) -> Finding:
+    models = Models(original.model, subject.model, subject.plan)
+    return modules_against(models, _common(prompts, original), progress)
+
+
+def _beside(
+    theirs: Any, subject: Subject, prompts: Mapping[str, Prompt], progress: Progress | None
+) -> Finding:
+    """What a recipe does to activations is left out of both: transformers' model knows nothing."""
+    if subject.report.recipe:
+        subject = Subject(subject.path, weights_only=True)
+    fill(theirs, subject.model)
+    return against_transformers(theirs, subject.model, prompts, progress)
 
 
 def _certified(plan: LoadPlan, progress: Progress | None) -> Finding:
@@ -151,11 +193,24 @@ def _certified(plan: LoadPlan, progress: Progress | None) -> Finding:
     )
 
 
+def _text(config: Gemma4Config) -> TextConfig:
+    """Of files of GGUF, and of exports of text alone, nobody can say how pictures would be seen."""
+    layers = tuple(replace(layer, pictures="causal") for layer in config.text.layers)
+    return replace(config.text, layers=layers)
+
+
+def _common(prompts: Mapping[str, Prompt], original: Subject) -> Mapping[str, Prompt]:
+    """Those that the original, too, has a sense for."""
+    config = original.plan.config
+    lacking = {"picture": config.vision is None, "sound": config.audio is None}
+    return {name: prompt for name, prompt in prompts.items() if not lacking.get(name)}
+
+
 def _check_alike(subject: Subject, original: Subject | None) -> None:
     if original is None:
         return
     ours, theirs = subject.plan.config, original.plan.config
-    if ours.text != theirs.text or ours.architecture != theirs.architecture:
+    if _text(ours) != _text(theirs):
         raise UnreadableError(
             f"{original.report.folder} is no original of {subject.report.folder}: their"
             " configurations describe different models"

@@ -6,7 +6,7 @@ No model is run and one matrix of each file is in memory at a time, decoded tile
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,12 @@ from cabochon.load.plan import LoadPlan
 from cabochon.load.tree import HEAD, TEXT
 from cabochon.nn.weight import TILE_BYTES, Weight
 from cabochon.verify.distance import Distance, Measure, total
+from cabochon.verify.stage import Progress
 
 GROUP = 32  # columns that are looked at together; recipes have groups of 16 to 128
 OUTLIER = 8.0  # times the median error, from which on a group is one
 SKETCH = 16
 TOKENS = f"{TEXT}.embed_tokens"
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True)
