@@ -188,17 +188,21 @@ class LLM:
     @torch.inference_mode()
     def logits(
         self,
-        prompt: str | Sequence[int],
+        prompt: AnyPrompt,
         images: Sequence[Image.Image] = (),
         sounds: Sequence[Wave] = (),
         videos: Sequence[bytes] = (),
     ) -> Tensor:
         """Logits after the soft-cap at every position of `prompt`: `[tokens, vocab_size]`, float32.
 
-        See `Prompts.raw` for what a prompt may hold. It goes through a cache of its own, in the
-        chunks in which serving would compute it.
+        See `Prompts.raw` for what a prompt may hold; a `Prompt` has its media already. It goes
+        through a cache of its own, in the chunks in which serving would compute it.
         """
-        full = self.prompts.raw(prompt, images, sounds, videos)
+        if isinstance(prompt, Prompt):
+            assert not any((images, sounds, videos))
+            full = prompt
+        else:
+            full = self.prompts.raw(prompt, images, sounds, videos)
         text, length = self.config.text, len(full.tokens)
         if length > text.max_positions:
             raise RequestError(
