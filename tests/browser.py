@@ -145,13 +145,6 @@ class Browser:
                 self.complaints.append(str(params["entry"]))
 
 
-def shoot(page: Browser, name: str) -> None:
-    """Take a picture for the documentation, if the environment says where it goes."""
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        page.screenshot(Path(folder) / f"{name}.webp")
-
-
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
     assert CHROMIUM is not None

@@ -6,12 +6,13 @@ With SCREENSHOTS=docs/pictures the pictures of the documentation are taken anew.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser, browser, shoot
+from browser import CHROMIUM, Browser, browser
 from serving import HTTP, picture_bytes, serving, until
 
 from cabochon.llm import LLM
@@ -43,6 +44,12 @@ def page(tmp_path_factory: pytest.TempPathFactory, url: str) -> Iterator[Browser
         strangers = [asked for asked in page.asked if not asked.startswith((f"{url}/", "data:"))]
         assert strangers in ([], ["about:blank"])
         assert page.complaints == []  # a breach of the page's policy is one
+
+
+def shoot(page: Browser, name: str) -> None:
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        page.screenshot(Path(folder) / f"{name}.webp")
 
 
 def ask(page: Browser, words: str) -> None:

@@ -1,7 +1,4 @@
-"""The pages of `verify` and `compare` in a real Chromium: whole, readable, and on their own.
-
-With SCREENSHOTS=docs/pictures the pictures of the documentation are taken anew.
-"""
+"""The pages of `verify` and `compare` in a real Chromium: whole, readable, and on their own."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser, browser, shoot
+from browser import CHROMIUM, Browser, browser
 from checkpoints import DENSE, W4A16
 from command import cabochon
 
@@ -62,7 +59,7 @@ def rows(page: Browser, title: str) -> list[str]:
 
 
 def test_a_verification_has_all_that_it_promises(page: Browser, pages: dict[str, Path]) -> None:
-    page.open(pages["verify"].as_uri(), width=DESK, height=1250)
+    page.open(pages["verify"].as_uri(), width=DESK, height=900)
     facts = dict(zip(texts(page, "dt"), texts(page, "dd"), strict=True))
     report = plan_checkpoint(W4A16)
     assert facts["verdict"] == "Verified"
@@ -78,15 +75,13 @@ def test_a_verification_has_all_that_it_promises(page: Browser, pages: dict[str,
     assert len(texts(page, "img")) == 2
     assert rows(page, "Loss by kind")
     assert len(rows(page, "The modules that add most")) == 10
-    shoot(page, "verify")
 
 
 def test_a_comparison_has_all_that_it_promises(page: Browser, pages: dict[str, Path]) -> None:
-    page.open(pages["compare"].as_uri(), width=DESK, height=1250)
+    page.open(pages["compare"].as_uri(), width=DESK, height=900)
     assert shlex.split(texts(page, "pre")[0])[:4] == ["cabochon", "compare", str(W4A16), str(DENSE)]
     assert page.run("document.querySelector('svg.chart').ariaLabel") == "dB over layer"
     assert {"By kind", "Loss along depth", "The worst matrices"} <= set(texts(page, "h2"))
-    shoot(page, "compare")
 
 
 # The least contrast of any text with the ground it stands on, as WCAG 2 computes it.
@@ -120,12 +115,10 @@ CONTRAST = """(() => {
 def test_pages_are_readable_by_day_and_night(
     page: Browser, pages: dict[str, Path], name: str, scheme: str
 ) -> None:
-    page.open(pages[name].as_uri(), scheme=scheme, width=DESK, height=1250)
+    page.open(pages[name].as_uri(), scheme=scheme, width=DESK, height=900)
     ground = page.run("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert page.run(CONTRAST) >= 4.5
-    if scheme == "dark":
-        shoot(page, f"{name}-dark")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -133,7 +126,6 @@ def test_pages_fit_a_phone(page: Browser, pages: dict[str, Path], name: str) -> 
     """What is wider scrolls in a box of its own."""
     page.open(pages[name].as_uri(), width=PHONE, height=844)
     assert page.run("document.documentElement.scrollWidth") <= PHONE
-    shoot(page, f"{name}-phone")
 
 
 @pytest.mark.parametrize("name", PAGES)

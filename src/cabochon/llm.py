@@ -84,6 +84,8 @@ class LLM:
         max_batch: Requests computed together.
         prefill_chunk: Prompt tokens computed in one step, among all requests.
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
+        picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
+            checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
         weights_only: Leave activations as they are where a recipe quantizes them.
         progress: Called while loading with bytes done and bytes in all.
 
@@ -106,6 +108,7 @@ class LLM:
         max_batch: int = 16,
         prefill_chunk: int = 512,
         max_context: int | None = None,
+        picture_tokens: int | None = None,
         weights_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -129,6 +132,8 @@ class LLM:
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
         self.prompts, generation = open_text(self.report)
+        if picture_tokens is not None:
+            self.prompts.limit_pictures(picture_tokens)
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cabochon.engine.request import Prompt
 from cabochon.evaluate.results import Accuracy, Table
-from cabochon.evaluate.run import Subject, Watch, prompt_of
+from cabochon.evaluate.run import Subject, Watch, picture_of, prompt_of
 from cabochon.llm import LLM
 
 
@@ -62,11 +62,13 @@ def divergences(
             agreed = 0
             answers = found.scores[0].answers
             for index, (question, answer) in enumerate(zip(found.questions, answers, strict=True)):
-                prompt = prompt_of(pair[0], question, thinking)
+                progress(index, len(answers))
+                if not answer.tokens:  # it was refused
+                    continue
+                prompt = prompt_of(pair[0], question.text, picture_of(question), thinking)
                 ours, theirs = (_read(llm, prompt, answer.tokens) for llm in pair)
                 nats += _divergence(ours, theirs).tolist()
                 agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-                progress(index + 1, len(answers))
             yield Divergence(other.name, tuple(nats), agreed)
 
 

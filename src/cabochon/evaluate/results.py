@@ -71,12 +71,12 @@ class Accuracy:
         first = self.scores[0]
         rows = [
             ["model", "right", "accuracy", "95 %", "against the first", "95 %", "lost", "gained",
-             "McNemar p", "unfinished"]
+             "McNemar p", "cut off", "refused"]
         ]  # fmt: skip
         for scores in self.scores:
             found = share(sum(scores.right), len(scores.right))
             right = f"{sum(scores.right)}/{len(scores.right)}"
-            cut = sum(answer.finish_reason == "length" for answer in scores.answers)
+            reasons = Counter(answer.finish_reason for answer in scores.answers)
             row = [scores.model, right, f"{found.value:.2%}", _bounds(found)]
             if scores is first:
                 row += [""] * 5
@@ -84,7 +84,7 @@ class Accuracy:
                 gap = paired(first.right, scores.right)
                 row += [f"{gap.difference.value:+.2%}", _bounds(gap.difference)]
                 row += [str(gap.lost), str(gap.gained), f"{gap.p:.3f}"]
-            rows.append([*row, str(cut)])
+            rows.append([*row, str(reasons["length"]), str(reasons["refused"])])
         return rows
 
     def as_dict(self) -> dict[str, Any]:

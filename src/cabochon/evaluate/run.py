@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.stream import Stream
@@ -16,6 +18,7 @@ from cabochon.errors import CabochonError, RequestError
 from cabochon.evaluate.perplexity import Progress, losses
 from cabochon.evaluate.results import Accuracy, Answer, Losses, Perplexities, Scores
 from cabochon.evaluate.tasks import TASKS, Question, read, read_text
+from cabochon.gemma4.pictures import decode_picture
 from cabochon.llm import LLM
 
 TASK_NAMES = (*TASKS, "perplexity")
@@ -57,7 +60,8 @@ def evaluate(
     Raises:
         UnreadableError: the data is not in the task's format, which is found before a model is
             loaded; LoadError and others from loading.
-        CabochonError: a model cannot take a question at all.
+        CabochonError: a picture is damaged, or a model does not see at all. A single question that
+            a model refuses is not answered rightly, and counted.
     """
     if task == "perplexity":
         text = read_text(data)
@@ -89,47 +93,66 @@ def _scores(
         return Scores(subject.name, tuple(answers), time.monotonic() - started)
 
 
-def _judged(question: Question, made: Completion) -> Answer:
+def _judged(question: Question, made: Completion | RequestError) -> Answer:
     """An answer that was cut off is not right, whatever it says."""
+    if isinstance(made, RequestError):
+        return Answer(str(made), "refused", False, ())
     right = made.finish_reason == "stop" and question.right(made.text)
     return Answer(made.text, made.finish_reason, right, made.tokens)
 
 
 def _completions(
-    llm: LLM, questions: Iterable[Question], params: SamplingParams, thinking: bool
-) -> Iterator[Completion]:
-    """Answers in the order of the questions, `AHEAD` of which the engine always has.
-
-    Raises:
-        CabochonError: the model cannot take a question; with file and line.
-    """
-    running: deque[Stream] = deque()
+    llm: LLM, questions: Sequence[Question], params: SamplingParams, thinking: bool
+) -> Iterator[Completion | RequestError]:
+    """Answers in the order of the questions, `AHEAD` of which the engine always has."""
+    if any(question.image for question in questions):
+        llm.prompts.check_sense("image")
+    running: deque[Stream | RequestError] = deque()
     try:
         for question in questions:
-            with _at(question):
-                running.append(llm.stream(prompt_of(llm, question, thinking), params))
+            running.append(_asked(llm, question, params, thinking))
             if len(running) == AHEAD:
-                yield running.popleft().collect()
+                yield _answer(running.popleft())
         while running:
-            yield running.popleft().collect()
+            yield _answer(running.popleft())
     finally:
         for stream in running:
-            stream.close()
+            if isinstance(stream, Stream):
+                stream.close()
 
 
-@contextmanager
-def _at(question: Question) -> Iterator[None]:
+def _asked(
+    llm: LLM, question: Question, params: SamplingParams, thinking: bool
+) -> Stream | RequestError:
+    image = picture_of(question)
     try:
-        yield
+        return llm.stream(prompt_of(llm, question.text, image, thinking), params)
+    except RequestError as error:
+        return error
+
+
+def _answer(asked: Stream | RequestError) -> Completion | RequestError:
+    return asked.collect() if isinstance(asked, Stream) else asked
+
+
+def picture_of(question: Question) -> Image.Image | None:
+    """The picture, upright.
+
+    Raises:
+        CabochonError: the file is damaged, or larger than what servers take.
+    """
+    if question.image is None:
+        return None
+    try:
+        return decode_picture(question.image.read_bytes())
     except (RequestError, OSError) as error:
         raise CabochonError(f"{question.where}: {error}") from None
 
 
-def prompt_of(llm: LLM, question: Question, thinking: bool = False) -> Prompt:
-    """The question as a user's turn."""
-    parts: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
-    if question.image is not None:
-        picture = llm.prompts.picture(question.image.read_bytes())
-        parts.insert(0, {"type": "image", "image": picture})
+def prompt_of(llm: LLM, text: str, image: Image.Image | None, thinking: bool) -> Prompt:
+    """A question as a user's turn."""
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if image is not None:
+        parts.insert(0, {"type": "image", "image": image})
     template = {"enable_thinking": True} if thinking else {}
     return llm.prompts.chat([{"role": "user", "content": parts}], **template)
