@@ -271,6 +271,8 @@ def test_what_cannot_work_is_found_before_a_model_is_loaded(tmp_path: Path) -> N
         2,
         "--divergence is measured over answers",
     )
+    ask = ("eval", DEMO, "--task", "questions", "--data", data, "--picture-tokens", "71")
+    fails(cabochon(*ask), 2, "picture_tokens is 71, expected one of 70, 140")
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
