@@ -13,10 +13,16 @@ from checkpoints import DENSE, W4A16
 from command import cabochon
 
 from cabochon.load.report import plan_checkpoint
+from cabochon.verify.page import Page, verdict
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 
-PAGES = {"verify": ("verify", W4A16, "--against", DENSE), "compare": ("compare", W4A16, DENSE)}
+COMMANDS = {
+    "verify": ("verify", W4A16, "--against", DENSE),
+    "compare": ("compare", W4A16, DENSE),
+    "signs": ("compare", W4A16),
+}
+PAGES = (*COMMANDS, "failed")
 PHONE, DESK = 390, 1000
 
 
@@ -24,10 +30,20 @@ PHONE, DESK = 390, 1000
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     made = {name: folder / f"{name}.html" for name in PAGES}
-    for name, command in PAGES.items():
+    for name, command in COMMANDS.items():
         done = cabochon(*command, "--html", made[name])
         assert done.returncode == 0, done.stdout + done.stderr
+    made["failed"].write_text(failed())
     return made
+
+
+def failed() -> str:
+    """What a page looks like that has bad news, and markup in its names."""
+    page = Page("Verification of <b>it</b>")
+    page.facts({"verdict": verdict(False, "Not verified"), "checkpoint": "a & <script>x</script>"})
+    page.table("Title", ("stage", "verdict"), [("alive", verdict(False, "failed"))])
+    page.paragraph(f"model.layers.1.{'very_' * 30}long: it is wrong")
+    return page.text()
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +98,13 @@ def test_a_comparison_has_all_that_it_promises(page: Browser, pages: dict[str, P
     assert shlex.split(texts(page, "pre")[0])[:4] == ["cabochon", "compare", str(W4A16), str(DENSE)]
     assert page.run("document.querySelector('svg.chart').ariaLabel") == "dB over layer"
     assert {"By kind", "Loss along depth", "The worst matrices"} <= set(texts(page, "h2"))
+
+
+def test_names_are_no_markup(page: Browser, pages: dict[str, Path]) -> None:
+    page.open(pages["failed"].as_uri())
+    assert texts(page, "h1") == ["Verification of <b>it</b>"]
+    assert "a & <script>x</script>" in texts(page, "dd")
+    assert texts(page, "script, b") == []
 
 
 # The least contrast of any text with the ground it stands on, as WCAG 2 computes it.

@@ -51,9 +51,8 @@ class Axis:
             tens = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             steps = STEPS if len(tens) <= 3 else STEPS[:1]
             marks = [step * 10.0**power for power in tens for step in steps]
-            return [m for m in marks if self.low * 0.999 <= m <= self.high * 1.001][
-                :: 1 + len(tens) // 9
-            ]
+            shown = [m for m in marks if self.low * 0.999 <= m <= self.high * 1.001]
+            return shown[:: 1 + len(tens) // 9]
         raw = (self.high - self.low) / 7
         size = 10 ** math.floor(math.log10(raw))
         step = next(size * m for m in (*STEPS, 10) if size * m >= raw)
