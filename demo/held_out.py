@@ -1,4 +1,4 @@
-"""Write the demo's held-out questions as files that `cabochon eval --task pictures` reads.
+"""Write the demo's test questions as files that `cabochon eval --task questions` reads.
 
 python demo/held_out.py FOLDER [--count 1200] [--seed 1]
 """
@@ -12,17 +12,21 @@ from pathlib import Path
 
 from PIL import Image
 from questions import held_out, red_or_blue
+from smalltalk import text_only
+
+Item = tuple[Image.Image | None, str, str, str]
 
 
-def write(items: Iterable[tuple[Image.Image, str, str, str]], folder: Path, name: str) -> Path:
-    """Pictures and `name`.jsonl in `folder`; returns the latter."""
+def write(items: Iterable[Item], folder: Path, name: str) -> Path:
+    """`name`.jsonl in `folder`, with its pictures beside it; returns the former."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
     with data.open("w", encoding="utf-8") as file:
         for index, (picture, question, answer, kind) in enumerate(items):
-            image = f"{name}-{index:05}.png"
-            picture.save(folder / image)
-            row = {"image": image, "question": question, "answer": answer, "kind": kind}
+            row = {"question": question, "answer": answer, "kind": kind}
+            if picture is not None:
+                row["image"] = f"{name}-{index:05}.png"
+                picture.save(folder / row["image"])
             file.write(json.dumps(row) + "\n")
     return data
 
@@ -34,7 +38,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     print(write(held_out(options.seed, options.count), options.folder, "pictures"))
-    print(write(red_or_blue(options.seed, 200), options.folder, "red-or-blue"))
+    print(write(red_or_blue(options.seed, options.count // 6), options.folder, "red-or-blue"))
+    print(write(text_only(options.seed, options.count // 3), options.folder, "text"))
 
 
 if __name__ == "__main__":

@@ -21,19 +21,21 @@ SIDE_FILES = (
     "generation_config.json",
 )
 
+W4A16 = QuantizationScheme(
+    targets=["Linear"],
+    weights=QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=32
+    ),
+)
+IGNORED = ["lm_head", "re:.*vision_tower.*", "re:.*embed_vision.*"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    weights = QuantizationArgs(
-        num_bits=4, type="int", symmetric=True, strategy="group", group_size=32
-    )
-    recipe = QuantizationModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=["lm_head", "re:.*vision_tower.*", "re:.*embed_vision.*"],
-    )
+    recipe = QuantizationModifier(config_groups={"group_0": W4A16}, ignore=IGNORED)
     model = AutoModelForImageTextToText.from_pretrained(args.source, dtype=torch.bfloat16)
     oneshot(model=model, recipe=recipe)
     model.save_pretrained(args.out, save_compressed=True)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from scipy.stats import binomtest
 
+from cabochon.engine.request import Prompt, SamplingParams
 from cabochon.errors import UnreadableError
 from cabochon.evaluate.perplexity import losses
 from cabochon.evaluate.statistics import mean, paired, share
@@ -77,6 +78,7 @@ def test_gsm8k(tmp_path: Path) -> None:
     data = lines(tmp_path / "test.jsonl", [{"question": "How much?", "answer": solution}])
     (question,) = read("gsm8k", data)
     assert question.text.startswith("How much?")
+    assert (question.wanted, question.where) == ("1018", f"{data}:1")
     for answer in (
         "So it is\n#### 1018",
         "#### $1,018.",
@@ -110,6 +112,7 @@ def test_screenspot_pro(tmp_path: Path) -> None:
     for data in (file, file.parent):
         (question,) = read("screenspot-pro", data)
         assert question.image == tmp_path / "images" / "app" / "a.png"
+        assert question.kind == "icon"
         assert question.right('{"point": [200, 800]}')  # down 20 of 100, across 160 of 200
         assert question.right('```json\n[{"box_2d": [100, 750, 300, 850], "label": "x"}]\n```')
         assert not question.right('{"point": [800, 200]}')
@@ -136,9 +139,12 @@ BROKEN = {
         ('{"question": "a"}', ":1: expected an object with text under 'answer'"),
         ('\n{"question": "a", "answer": "5"}', ":2: the answer does not end in '#### '"),
     ],
-    "pictures": [
+    "questions": [
         ('{"image": "no.png", "question": "a", "answer": "b"}', "there is no picture"),
         ("[]", "expected an object"),
+        ('{"image": 1, "question": "a", "answer": "b"}', "expected text under 'image'"),
+        ('{"image": "data.json", "question": "a", "answer": "b"}', "no picture that can be read"),
+        ('{"image": "../a.png", "question": "a", "answer": "b"}', "there is no picture"),
     ],
     "screenspot-pro": [
         ("{}", "expected a list of objects"),
@@ -176,27 +182,61 @@ def picture(folder: Path, colour: str) -> dict[str, str]:
     return {"image": f"{colour}.png", "question": "What do you see?", "answer": answer}
 
 
-def test_models_are_compared_on_the_same_pictures(tmp_path: Path) -> None:
+SUM = {"question": "What is 3 plus 4?", "answer": "7.", "kind": "sum"}
+
+
+def test_models_are_compared_on_the_same_questions(tmp_path: Path) -> None:
     """The demo sees; random weights do not, and never end their turn."""
-    rows = [picture(tmp_path, colour) for colour in ("red", "blue", "green")]
+    rows = [*(picture(tmp_path, colour) for colour in ("red", "blue", "green")), SUM]
     data, out = lines(tmp_path / "questions.jsonl", rows), tmp_path / "out.json"
-    options = ("--task", "pictures", "--data", data, "--max-tokens", "24", "--json", out)
+    options = ("--task", "questions", "--data", data, "--max-tokens", "24", "--json", out)
     done = cabochon("eval", DEMO, TINY, *options)
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["models"]
-    assert [model["accuracy"]["value"] for model in found] == [1.0, 0.0]
-    assert found[1]["against_first"]["lost"] == 3
-    assert found[0]["answers"][1]["text"] == rows[1]["answer"]
-    table = done.stdout.splitlines()
-    assert "3/3" in table[2]
-    assert "-100.00%" in table[3]
+    found = json.loads(out.read_text())
+    models = found["models"]
+    assert [model["accuracy"]["value"] for model in models] == [1.0, 0.0]
+    assert models[1]["against_first"]["lost"] == 4
+    assert [answer["text"] for answer in models[0]["answers"]] == [row["answer"] for row in rows]
+    assert [question["wanted"] for question in found["questions"]] == [r["answer"] for r in rows]
+    table, kinds = done.stdout.split("\n\n")
+    assert "4/4" in table.splitlines()[2]
+    assert "-100.00%" in table.splitlines()[3]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in kinds.splitlines()[2:]]
+    assert cells == [["other", "3", "100.00%", "0.00%"], ["sum", "1", "100.00%", "0.00%"]]
+
+
+def test_activations_are_compared_token_by_token(tmp_path: Path) -> None:
+    data, out = lines(tmp_path / "questions.jsonl", [SUM, picture(tmp_path, "red")]), "out.json"
+    options = ("--task", "questions", "--data", data, "--json", tmp_path / out)
+    done = cabochon("eval", DEMO, "--each-activations", "--divergence", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / out).read_text())
+    assert [one["model"].partition(", ")[2] for one in found["models"]] == [
+        "float32", "int16", "int8",
+    ]  # fmt: skip
+    assert all(model["accuracy"]["value"] == 1.0 for model in found["models"])
+    int16, int8 = (one["nats"] for one in found["divergences"])
+    with LLM(activations="float32") as exact, LLM(activations="int8") as rounded:
+        prompt = exact.prompts.chat([{"role": "user", "content": SUM["question"]}])
+        answer = exact.generate(prompt, SamplingParams(temperature=0.0))[0].tokens
+        whole = Prompt((*prompt.tokens, *answer))
+        p, q = (
+            torch.distributions.Categorical(
+                logits=llm.logits(whole)[-len(answer) - 1 : -1].double()
+            )
+            for llm in (exact, rounded)
+        )
+        expected = torch.distributions.kl_divergence(p, q).tolist()
+    assert int8[: len(answer)] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+    assert 0 < sum(int16) < sum(int8) / 4
+    assert len(int8) == len(int16) > len(answer)
 
 
 def test_perplexity_is_transformers_loss(tmp_path: Path, reference: Any) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
     with LLM(DENSE, dtype="float32") as llm:
-        found = losses(llm, text)
+        found = list(losses(llm, text.read_text()))
         tokens = llm.prompts.tokenizer.encode(text.read_text())
     ids = torch.tensor([[2, *tokens[:512]]])
     with torch.no_grad():
@@ -208,11 +248,60 @@ def test_perplexity_is_transformers_loss(tmp_path: Path, reference: Any) -> None
 def test_texts_are_compared_window_by_window(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven. " * 80)
-    options = ("--task", "perplexity", "--data", text)
+    out = tmp_path / "out.json"
+    options = ("--task", "perplexity", "--data", text, "--limit", "2", "--json", out)
     done = cabochon("eval", DENSE, FIXTURES / "e2b-w8a16", *options)
     assert done.returncode == 0, done.stderr
+    assert [len(model["losses"]) for model in json.loads(out.read_text())["models"]] == [2, 2]
     assert "loss against the first" in done.stdout
 
 
 def test_an_unknown_task_is_an_error(tmp_path: Path) -> None:
     fails(cabochon("eval", DEMO, "--task", "mmlu", "--data", tmp_path), 2, "--task is 'mmlu'")
+
+
+def test_what_cannot_work_is_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    data, nowhere = lines(tmp_path / "a.jsonl", [SUM]), tmp_path / "no" / "out.json"
+    missing = tmp_path / "no.jsonl"
+    ask = ("eval", tmp_path / "no model", "--task", "questions", "--data")
+    fails(cabochon(*ask, missing), 2, f"{missing} cannot be read: No such file")
+    fails(cabochon(*ask, data, "--json", nowhere), 2, f"{nowhere} cannot be written: there is no")
+    fails(
+        cabochon("eval", DEMO, "--task", "perplexity", "--data", data, "--divergence"),
+        2,
+        "--divergence is measured over answers",
+    )
+    ask = ("eval", DEMO, "--task", "questions", "--data", data, "--picture-tokens", "71")
+    fails(cabochon(*ask), 2, "picture_tokens is 71, expected one of 70, 140")
+
+
+def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+    """Of a picture only the header is read beforehand."""
+    rows = [SUM, picture(tmp_path, "red")]
+    whole = (tmp_path / "red.png").read_bytes()
+    (tmp_path / "red.png").write_bytes(whole[: len(whole) // 2])
+    data = lines(tmp_path / "a.jsonl", rows)
+    done = cabochon("eval", DEMO, "--task", "questions", "--data", data)
+    fails(done, 2, f"{data}:2: a picture is truncated or damaged")
+
+
+def test_a_question_that_a_model_refuses_is_counted(tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow.png"
+    Image.new("RGB", (4, 4000)).save(narrow)
+    rows = [SUM, {"question": "why? " * 5000, "answer": "no"}]
+    rows.append({"question": "What is it?", "answer": "It is black.", "image": narrow.name})
+    data, out = lines(tmp_path / "a.jsonl", rows), tmp_path / "out.json"
+    options = ("--task", "questions", "--data", data, "--json", out, "--picture-tokens", "1120")
+    done = cabochon("eval", DEMO, *options)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(out.read_text())["models"][0]["answers"]
+    assert [answer["finish_reason"] for answer in answers] == ["stop", "refused", "refused"]
+    assert "tokens" in answers[1]["text"]
+    assert "positions" in answers[2]["text"]
+    assert done.stdout.splitlines()[2].rstrip(" |").endswith("2")
+
+
+def test_a_model_that_does_not_see_is_asked_for_nothing(tmp_path: Path) -> None:
+    data = lines(tmp_path / "a.jsonl", [SUM, picture(tmp_path, "red")])
+    blind = FIXTURES / "gguf" / "e2b-wide" / "e2b-q4_0.gguf"
+    fails(cabochon("eval", blind, "--task", "questions", "--data", data), 2, "does not see")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import noise as media_noise
@@ -22,7 +23,7 @@ from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from cabochon.config import PatchConfig, VisionConfig
-from cabochon.errors import ConfigError, RequestError
+from cabochon.errors import CabochonError, ConfigError, RequestError
 from cabochon.gemma4.pictures import (
     SOFT_TOKEN_BUDGETS,
     Picture,
@@ -30,6 +31,8 @@ from cabochon.gemma4.pictures import (
     decode_picture,
     parse_processor,
 )
+from cabochon.llm import open_text
+from cabochon.load.report import plan_checkpoint
 
 SIZES = [
     (1, 1), (1, 2), (2, 1), (3, 3), (16, 16), (47, 48), (48, 48), (49, 47), (100, 1), (1, 1000),
@@ -82,6 +85,17 @@ def test_patches_equal_upstream_for_all_sizes(size: tuple[int, int], budget: int
     image = noise(*size)
     processor = PictureProcessor(max_soft_tokens=budget)
     assert_same(processor(image), upstream(image, max_soft_tokens=budget))
+
+
+def test_a_user_may_choose_how_many_tokens_a_picture_takes() -> None:
+    """A GGUF does not say it."""
+    image = noise(640, 480)
+    prompts, _ = open_text(plan_checkpoint(FIXTURES / "gguf" / "e2b"))
+    assert_same(prompts.picture(image), upstream(image))
+    prompts.limit_pictures(70)
+    assert_same(prompts.picture(image), upstream(image, max_soft_tokens=70))
+    with pytest.raises(CabochonError, match="picture_tokens is 71, expected one of 70, 140"):
+        prompts.limit_pictures(71)
 
 
 @pytest.mark.parametrize(

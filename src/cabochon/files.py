@@ -40,6 +40,17 @@ def write_text(path: Path, text: str) -> None:
         raise CabochonError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def check_writable(path: Path) -> None:
+    """Find before long work that its result could not be kept.
+
+    Raises:
+        CabochonError: there is no folder for it, or a folder stands in its place.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise CabochonError(f"{path} cannot be written: {reason}")
+
+
 def parse_json(text: bytes) -> Any:
     """`text` as JSON, strictly: Python's parser alone would take more than the format allows.
 

@@ -85,6 +85,8 @@ class LLM:
         max_batch: Requests computed together.
         prefill_chunk: Prompt tokens computed in one step, among all requests.
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
+        picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
+            checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
         weights_only: Leave activations as they are where a recipe quantizes them.
         debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
@@ -108,6 +110,7 @@ class LLM:
         max_batch: int = 16,
         prefill_chunk: int = 512,
         max_context: int | None = None,
+        picture_tokens: int | None = None,
         weights_only: bool = False,
         debug_nan: bool = False,
         progress: Progress | None = None,
@@ -132,6 +135,8 @@ class LLM:
         self.config: Gemma4Config = plan.config
         # What is quick to read comes first: a broken template should not cost a minute to find out.
         self.prompts, generation = open_text(self.report)
+        if picture_tokens is not None:
+            self.prompts.limit_pictures(picture_tokens)
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)
@@ -193,17 +198,21 @@ class LLM:
     @torch.inference_mode()
     def logits(
         self,
-        prompt: str | Sequence[int],
+        prompt: AnyPrompt,
         images: Sequence[Image.Image] = (),
         sounds: Sequence[Wave] = (),
         videos: Sequence[bytes] = (),
     ) -> Tensor:
         """Logits after the soft-cap at every position of `prompt`: `[tokens, vocab_size]`, float32.
 
-        See `Prompts.raw` for what a prompt may hold. It goes through a cache of its own, in the
-        chunks in which serving would compute it.
+        See `Prompts.raw` for what a prompt may hold; a `Prompt` has its media already. It goes
+        through a cache of its own, in the chunks in which serving would compute it.
         """
-        full = self.prompts.raw(prompt, images, sounds, videos)
+        if isinstance(prompt, Prompt):
+            assert not any((images, sounds, videos))
+            full = prompt
+        else:
+            full = self.prompts.raw(prompt, images, sounds, videos)
         text, length = self.config.text, len(full.tokens)
         if length > text.max_positions:
             raise RequestError(

@@ -13,8 +13,13 @@ from PIL import Image
 
 from cabochon.config import Gemma4Config
 from cabochon.engine.request import Prompt
-from cabochon.errors import RequestError
-from cabochon.gemma4.pictures import Picture, PictureProcessor, decode_picture
+from cabochon.errors import CabochonError, RequestError
+from cabochon.gemma4.pictures import (
+    SOFT_TOKEN_BUDGETS,
+    Picture,
+    PictureProcessor,
+    decode_picture,
+)
 from cabochon.gemma4.sounds import SAMPLE_RATE, Sound, SoundProcessor, Wave, decode_sound
 from cabochon.gemma4.videos import Video, VideoProcessor
 from cabochon.text.chat import ChatTemplate
@@ -69,6 +74,18 @@ class Prompts:
             _Kind(ids.audio, ids.audio_start, ids.audio_end, "audio"),
             _Kind(ids.video, ids.image_start, ids.image_end, "video"),
         )
+
+    def limit_pictures(self, soft_tokens: int) -> None:
+        """Let a picture take this many soft tokens instead of what the checkpoint says.
+
+        Raises:
+            CabochonError: not one of the numbers that Gemma 4 was trained with.
+        """
+        if soft_tokens not in SOFT_TOKEN_BUDGETS:
+            expected = ", ".join(map(str, SOFT_TOKEN_BUDGETS))
+            raise CabochonError(f"picture_tokens is {soft_tokens}, expected one of {expected}")
+        self.pictures = replace(self.pictures, max_soft_tokens=soft_tokens)
+        self.pictures.check(self.config.vision)
 
     def picture(self, image: Image.Image | bytes) -> Picture:
         """What the model sees of a picture, or of the bytes of an untrusted file of one.

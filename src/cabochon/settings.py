@@ -104,6 +104,13 @@ class EngineSettings(BaseModel):
         le=2**24,
         description="Tokens of prompt and answer; what the model allows without it",
     )
+    picture_tokens: int | None = Field(
+        None,
+        ge=70,
+        le=1120,
+        description="Tokens that a picture may take: 70, 140, 280, 560 or 1120; as the checkpoint"
+        " says without it, and 280 where it says nothing, as a GGUF does",
+    )
     weights_only: bool = Field(
         False, description="Leave activations as they are where a recipe quantizes them"
     )

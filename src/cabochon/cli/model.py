@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from cabochon.console import tell
 from cabochon.settings import Settings
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from cabochon.llm import LLM
 
 
@@ -45,29 +47,49 @@ def load(model: str | None, settings: Settings) -> LLM:
     return llm
 
 
+Progress = Callable[[int, int], None]
+
+
+def progress_bar(doing: str) -> AbstractContextManager[Progress]:
+    """How many bytes are done: a bar at a terminal; elsewhere a line every few seconds."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    columns = (DownloadColumn(), TransferSpeedColumn())
+    return _bar(doing, columns, lambda n, of: f"{n / 2**20:,.0f} of {of / 2**20:,.0f} MiB")
+
+
+def counter(doing: str) -> AbstractContextManager[Progress]:
+    """How many of a number of things are done, in the same way."""
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), TimeRemainingColumn())
+    return _bar(doing, columns, lambda n, of: f"{n:,} of {of:,}")
+
+
 @contextmanager
-def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar at a terminal; elsewhere a line every few seconds of what takes long."""
+def _bar(
+    doing: str, columns: Iterable[ProgressColumn], said: Callable[[int, int], str]
+) -> Iterator[Progress]:
     if not sys.stderr.isatty():
-        yield _Lines(doing)
+        yield _Lines(doing, said)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
+    shown = (TextColumn("{task.description}"), BarColumn(), *columns)
+    with Progress(*shown, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(doing)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class _Lines:
     SECONDS = 5.0
 
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-        self._said = time.monotonic()
+    def __init__(self, doing: str, said: Callable[[int, int], str]) -> None:
+        self._doing, self._said = doing, said
+        self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._said >= self.SECONDS:
-            self._said = time.monotonic()
-            tell(f"{self._doing}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+        if time.monotonic() - self._last >= self.SECONDS:
+            self._last = time.monotonic()
+            tell(f"{self._doing}: {self._said(done, total)}")

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from cabochon.errors import UnreadableError
-from cabochon.evaluate.tasks import read_text
 from cabochon.llm import LLM
+
+Progress = Callable[[int, int], None]  # done, and in all
 
 WINDOW = 512  # tokens that are predicted with what stands before them in the window
 
 
-def losses(llm: LLM, data: Path) -> list[float]:
-    """The mean loss in nats of each window of the text's tokens.
+def losses(
+    llm: LLM, text: str, limit: int | None = None, progress: Progress | None = None
+) -> Iterator[float]:
+    """The mean loss in nats of each window of the text's tokens, of the first `limit` windows.
 
     Each window begins anew with the beginning-of-sequence token. The last one, if it is not full,
     is left out, unless it is the only one.
 
     Raises:
-        UnreadableError: the file cannot be read, or holds less than two tokens.
+        UnreadableError: the text has less than two tokens.
     """
-    tokens = llm.prompts.tokenizer.encode(read_text(data))
+    tokens = llm.prompts.tokenizer.encode(text)
     if len(tokens) < 2:
-        raise UnreadableError(f"{data} holds {len(tokens)} tokens, too few to predict any")
+        raise UnreadableError(f"the text has {len(tokens)} tokens, too few to predict any")
     start = llm.prompts.tokenizer.token_id("<bos>")
     first = [] if start is None else [start]
-    return [_loss(llm, [*first, *window]) for window in _windows(tokens, _size(llm))]
+    windows = list(_windows(tokens, _size(llm)))[:limit]
+    for done, window in enumerate(windows, 1):
+        yield _loss(llm, [*first, *window])
+        if progress is not None:
+            progress(done, len(windows))
 
 
 def _size(llm: LLM) -> int:

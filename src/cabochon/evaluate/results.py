@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cabochon.evaluate.perplexity import perplexity
 from cabochon.evaluate.statistics import Interval, mean, paired, share
+from cabochon.evaluate.tasks import Question
 
 SCHEMA = 1  # of the JSON
+
+Table = list[list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,10 @@ class Answer:
     text: str
     finish_reason: str
     right: bool
+    tokens: tuple[int, ...] = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "finish_reason": self.finish_reason, "right": self.right}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +47,36 @@ class Accuracy:
     """Models on a task, the first of which the others are compared with."""
 
     task: str
+    questions: tuple[Question, ...]
     scores: tuple[Scores, ...]
 
-    def table(self) -> list[list[str]]:
+    def tables(self) -> Iterator[Table]:
+        yield self._models()
+        if len({question.kind for question in self.questions}) > 1:
+            yield self._kinds()
+
+    def _kinds(self) -> Table:
+        """What each model scored on questions of each kind, the most frequent first."""
+        kinds = [question.kind for question in self.questions]
+        rows = [["kind", "questions", *(scores.model for scores in self.scores)]]
+        for kind, count in Counter(kinds).most_common():
+            right = (
+                sum(good for good, of in zip(scores.right, kinds, strict=True) if of == kind)
+                for scores in self.scores
+            )
+            rows.append([kind or "other", str(count), *(f"{n / count:.2%}" for n in right)])
+        return rows
+
+    def _models(self) -> Table:
         first = self.scores[0]
         rows = [
             ["model", "right", "accuracy", "95 %", "against the first", "95 %", "lost", "gained",
-             "McNemar p", "unfinished"]
+             "McNemar p", "cut off", "refused"]
         ]  # fmt: skip
         for scores in self.scores:
             found = share(sum(scores.right), len(scores.right))
             right = f"{sum(scores.right)}/{len(scores.right)}"
-            cut = sum(answer.finish_reason == "length" for answer in scores.answers)
+            reasons = Counter(answer.finish_reason for answer in scores.answers)
             row = [scores.model, right, f"{found.value:.2%}", _bounds(found)]
             if scores is first:
                 row += [""] * 5
@@ -58,7 +84,7 @@ class Accuracy:
                 gap = paired(first.right, scores.right)
                 row += [f"{gap.difference.value:+.2%}", _bounds(gap.difference)]
                 row += [str(gap.lost), str(gap.gained), f"{gap.p:.3f}"]
-            rows.append([*row, str(cut)])
+            rows.append([*row, str(reasons["length"]), str(reasons["refused"])])
         return rows
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,6 +92,10 @@ class Accuracy:
         return {
             "schema": SCHEMA,
             "task": self.task,
+            "questions": [
+                {"where": q.where, "text": q.text, "wanted": q.wanted, "kind": q.kind}
+                for q in self.questions
+            ],
             "models": [
                 {
                     "model": scores.model,
@@ -74,7 +104,7 @@ class Accuracy:
                     "against_first": None
                     if scores is first
                     else asdict(paired(first.right, scores.right)),
-                    "answers": [asdict(answer) for answer in scores.answers],
+                    "answers": [answer.as_dict() for answer in scores.answers],
                 }
                 for scores in self.scores
             ],
@@ -96,7 +126,7 @@ class Perplexities:
     task: str
     scores: tuple[Losses, ...]
 
-    def table(self) -> list[list[str]]:
+    def tables(self) -> Iterator[Table]:
         rows = [["model", "windows", "perplexity", "95 %", "loss against the first", "95 %"]]
         first = self.scores[0]
         for scores in self.scores:
@@ -108,7 +138,7 @@ class Perplexities:
                 gap = mean(self._gaps(scores))
                 row += [f"{gap.value:+.4f}", f"{gap.low:+.4f} to {gap.high:+.4f}"]
             rows.append(row)
-        return [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+        yield [row + [""] * (len(rows[0]) - len(row)) for row in rows]
 
     def _gaps(self, scores: Losses) -> Sequence[float]:
         first = self.scores[0].windows

@@ -4,7 +4,7 @@
 |---|---|---|
 | `gsm8k` | JSON lines: `question`, and `answer` that ends in `#### 42` | the last number is that |
 | `screenspot-pro` | its annotations, with `images` beside their folder | the point is in the box |
-| `pictures` | JSON lines: `image` (a file beside them), `question`, `answer` | word for word |
+| `questions` | JSON lines: `question`, `answer`, perhaps `image` and `kind` | word for word |
 | `perplexity` | any text | see `perplexity.py` |
 """
 
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from cabochon.errors import UnreadableError
 from cabochon.files import parse_json
@@ -27,15 +29,26 @@ COORDINATE = re.compile(r"\d+(?:\.\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked, with a picture or without, and whether an answer is right."""
+    """What is asked, with a picture or without, and whether an answer is right.
 
+    Attributes:
+        where: file and line, for errors.
+        wanted: the right answer, for people.
+        kind: what it is counted under beside the whole; empty if all are alike.
+    """
+
+    where: str
     text: str
+    wanted: str
     right: Check
     image: Path | None = None
+    kind: str = ""
 
 
 def read(task: str, data: Path) -> Iterator[Question]:
     """The questions of `task` in the file or folder `data`, in their order.
+
+    Of pictures only the headers are read.
 
     Raises:
         UnreadableError: it cannot be read, or is not in the task's format; with file and line.
@@ -49,7 +62,8 @@ def _gsm8k(data: Path) -> Iterator[Question]:
         wanted = None if found is None else _number(found[1])
         if wanted is None:
             raise UnreadableError(f"{where}: the answer does not end in '#### ' and a number")
-        yield Question(row["question"] + GSM8K_PROMPT, _last_number_is(wanted))
+        text = row["question"] + GSM8K_PROMPT
+        yield Question(where, text, f"{wanted:g}", _last_number_is(wanted))
 
 
 GSM8K_PROMPT = "\n\nThink step by step. End with a line that has only '#### ' and the number."
@@ -71,12 +85,36 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _pictures(data: Path) -> Iterator[Question]:
-    for where, row in _lines(data, "image", "question", "answer"):
-        image = data.parent / row["image"]
-        if not image.is_file():
-            raise UnreadableError(f"{where}: there is no picture {image}")
-        yield Question(row["question"], _is(row["answer"]), image)
+def _questions(data: Path) -> Iterator[Question]:
+    for where, row in _lines(data, "question", "answer"):
+        image, kind = (_text(where, row, key) for key in ("image", "kind"))
+        yield Question(
+            where,
+            row["question"],
+            row["answer"],
+            _is(row["answer"]),
+            None if image is None else _picture(where, data.parent, image),
+            kind or "",
+        )
+
+
+def _text(where: str, row: Mapping[str, Any], key: str) -> str | None:
+    value = row.get(key)
+    if not (value is None or isinstance(value, str)):
+        raise UnreadableError(f"{where}: expected text under {key!r}")
+    return value
+
+
+def _picture(where: str, folder: Path, name: str) -> Path:
+    """The file `name` in `folder`, of which at least the header is a picture's."""
+    path = folder / name
+    if ".." in Path(name).parts or not path.is_file():
+        raise UnreadableError(f"{where}: there is no picture {path}")
+    try:
+        Image.open(path).close()
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UnreadableError(f"{where}: {path} is no picture that can be read: {error}") from None
+    return path
 
 
 def _is(wanted: str) -> Check:
@@ -109,11 +147,10 @@ def _click(where: str, row: Mapping[str, Any], images: Path) -> Question:
     box, size = _numbers(row.get("bbox"), 4), _numbers(row.get("img_size"), 2)
     if box is None or size is None:
         raise UnreadableError(f"{where}: expected bbox of 4 numbers and img_size of 2")
-    image = images / name
-    if ".." in Path(name).parts or not image.is_file():
-        raise UnreadableError(f"{where}: there is no picture {image}")
+    image = _picture(where, images, name)
     text = SCREENSPOT_PROMPT.format(instruction=instruction)
-    return Question(text, _within(box, size), image)
+    wanted, kind = f"within {box} of {size}", _text(where, row, "ui_type") or ""
+    return Question(where, text, wanted, _within(box, size), image, kind)
 
 
 def _within(box: list[float], size: list[float]) -> Check:
@@ -194,5 +231,5 @@ def read_text(path: Path) -> str:
 TASKS: Mapping[str, Callable[[Path], Iterator[Question]]] = {
     "gsm8k": _gsm8k,
     "screenspot-pro": _screenspot_pro,
-    "pictures": _pictures,
+    "questions": _questions,
 }

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cabochon import __version__
 from cabochon.load.groups import group_of
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
@@ -75,17 +76,19 @@ class Comparison:
     def page(self, command: str) -> str:
         """One HTML page; `command` makes it again."""
         page = Page(f"Weights of {self.path.name}")
+        facts = {"checkpoint": str(self.path), "matrices": str(len(self.sites))}
         if self.original is not None:
-            page.paragraph(f"Compared with {self.original}.", soft=True)
+            facts["against"] = str(self.original)
+        page.facts(facts | {"cabochon": __version__})
         page.code(command)
-        page.heading("Groups")
-        page.table(COLUMNS, self.rows)
+        page.heading("By kind")
+        page.table("", COLUMNS, self.rows)
         if self.worst:
             page.heading("Loss along depth")
             caption = "Signal to noise of each matrix against the original; higher is closer."
             page.figure(scatter(self._along_depth(), "layer", "dB"), caption)
             page.heading("The worst matrices")
-            page.table(WORST_COLUMNS, [_worst(site) for site in self.worst[:MOST]])
+            page.table("", WORST_COLUMNS, [_worst(site) for site in self.worst[:MOST]])
         page.heading("Remarks")
         for text in self.remarks or ("None: no dead groups, no codes crowded at their ends.",):
             page.paragraph(text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from cabochon.verify.page import Page, verdict
+from cabochon import __version__
+from cabochon.load.printed import describe
+from cabochon.verify.page import Cell, Page, picture, verdict
+from cabochon.verify.probes import QUESTION, TEXT, rectangle
 from cabochon.verify.stage import Stage, Table
 from cabochon.verify.verification import Verification
 
@@ -48,18 +51,46 @@ def _aligned(table: Table) -> Iterator[str]:
 def page(found: Verification, command: str) -> str:
     """One HTML page; `command` makes it again."""
     made = Page(f"Verification of {found.path.name}")
-    made.paragraph(verdict(found.passed, "Verified." if found.passed else "Not verified."))
-    if found.against is not None:
-        made.paragraph(f"Against {found.against}.", soft=True)
+    made.facts(_about(found))
+    made.table("", SUMMARY, [_line(stage) for stage in found.stages])
     made.code(command)
-    made.heading("Plan")
-    made.table(PLAN, _plan(found))
+    made.heading("How it is stored")
+    made.table("", PLAN, _plan(found))
+    made.heading("What it was shown")
+    made.paragraph(TEXT, soft=True)
+    if found.report.identity is not None and "pictures" in found.report.identity.takes:
+        colours = ("red", "blue")
+        made.gallery((picture(rectangle(c)), f"{QUESTION} (a {c} rectangle)") for c in colours)
     for stage in found.stages:
         _add(made, stage)
     return made.text()
 
 
+SUMMARY = ("stage", "verdict", "seconds", "found")
 PLAN = ("group", "stored as", "bits", "matrices", "MB")
+
+
+def _about(found: Verification) -> Mapping[str, Cell]:
+    report = found.report
+    words = "Verified" if found.passed else "Not verified"
+    facts: dict[str, Cell] = {
+        "verdict": verdict(found.passed, words),
+        "checkpoint": str(found.path),
+    }
+    if found.against is not None:
+        facts["against"] = str(found.against)
+    if report.identity is not None:
+        facts["model"] = describe(report.identity)
+    facts["made by"] = report.producer.name
+    facts["plan"] = str(report.hash)
+    return facts | {"cabochon": __version__}
+
+
+def _line(stage: Stage) -> Sequence[Cell]:
+    if not stage.run:
+        return (stage.name, stage.verdict, "", stage.finding.summary)
+    word = verdict(stage.passed, stage.verdict)
+    return (stage.name, word, f"{stage.seconds:.1f}", stage.finding.summary)
 
 
 def _plan(found: Verification) -> Sequence[Sequence[str]]:
@@ -71,13 +102,13 @@ def _plan(found: Verification) -> Sequence[Sequence[str]]:
 
 def _add(made: Page, stage: Stage) -> None:
     finding = stage.finding
-    made.heading(stage.name.capitalize())
-    made.paragraph(verdict(stage.passed, f"{stage.verdict.capitalize()}."))
-    made.paragraph(f"{finding.summary} ({stage.seconds:.1f} s)", soft=True)
+    if not stage.run:
+        return
+    made.heading(stage.name.capitalize(), verdict(stage.passed, stage.verdict))
+    made.paragraph(finding.summary, soft=True)
     for sentence in (*finding.faults, *finding.facts):
         made.paragraph(sentence)
     for drawing, caption in finding.figures:
         made.figure(drawing, caption)
     for title, table in finding.tables.items():
-        made.paragraph(title, soft=True)
-        made.table(table.columns, table.rows)
+        made.table(title, table.columns, table.rows)
