@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE, FIXTURES, NVFP4, QUANTIZED, Config, Tensors, altered, load_model
+from checkpoints import (
+    DENSE,
+    FIXTURES,
+    NVFP4,
+    QUANTIZED,
+    Config,
+    Tensors,
+    altered,
+    config_of,
+    load_model,
+    tensors_of,
+)
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 from known import Known
@@ -15,6 +26,7 @@ from known import Known
 MOE = FIXTURES / "26b-w4a16"
 MOE_NVFP4 = FIXTURES / "26b-nvfp4"
 MIXED = FIXTURES / "12b-mixed"
+FP8 = FIXTURES / "26b-fp8-all"
 MOBILE = FIXTURES / "e2b-mobile"
 FP8_HEAD = preset_name_to_scheme("FP8_DYNAMIC", ["lm_head"])
 TEXT = "model.language_model"
@@ -47,6 +59,22 @@ def cached(*leaves: str) -> Callable[[Tensors], object]:
             tensors.update({layer + leaf: torch.tensor([0.05]) for leaf in leaves})
 
     return change
+
+
+def attention_in_fp8(tensors: Tensors) -> None:
+    for name in [n for n in tensors if TEXT in n and "self_attn" in n and "norm" not in n]:
+        del tensors[name]
+    stored = tensors_of(FP8)
+    tensors.update({n: stored[n] for n in stored if TEXT in n and "self_attn" in n})
+    cached("k_scale", "v_scale")(tensors)
+
+
+def claiming_both(config: Config) -> None:
+    (group,) = config["quantization_config"]["config_groups"].values()
+    (other,) = config_of(FP8)["quantization_config"]["config_groups"].values()
+    said = {"format": "float-quantized", "targets": ["re:.*language_model.*self_attn.*"]}
+    config["quantization_config"]["config_groups"] = {"group_0": other | said, "group_1": group}
+    config["quantization_config"]["format"] = "mixed-precision"
 
 
 def kv_scheme(config: Config) -> None:
@@ -136,7 +164,7 @@ KNOWN = (
     Known(
         "llm-compressor #2714, vLLM 0.21",
         "FP8 router, vision tower and projector: a recipe without an ignore list",
-        FIXTURES / "26b-fp8-all",
+        FP8,
     ),
     Known("tpu-inference #3542", "int4 experts, which are not dense", MOE),
     Known(
@@ -146,6 +174,15 @@ KNOWN = (
         cached("k_scale", "v_scale"),
         kv_scheme,
         noted=("kv_cache_scheme is not used", "8-bit float per tensor", "scales of a quantized KV"),
+    ),
+    Known(
+        "FreeToken #492, #493",
+        "the same of 26B-A4B: experts in NVFP4 too",
+        MOE_NVFP4,
+        attention_in_fp8,
+        claiming_both,
+        noted=("scales of a quantized KV",),
+        swapped=(r"language_model.*self_attn", FP8),
     ),
     Known(
         "compressed-tensors 0.6",

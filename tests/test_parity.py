@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from cabochon import LLM, SamplingParams
 from cabochon.config import PatchConfig
+from cabochon.config.types import PictureSight
 from cabochon.engine.request import Prompt
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.sounds import Wave
-from cabochon.nn.attention import KeyValues
+from cabochon.nn.attention import KeyValues, visible
 from cabochon.nn.experts import Experts
 from cabochon.nn.norm import RMSNorm
 from cabochon.nn.weight import DenseWeight
@@ -177,6 +178,7 @@ class Fault(NamedTuple):
     member: str
     inject: Callable[[Gemma4], None]
     first: str
+    report: str  # of an engine that made it
 
 
 FAULTS: dict[str, Fault] = {}
@@ -184,9 +186,10 @@ LAYER = "model.language_model.layers.0"
 FULL = "model.language_model.layers.2"
 
 
-def fault(member: str, first: str) -> Callable[[Callable[[Gemma4], None]], None]:
+def fault(member: str, first: str, report: str = "") -> Callable[[Callable[[Gemma4], None]], None]:
     def register(inject: Callable[[Gemma4], None]) -> None:
-        FAULTS[inject.__name__] = Fault(member, inject, first)
+        name = f"{report} {inject.__name__}".strip()
+        FAULTS[name] = Fault(member, inject, first, report)
 
     return register
 
@@ -202,7 +205,7 @@ def gate_and_up_swapped(model: Gemma4) -> None:
     mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
 
 
-@fault("e2b", f"{LAYER}.mlp.down_proj")
+@fault("e2b", f"{LAYER}.mlp.down_proj", "vLLM #41574")
 def silu_for_gelu(model: Gemma4) -> None:
     mlp: Any = model.get_submodule(f"{LAYER}.mlp")
     silu = nn.functional.silu
@@ -236,7 +239,7 @@ def values_after_the_key_norm(model: Gemma4) -> None:
     attention.v_norm.forward = lambda x: plain(norm.forward(x))
 
 
-@fault("26b", f"{LAYER}.experts")
+@fault("26b", f"{LAYER}.experts", "vLLM #42250")
 def per_expert_scale_skipped(model: Gemma4) -> None:
     router: Any = model.get_submodule(f"{LAYER}.router")
     router.per_expert_scale = nn.Parameter(torch.ones_like(router.per_expert_scale))
@@ -251,7 +254,13 @@ def halves_of_experts_swapped(model: Gemma4) -> None:
     experts.gate_up_proj.weight = DenseWeight(halves.flatten(0, 2))
 
 
-@fault("e2b", "model.embed_vision.embedding_pre_projection_norm")
+@fault("e2b", f"{LAYER}.per_layer_projection", "transformers #45207")
+def inputs_of_layers_not_scaled(model: Gemma4) -> None:
+    """The table's rows are multiplied with the root of their width, 16 in the real ones."""
+    model.get_submodule("model.language_model.embed_tokens_per_layer").scale = 1.0
+
+
+@fault("e2b", "model.embed_vision.embedding_pre_projection_norm", "vLLM #40411")
 def norm_behind_the_projection(model: Gemma4) -> None:
     embedder: Any = model.get_submodule("model.embed_vision")
     norm = embedder.embedding_pre_projection_norm
@@ -265,6 +274,22 @@ def test_a_fault_is_found_where_it_is(references: References, fault: Fault) -> N
         fault.inject(llm.runner.model)
         differing = compare(*traces(llm, references(fault.member), CASES["picture"]))
     assert differing[0].startswith(fault.first + ":")
+
+
+@pytest.mark.parametrize(("sight", "first"), [("causal", LAYER), ("window", FULL)])
+def test_vllm_40534_47217_pictures_are_seen_forwards_in_sliding_layers_alone(
+    references: References, sight: PictureSight, first: str
+) -> None:
+    """One sight in all layers shows in the first whose own is another."""
+
+    def other(*given: Any) -> Tensor:
+        queries, keys, window, _, *spans = given
+        return visible(queries, keys, window, sight, *spans)
+
+    with LLM(FIXTURES / "31b-bf16", dtype="float32") as llm, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cabochon.engine.cache.visible", other)
+        differing = compare(*traces(llm, references("31b"), CASES["picture"]))
+    assert differing[0].startswith(f"{first}.self_attn.o_proj:")
 
 
 @pytest.mark.parametrize("member", ["e2b", "12b", "31b"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from cabochon.load.plan import LoadPlan
 
+
 @dataclass(frozen=True, slots=True)
 class CacheScale:
     """One stored tensor, mostly a single number: the scale of one layer's keys or values."""

@@ -47,7 +47,9 @@ class _Placed:
     def drop(self, meta: TensorMeta, where: str, reason: str) -> None:
         if reason == KV_SCALES and meta.dtype not in KV_DTYPES:  # its values are told of
             expected = " or ".join(sorted(KV_DTYPES))
-            self.problems.append(Problem("DTYPE", meta.name, f"is {meta.dtype}, expected {expected}"))
+            self.problems.append(
+                Problem("DTYPE", meta.name, f"is {meta.dtype}, expected {expected}")
+            )
         else:
             self.dropped.append(Dropped(meta, where, reason))
 
