@@ -240,3 +240,17 @@ def test_a_scale_of_the_cache_in_a_strange_dtype_is_refused(tmp_path: Path) -> N
     text = inspect_checkpoint(altered(tmp_path, W4A16, tensors=change)).text()
     assert "DTYPE" in text
     assert f"{ATTENTION.format(1)}.k_scale" in text
+
+
+def test_clip_bounds_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
+    """Between them there is nothing, and every activation would be one number."""
+    layer = "model.vision_tower.encoder.layers.1.mlp.up_proj"
+
+    def change(tensors: Tensors) -> None:
+        low, high = f"{layer}.input_min", f"{layer}.input_max"
+        tensors[low], tensors[high] = tensors[high], tensors[low]
+
+    folder = altered(tmp_path, DENSE, tensors=change)
+    for load in (certified, lambda f: certify(plan_of(f))):
+        with pytest.raises(LoadError, match=layer.replace(".", r"\.") + r"\.input_min is"):
+            load(folder)

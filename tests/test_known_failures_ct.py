@@ -20,8 +20,13 @@ from checkpoints import (
     tensors_of,
 )
 from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 from known import Known
+from test_schemes import check, compressed, upstream
+
+from cabochon.quant.packed_int import PackedInt
+from cabochon.quant.scheme import Site
 
 MOE = FIXTURES / "26b-w4a16"
 MOE_NVFP4 = FIXTURES / "26b-nvfp4"
@@ -238,6 +243,15 @@ KNOWN = (
         config=format_in_the_groups,
     ),
     Known("tpu-inference #2236", "no format at all", FIXTURES / "26b-mxfp4", config=no_format),
+    Known(
+        "compressed-tensors",
+        "a sparsity_config over tensors that are not sparse",
+        QUANTIZED[0],
+        config=lambda config: config["quantization_config"].update(
+            sparsity_config={"format": "sparse-24-bitmask"}
+        ),
+        noted=("sparsity_config says format",),
+    ),
     Known("mlx-lm", "zero points, which it takes no file to have", FIXTURES / "e2b-w4a16-asym"),
     Known("mlx-lm", "8 bits, which it takes for 4", FIXTURES / "e2b-w8a16"),
     Known("compressed-tensors 0.6", "compression_config", QUANTIZED[0], config=older_key),
@@ -267,3 +281,15 @@ def test_a_packed_table_stays_packed() -> None:
     held = sum(buffer.nbytes for buffer in table.buffers())
     (read,) = (r for r in report.plan.sites if r.site.name.endswith("embed_tokens_per_layer"))
     assert held <= read.nbytes < read.site.out_features * read.site.in_features
+
+
+def test_hipfire_734_all_of_2816_columns_in_groups_of_256_count() -> None:
+    """Eleven groups, of which a kernel for eight skipped three."""
+    scheme, site = PackedInt(4, 256, True), Site("w", "linear", 40, 2816)
+    stored = compressed(scheme, site, torch.bfloat16)
+    expected = PackedQuantizationCompressor.decompress(stored, upstream(scheme))["weight"]
+    weight = scheme.build(stored, site)
+    check(weight, expected)
+    x = torch.zeros(2, 2816)
+    x[:, 2048:] = torch.randn(2, 768)
+    torch.testing.assert_close(weight.linear(x), x @ expected.float().T, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cabochon.checkpoint.folder import read_tensor
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.gemma4.model import Gemma4
-from cabochon.load.execute import blank, build_weight, fill_parameter, fill_site
+from cabochon.load.execute import blank, build_weight, check_bounds, fill_parameter, fill_site
 from cabochon.load.matrices import matrices
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, SiteRead
@@ -33,6 +33,7 @@ def in_file(plan: LoadPlan, *, dtype: torch.dtype) -> Gemma4:
     model, measure = blank(plan), Measure()
     for parameter in plan.parameters:
         fill_parameter(model, parameter, dtype, measure)
+    check_bounds(model)
     for matrix in matrices(plan):
         parts = [InFile(read) for read in matrix.reads]
         stored = parts[0] if matrix.reads[0].part is None else Stack(parts)
