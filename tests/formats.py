@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
-import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import google
 import torch
 from corruption import files, folders
 from known import Known
@@ -39,35 +45,48 @@ compressed-tensors' formats for all four architectures while they run.
 KNOWN_HEAD = """
 ## What broke elsewhere
 
-Each row is a test, named by the report it comes from.
+Each row is a test, named by the report it comes from. "Kernel" is what multiplies the matrices that
+are quantized; there is none where nothing loads, or where all is stored as floats.
 
-| report | layout | here |
+| report | layout | model | here | kernel |
+|---|---|---|---|---|
+"""
+
+FAULTS_HEAD = """
+## What no loader can see
+
+Each row is a mistake of an engine's model; a test makes it here, and comparison with transformers,
+module by module, finds it where it is ([tests/test_verify_transformers.py](../tests/test_verify_transformers.py)).
+
+| report | mistake | model |
 |---|---|---|
 """
 
+GOOGLE = HERE / "fixtures" / "thin" / "e2b-gemma"  # `google.checkpoint` makes it
 MEMBERS = {"e2b": "E2B", "12b": "12B", "26b": "26B-A4B", "31b": "31B"}
 
 
 def page() -> str:
-    return HEAD + "\n".join(["", *_layouts()]) + "\n" + KNOWN_HEAD + "\n".join(_known()) + "\n"
+    layouts, known, faults = ("\n".join(rows()) for rows in (_layouts, _known, _faults))
+    return f"{HEAD}\n{layouts}\n{KNOWN_HEAD}{known}\n{FAULTS_HEAD}{faults}\n"
 
 
 def _layouts() -> Iterator[str]:
-    yield "| producer | stored as | architectures | kernel |"
-    yield "|---|---|---|---|"
+    yield "| producer | stored as | models | verdict | kernel |"
+    yield "|---|---|---|---|---|"
     rows: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
     for path in (*folders(), *files()):
         report = plan_checkpoint(path)
         assert report.plan is not None
-        member = next(name for key, name in MEMBERS.items() if f"{key}-" in path.name)
         for read in first_of_each(report.plan.sites):
             key = (report.producer.name, read.stored_as)
             members, kernels = rows.setdefault(key, (set(), set()))
-            members.add(member)
+            members.add(_member(path))
             kernels.add(_kernel(build_weight(read, torch.float32)))
     for (producer, stored), (members, kernels) in sorted(rows.items()):
         ordered = [name for name in MEMBERS.values() if name in members]
-        yield f"| {producer} | {stored} | {', '.join(ordered)} | {', '.join(sorted(kernels))} |"
+        names, multiply = ", ".join(ordered), ", ".join(sorted(kernels))
+        yield f"| {producer} | {stored} | {names} | loads | {multiply} |"
 
 
 def first_of_each(sites: Iterable[SiteRead]) -> Iterable[SiteRead]:
@@ -89,19 +108,51 @@ def _kernel(weight: Weight) -> str:
     return _kernel(inner[0]) if inner else "PyTorch"
 
 
+def _member(path: Path) -> str:
+    """The model that a fixture, or a file or folder made of it, is a small one of."""
+    return next(name for key, name in MEMBERS.items() if f"{key}-" in path.name)
+
+
 def _known() -> Iterator[str]:
-    for file in sorted(HERE.glob("test_known_failures*.py")):
-        rows: Iterable[Known] = importlib.import_module(file.stem).KNOWN
-        for row in rows:
-            verdict = "refused" if row.refused else "loads"
-            if verdict == "loads" and row.noted:
-                verdict = "loads, with a note"
-            yield f"| {_linked(row.reference)} | {row.layout.replace('|', '/')} | {verdict} |"
+    with TemporaryDirectory() as room:
+        for file in sorted(HERE.glob("test_known_failures*.py")):
+            rows: Iterable[Known] = importlib.import_module(file.stem).KNOWN
+            for number, row in enumerate(rows):
+                yield _known_row(row, Path(room) / f"{file.stem}-{number}")
 
 
-def _linked(reference: str) -> str:
-    """Numbers as they are: a link would go to whichever repository shows the page."""
-    return re.sub(r"\s+", " ", reference)
+def _known_row(row: Known, folder: Path) -> str:
+    verdict = "refused" if row.refused else "loads, with a note" if row.noted else "loads"
+    kernels: set[str] = set()
+    if not row.refused:
+        whole = replace(row, source=whole_of(row.source))
+        report = plan_checkpoint(whole.make(folder))
+        assert report.plan is not None
+        found = first_of_each(report.plan.sites)
+        kernels = {_kernel(build_weight(read, torch.float32)) for read in found}
+    layout, kernel = row.layout.replace("|", "/"), ", ".join(sorted(kernels))
+    return f"| {row.reference} | {layout} | {_member(row.source)} | {verdict} | {kernel} |"
+
+
+@cache
+def whole_of(source: Path) -> Path:
+    """A fixture as it is, or put together where it is kept thin or made when it is needed."""
+    if source == GOOGLE:
+        room = Path(tempfile.mkdtemp(prefix="cabochon-"))
+        atexit.register(shutil.rmtree, room, ignore_errors=True)
+        return google.checkpoint(room / source.name)
+    if source.parent != GOOGLE.parent:
+        return source
+    return next(f for f in folders() if f.name == source.name and f.parent != source.parent)
+
+
+def _faults() -> Iterator[str]:
+    from test_verify_transformers import FAULTS
+
+    for name, fault in FAULTS.items():
+        if fault.report:
+            mistake = name.removeprefix(fault.report).strip().replace("_", " ")
+            yield f"| {fault.report} | {mistake} | {MEMBERS[fault.member]} |"
 
 
 if __name__ == "__main__":

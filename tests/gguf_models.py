@@ -20,11 +20,13 @@ FOLDER = FIXTURES / "gguf"
 MODELS: Mapping[str, tuple[Path, Path]] = {
     "e2b q4_1": (FOLDER / "e2b" / "e2b-q4_1.gguf", FIXTURES / "e2b-bf16"),
     "e2b every type": (FOLDER / "e2b-wide" / "e2b-q4_0.gguf", FOLDER / "e2b-wide"),
+    "12b every type": (FOLDER / "12b-wide" / "12b-q4_0.gguf", FOLDER / "12b-wide"),
     "12b split": (FOLDER / "12b" / "12b-q8_0-00001-of-00003.gguf", FIXTURES / "12b-bf16"),
     "26b q4_0": (FOLDER / "26b" / "26b-q4_0.gguf", FIXTURES / "26b-bf16"),
     "26b mxfp4": (FOLDER / "26b" / "26b-mxfp4.gguf", FIXTURES / "26b-bf16"),
     "26b nvfp4": (FOLDER / "nvfp4" / "26b-nvfp4.gguf", FOLDER / "nvfp4"),
-    "26b k-quants": (FOLDER / "26b-wide" / "26b-q4_k_m.gguf", FOLDER / "26b-wide"),
+    "26b every type": (FOLDER / "26b-wide" / "26b-q4_k_m.gguf", FOLDER / "26b-wide"),
+    "31b every type": (FOLDER / "31b-wide" / "31b-q4_0.gguf", FOLDER / "31b-wide"),
     "31b fused": (FOLDER / "31b" / "31b-q5_0.gguf", FIXTURES / "31b-bf16"),
 }
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 SOURCE = FIXTURES / "e2b-bf16"
 
-# As Google writes it for E2B, with numbers of layers cut to those of the fixture.
+# As Google writes it for E2B, with numbers of layers cut to those of the fixture, and the embedder
+# of the model without towers, for which Google has published none.
 CONFIG: dict[str, Any] = {
     "quant_method": "gemma",
     "num_bits": 4,
@@ -35,6 +36,7 @@ CONFIG: dict[str, Any] = {
     },
     "modules_to_not_convert": [
         "model.vision_tower.patch_embedder",
+        "model.vision_embedder",
         "model.audio_tower.subsample_conv_projection",
         "model.audio_tower.output_proj",
         "relative_k_proj",
@@ -80,12 +82,12 @@ def quantized(matrix: Tensor, bits: int, blocks: int) -> tuple[Tensor, Tensor]:
     return packed(numbers, bits), scale.flatten(1)
 
 
-def checkpoint(folder: Path, *, calibrated: bool = True) -> Path:
-    """`SOURCE` in Google's format; with scales of activations, or with 0.0 in their place."""
+def checkpoint(folder: Path, *, calibrated: bool = True, dense: Path = SOURCE) -> Path:
+    """`dense` in Google's format; with scales of activations, or with 0.0 in their place."""
     generator = torch.Generator().manual_seed(7)
-    config, made = config_of(SOURCE), Tensors()
+    config, made = config_of(dense), Tensors()
     layers = len(config["text_config"]["layer_types"])
-    source = tensors_of(SOURCE)
+    source = tensors_of(dense)
     source["lm_head.weight"] = source["model.language_model.embed_tokens.weight"]
     for name, tensor in source.items():
         module, _, leaf = name.rpartition(".")
@@ -112,6 +114,7 @@ def checkpoint(folder: Path, *, calibrated: bool = True) -> Path:
         made[f"model.language_model.layers.{layer}.self_attn.k_cache_scale"] = torch.tensor(0.1)
     config["quantization_config"] = CONFIG
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
-    config["vision_config"]["use_clipped_linears"] = False
-    config["audio_config"]["use_clipped_linears"] = False
+    for tower in ("vision_config", "audio_config"):
+        if config.get(tower) is not None:
+            config[tower]["use_clipped_linears"] = False
     return write(folder, made, config)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ class Known:
     """One layout that failed somewhere.
 
     It is refused with an error that has all of `refused` in it; or, without these, it loads, with
-    `noted` among its notes, and every matrix is that of `source`, or, where the name has
-    `swapped[0]` in it, that of the checkpoint `swapped[1]`.
+    `noted` among its notes, and every matrix is that of `source`, or, where `swapped[0]` (a regular
+    expression) is found in its name, that of the checkpoint `swapped[1]`.
     """
 
     reference: str  # "vLLM #41206"
@@ -42,8 +43,12 @@ class Known:
     def name(self) -> str:
         return f"{self.reference}: {self.layout}"
 
+    def make(self, folder: Path) -> Path:
+        """The checkpoint, in `folder`."""
+        return altered(folder, self.source, self.tensors, self.config)
+
     def check(self, folder: Path) -> None:
-        made = altered(folder, self.source, self.tensors, self.config)
+        made = self.make(folder)
         if self.refused:
             text = refusal(made)
             for part in self.refused:
@@ -59,7 +64,7 @@ class Known:
         expected = dict(load(self.source)[1])
         if self.swapped is not None:
             part, folder = self.swapped
-            expected |= {n: w for n, w in load(folder)[1].items() if part in n}
+            expected |= {n: w for n, w in load(folder)[1].items() if re.search(part, n)}
         assert not expected.keys() - found.keys()
         for name, weight in expected.items():
             assert torch.equal(found[name].dense(torch.float32), weight.dense(torch.float32)), name

@@ -9,6 +9,7 @@ import pytest
 import thin
 import torch
 from checkpoints import FIXTURES, Config, Tensors, altered, plan_of
+from conftest import MEMBERS
 from dequantized import check_answers, check_matrices
 from known import load, refusal
 
@@ -18,7 +19,10 @@ GATE = "model.language_model.layers.0.mlp.gate_proj"
 Q = f"{GATE}.qweight"
 
 
-@pytest.mark.parametrize("name", ["e2b-awq", "31b-awq"])
+MADE = [f"{member}-awq" for member in MEMBERS]
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_matrices_are_autoawqs(name: str, tmp_path: Path) -> None:
     folder = thin.whole(name, tmp_path)
     check_matrices(name, folder)
@@ -26,7 +30,7 @@ def test_matrices_are_autoawqs(name: str, tmp_path: Path) -> None:
     assert inspect_checkpoint(folder).loads
 
 
-@pytest.mark.parametrize("name", ["e2b-awq", "31b-awq"])
+@pytest.mark.parametrize("name", MADE)
 def test_answers(name: str, tmp_path: Path) -> None:
     folder = thin.whole(name, tmp_path / "made")
     check_answers(folder, thin.source_of(thin.THIN / name), tmp_path)

@@ -26,9 +26,11 @@ from checkpoints import (
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.load.certificate import Certificate
+from cabochon.load.certify import certify
 from cabochon.load.execute import execute
 from cabochon.load.fingerprint import plan_hash
 from cabochon.load.measure import Measure
+from cabochon.load.report import inspect_checkpoint
 from cabochon.load.values import check_blocks
 from cabochon.nn.linear import Embedding, Linear
 
@@ -193,3 +195,64 @@ def test_the_certificate_is_json_and_text() -> None:
     assert json.loads(json.dumps(found)) == found
     assert found["slots_planned"] == found["slots_filled"]
     assert certificate.fingerprint in certificate.text()
+
+
+ATTENTION = "model.language_model.layers.{}.self_attn"
+
+
+def with_cache_scales(*values: float) -> Callable[[Tensors], object]:
+    """Both spellings that others give layers 0 to 2; `values` are those of their keys."""
+
+    def change(tensors: Tensors) -> None:
+        for layer, value in enumerate(values):
+            tensors[f"{ATTENTION.format(layer)}.k_scale"] = torch.tensor([value])
+            tensors[f"{ATTENTION.format(layer)}.v_proj.v_scale"] = torch.tensor(0.5).bfloat16()
+
+    return change
+
+
+def test_scales_of_the_cache_are_read_told_and_not_used(tmp_path: Path) -> None:
+    folder = altered(tmp_path, W4A16, tensors=with_cache_scales(0.25, 0.125, 0.75))
+    certificate, plain = certified(folder), certified(W4A16)
+    found = {scale.name: (scale.least, scale.largest) for scale in certificate.kv_scales}
+    assert found == {
+        **{f"{ATTENTION.format(i)}.k_scale": (v, v) for i, v in enumerate((0.25, 0.125, 0.75))},
+        **{f"{ATTENTION.format(i)}.v_proj.v_scale": (0.5, 0.5) for i in range(3)},
+    }
+    assert "3 k_scale of a quantized KV cache, 0.125 to 0.75: not used" in certificate.text()
+    assert certificate.weights_hash == plain.weights_hash
+    assert plain.kv_scales == ()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_scale_of_the_cache_that_is_no_number_refuses_the_load(
+    tmp_path: Path, value: float
+) -> None:
+    folder = altered(tmp_path, W4A16, tensors=with_cache_scales(0.25, value))
+    with pytest.raises(LoadError, match=r"layers\.1\.self_attn\.k_scale"):
+        certified(folder)
+    with pytest.raises(LoadError, match=r"layers\.1\.self_attn\.k_scale"):
+        certify(plan_of(folder))
+
+
+def test_a_scale_of_the_cache_in_a_strange_dtype_is_refused(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{ATTENTION.format(1)}.k_scale"] = torch.ones(1, dtype=torch.int64)
+
+    text = inspect_checkpoint(altered(tmp_path, W4A16, tensors=change)).text()
+    assert "DTYPE" in text
+    assert f"{ATTENTION.format(1)}.k_scale" in text
+
+
+def test_clip_bounds_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
+    """Between them there is nothing, and every activation would be one number."""
+    layer = "model.vision_tower.encoder.layers.1.mlp.up_proj"
+
+    def change(tensors: Tensors) -> None:
+        low, high = f"{layer}.input_min", f"{layer}.input_max"
+        tensors[low], tensors[high] = tensors[high], tensors[low]
+
+    folder = altered(tmp_path, DENSE, tensors=change)
+    for load in (certified, lambda f: certify(plan_of(f))):
+        with pytest.raises(LoadError, match=layer.replace(".", r"\.") + r"\.input_min is"):
+            load(folder)

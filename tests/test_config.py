@@ -54,6 +54,7 @@ IMPOSSIBLE = {
     "sliding_attention.rope_theta is 0": rope(
         "sliding_attention", rope_type="default", rope_theta=0
     ),
+    "text_config.rope_scaling is": text(rope_scaling={"type": "yarn", "factor": 8}),
     "text_config.rms_norm_eps is -1": text(rms_norm_eps=-1),
     "text_config.rms_norm_eps is inf": text(rms_norm_eps=INFINITE),
     "text_config.rms_norm_eps is 1000": text(rms_norm_eps=10**400),

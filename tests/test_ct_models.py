@@ -9,8 +9,10 @@ import torch
 from checkpoints import FIXTURES, Config, altered, load_model
 from ct import Claims, decompress, decompressed, modules_of, oracle
 from guided import same_logits
+from spread import within_its_own
 from upstream import reference, same_answers
 
+from cabochon import LLM
 from cabochon.files import read_json_object
 from cabochon.load.report import inspect_checkpoint, plan_checkpoint
 
@@ -55,6 +57,15 @@ def test_every_matrix_is_what_upstream_decompresses(folder: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_answers(folder: Path, tmp_path: Path) -> None:
     same_logits(folder, oracle(folder, tmp_path))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_answers_left_to_themselves(folder: Path, tmp_path: Path) -> None:
+    """No layer of the oracle is given our activations: as near as it is to itself."""
+    with LLM(folder, dtype="float32") as llm:
+        prompt = llm.prompts.raw([2, 4, *range(300, 340), 5], ())
+        ours = llm.logits(list(prompt.tokens), ())
+    within_its_own(ours, oracle(folder, tmp_path), prompt)
 
 
 @pytest.mark.parametrize("name", ["e2b-w8a8", "26b-nvfp4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import google
 import pytest
 import torch
 from checkpoints import Config, Tensors, altered, config_of, plan_of, tensors_of
-from conftest import noise
+from conftest import FIXTURES, noise
+from ct import on_disk
 from known import load, refusal
 from reference import logits, relative_error
+from spread import within_its_own
 from torch.nn.functional import cosine_similarity
 from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear
 
@@ -26,8 +29,6 @@ GATE = "model.language_model.layers.0.mlp.gate_proj"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
-
     made = tmp_path_factory.mktemp("gemma")
     shutil.copytree(google.SOURCE, made, dirs_exist_ok=True)
     return google.checkpoint(made)
@@ -112,6 +113,35 @@ def test_answers(folder: Path, theirs: Any) -> None:
         ours = llm.logits(list(prompt.tokens), [noise(100, 60)])
     expected = logits(theirs, prompt)
     assert cosine_similarity(ours, expected, dim=-1).min() > 0.9999
+
+
+@pytest.mark.parametrize("member", ["12b", "26b", "31b"])
+def test_other_architectures(tmp_path: Path, member: str) -> None:
+    """Google has published E2B and E4B; its reader takes the others all the same."""
+    from transformers import AutoModelForImageTextToText
+
+    source = FIXTURES / f"{member}-bf16"
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    folder = google.checkpoint(tmp_path, dense=source)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",  # in which sums can be made in another order
+        output_loading_info=True,
+    )
+    assert not any(info.values()), info
+    _, found = load(folder)
+    modules = {on_disk(name, model): module for name, module in model.named_modules()}
+    quantized = {n: m for n, m in modules.items() if isinstance(m, QuantizedLinear)}
+    assert len(quantized) > 20
+    for name, module in quantized.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(found[name].dense(dtype), module._dequantize_weights(dtype)), name
+    with LLM(folder, dtype="float32") as llm:
+        prompt = llm.prompts.raw([2, 4, *range(300, 340), 5], ())
+        ours = llm.logits(list(prompt.tokens), ())
+    within_its_own(ours, model.eval(), prompt, wide=member != "26b")
 
 
 def test_weights_only(folder: Path, theirs: Any) -> None:

@@ -142,7 +142,7 @@ CHANGES: dict[str, tuple[Path, Change, str]] = {
     "a matrix turned": (E2B, turned("per_layer_model_proj.weight"), "per_layer_model_proj"),
     "integers": (E2B, integers("blk.1.attn_norm.weight"), "blk.1.attn_norm.weight"),
     "a type that is not read": (
-        MODELS["26b k-quants"][0],
+        MODELS["26b every type"][0],
         unread("blk.0.attn_q.weight"),
         "IQ2_XXS",
     ),

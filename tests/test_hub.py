@@ -385,6 +385,48 @@ def test_the_command_goes_through_the_environment(
     assert len(repository.requests) == asked
 
 
+def short(repository: Repository) -> None:
+    repository.sizes[WEIGHTS] = 1_000
+
+
+def cut_always(repository: Repository) -> None:
+    repository.faults = {WEIGHTS: [cut(4)] * 20}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (private, "HF_TOKEN"),
+        (gated, "accept the conditions"),
+        (busy, "after 7 seconds"),
+        (broken, "500"),
+        (short, WEIGHTS),
+        (cut_always, WEIGHTS),
+    ],
+)
+def test_the_command_says_what_went_wrong(
+    repository: Repository,
+    server: FakeHub,
+    tmp_path: Path,
+    change: Callable[[Repository], None],
+    words: str,
+) -> None:
+    change(repository)
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    fails(command("inspect", "org/tiny", **environment), 2, words)
+
+
+@pytest.mark.parametrize("flag", ["--json", "--tensors", "--card", "--weights-only"])
+def test_every_form_of_the_report_costs_headers_alone(
+    repository: Repository, server: FakeHub, tmp_path: Path, flag: str
+) -> None:
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    result = command("inspect", "org/tiny@v2", flag, **environment)
+    assert result.returncode == 0, result.stderr
+    assert "int4 g32" in result.stdout
+    assert repository.sent[WEIGHTS] < 200_000 < (repository.folder / WEIGHTS).stat().st_size
+
+
 GGUF = FIXTURES / "gguf"
 
 

@@ -17,6 +17,7 @@ E2B, E2B_DENSE = FIXTURES / "e2b-w4a16", FIXTURES / "e2b-bf16"
 UNIFIED, UNIFIED_DENSE = FIXTURES / "12b-w4a16", FIXTURES / "12b-bf16"
 MOE, MOE_DENSE = FIXTURES / "26b-w4a16", FIXTURES / "26b-bf16"
 LARGE = FIXTURES / "31b-w4a16"
+FP8 = FIXTURES / "26b-fp8-all"  # a recipe without an ignore list
 
 TEXT = "model.language_model"
 LAYER = f"{TEXT}.layers.0"
@@ -74,6 +75,29 @@ def zero_experts(tensors: Tensors) -> None:
         tensors[f"{at}.weight_scales"] = torch.ones(8, rows)
 
 
+def experts_elsewhere(tensors: Tensors) -> None:
+    for name in [n for n in tensors if ".experts." in n and ".down_proj." in n]:
+        tensors[name.replace(".down_proj.", ".w2.")] = tensors.pop(name)
+
+
+def explicit_values(tensors: Tensors) -> None:
+    """Values of their own in a layer whose keys are its values."""
+    for name in [n for n in tensors if f"{TEXT}.layers.2.self_attn.k_proj." in n]:
+        tensors[name.replace(".k_proj.", ".v_proj.")] = tensors[name].clone()
+
+
+def trellis(tensors: Tensors) -> None:
+    """EXL3 stores states of a trellis, and signs of rows and columns."""
+    name = f"{LAYER}.per_layer_input_gate"
+    out, width = tensors.pop(f"{name}.weight").shape
+    tensors[f"{name}.trellis"] = torch.zeros(width // 16, out // 16, 64, dtype=torch.int16)
+    tensors[f"{name}.suh"], tensors[f"{name}.svh"] = torch.ones(width), torch.ones(out)
+
+
+def drafter_inside(tensors: Tensors) -> None:
+    tensors["mtp.pre_projection.weight"] = torch.ones(8, 8)
+
+
 def text(**values: object) -> Callable[[Config], object]:
     return lambda config: config["text_config"].update(values)
 
@@ -92,6 +116,27 @@ def ignore(*entries: str) -> Callable[[Config], object]:
 
 def architecture(name: str) -> Callable[[Config], object]:
     return lambda config: config.update(architectures=[name])
+
+
+def older_schema(config: Config) -> None:
+    """`global_head_dim` and `num_global_key_value_heads`, as first released."""
+    text_config = config["text_config"]
+    (full, *_) = text_config.pop("per_layer_config").values()
+    text_config["global_head_dim"] = full["head_dim"]
+    if "num_key_value_heads" in full:
+        text_config["num_global_key_value_heads"] = full["num_key_value_heads"]
+
+
+def unclipped(config: Config) -> None:
+    for tower in ("vision_config", "audio_config"):
+        config[tower]["use_clipped_linears"] = False
+
+
+def expanded(config: Config) -> None:
+    """Full names of the linear layers of towers, which end in `.linear`."""
+    names = {n.removesuffix(".weight") for n in tensors_of(E2B) if n.endswith(".linear.weight")}
+    assert names
+    config["quantization_config"]["ignore"] = ["lm_head", *sorted(names)]
 
 
 def no_method(config: Config) -> None:
@@ -129,12 +174,34 @@ KNOWN = (
         tensors=without(".layers.2.router.per_expert_scale"),
         refused=("MISSING", "router.per_expert_scale"),
     ),
+    Known(
+        "vLLM #13784, #54052",
+        "experts whose matrices bear names of another model's",
+        MOE,
+        tensors=experts_elsewhere,
+        refused=("UNUSED", "experts.0.w2", "MISSING", "experts.down_proj"),
+    ),
+    Known(
+        "vLLM #41574",
+        "experts with another activation than Gemma 4's",
+        MOE,
+        config=text(hidden_activation="silu"),
+        refused=("text_config.hidden_activation", "gelu_pytorch_tanh"),
+    ),
     # Keys and values
     Known(
-        "vLLM #54917",
+        "vLLM #44788, #41385, #41504, #44797, #40117, #54917",
         "no k_norm, k_proj and v_proj in layers that share keys and values",
         E2B_DENSE,
     ),
+    Known(
+        "tpu-inference #3225",
+        "the same in Google's qat-q4_0-unquantized, whose quantization_config says nothing",
+        E2B_DENSE,
+        config=no_method,
+        noted=("no quant_method",),
+    ),
+    Known("tpu-inference #3225", "the same in the form of compressed-tensors", E2B),
     Known(
         "tpu-inference #3225",
         "redundant keys and values in layers that share them",
@@ -148,6 +215,13 @@ KNOWN = (
         UNIFIED,
     ),
     Known(
+        "TensorRT-LLM #16797",
+        "a v_proj of its own where values are keys",
+        UNIFIED,
+        tensors=explicit_values,
+        refused=("UNUSED", "layers.2.self_attn.v_proj", "take their values from k_proj"),
+    ),
+    Known(
         "vLLM #40606",
         "no v_proj where they are not",
         E2B,
@@ -155,7 +229,7 @@ KNOWN = (
         refused=("MISSING", "layers.1.self_attn.v_proj"),
     ),
     Known(
-        "vLLM #47473",
+        "vLLM #47473, #47507",
         "ignore and target entries for q_proj and k_proj alone",
         LARGE,
         config=ignore("re:.*self_attn\\.(q|k)_proj$", "lm_head"),
@@ -182,12 +256,28 @@ KNOWN = (
         tensors=without("embed_tokens_per_layer", "per_layer"),
         refused=("MISSING", "per_layer"),
     ),
+    Known(
+        "exllamav3 #253",
+        "a per_layer_input_gate of EXL3, whose quantization costs most there",
+        E2B_DENSE,
+        tensors=trellis,
+        config=lambda config: config.update(quantization_config={"quant_method": "exl3"}),
+        refused=("exl3", f"{LAYER}.per_layer_input_gate"),
+    ),
     # Towers and projectors
     Known(
         "vLLM #38875",
-        "clip bounds beside the tower's linears",
-        E2B,
+        "clip bounds beside the tower's linears, NVFP4",
+        FIXTURES / "e2b-nvfp4a16",
     ),
+    Known(
+        "mlx-lm gemma4",
+        "clip bounds that the configuration switches off",
+        E2B_DENSE,
+        config=unclipped,
+        noted=("use_clipped_linears is false",),
+    ),
+    Known("vLLM #43798", "quantized towers", FP8),
     Known(
         "vLLM #44571",
         "a vision embedder in floats under rules that do not name it",
@@ -207,6 +297,14 @@ KNOWN = (
         E2B,
         config=ignore("lm_head", "re:.*vision_tower.*self_attn\\.[qkvo]_proj$"),
         noted=("the file stores it dense",),
+    ),
+    Known("SGLang #33988", "ignore entries that are full names with .linear", E2B, config=expanded),
+    Known(
+        "llm-compressor #1306, vLLM #20066",
+        "a quantized tower that the rules leave out, in an older namespace or this one",
+        FP8,
+        config=ignore("re:vision_model\\..*", "re:.*vision_tower.*"),
+        noted=("matches nothing", "the tensors are fp8 channel"),
     ),
     Known(
         "llm-compressor #1306",
@@ -237,6 +335,7 @@ KNOWN = (
         config=no_method,
         noted=("no quant_method",),
     ),
+    Known("vLLM #51744, #49797", "the first schema of config.json", UNIFIED, config=older_schema),
     Known(
         "axolotl #3394",
         "keys under language_model. of the wrong wrapper class",
@@ -257,6 +356,13 @@ KNOWN = (
         E2B,
         config=architecture("Gemma4AssistantForCausalLM"),
         refused=("FOREIGN", "drafter"),
+    ),
+    Known(
+        "omlx #3536",
+        "a drafter merged into the file of its target",
+        E2B,
+        tensors=drafter_inside,
+        refused=("UNUSED", "mtp"),
     ),
     Known(
         "vLLM #45163",

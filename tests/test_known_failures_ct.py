@@ -7,14 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE, FIXTURES, NVFP4, QUANTIZED, Config, Tensors, altered, load_model
+from checkpoints import (
+    DENSE,
+    FIXTURES,
+    NVFP4,
+    QUANTIZED,
+    Config,
+    Tensors,
+    altered,
+    config_of,
+    load_model,
+    tensors_of,
+)
 from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import preset_name_to_scheme
 from known import Known
+from test_schemes import check, compressed, upstream
+
+from cabochon.quant.packed_int import PackedInt
+from cabochon.quant.scheme import Site
 
 MOE = FIXTURES / "26b-w4a16"
 MOE_NVFP4 = FIXTURES / "26b-nvfp4"
 MIXED = FIXTURES / "12b-mixed"
+FP8 = FIXTURES / "26b-fp8-all"
 MOBILE = FIXTURES / "e2b-mobile"
 FP8_HEAD = preset_name_to_scheme("FP8_DYNAMIC", ["lm_head"])
 TEXT = "model.language_model"
@@ -47,6 +64,22 @@ def cached(*leaves: str) -> Callable[[Tensors], object]:
             tensors.update({layer + leaf: torch.tensor([0.05]) for leaf in leaves})
 
     return change
+
+
+def attention_in_fp8(tensors: Tensors) -> None:
+    for name in [n for n in tensors if TEXT in n and "self_attn" in n and "norm" not in n]:
+        del tensors[name]
+    stored = tensors_of(FP8)
+    tensors.update({n: stored[n] for n in stored if TEXT in n and "self_attn" in n})
+    cached("k_scale", "v_scale")(tensors)
+
+
+def claiming_both(config: Config) -> None:
+    (group,) = config["quantization_config"]["config_groups"].values()
+    (other,) = config_of(FP8)["quantization_config"]["config_groups"].values()
+    said = {"format": "float-quantized", "targets": ["re:.*language_model.*self_attn.*"]}
+    config["quantization_config"]["config_groups"] = {"group_0": other | said, "group_1": group}
+    config["quantization_config"]["format"] = "mixed-precision"
 
 
 def kv_scheme(config: Config) -> None:
@@ -136,7 +169,7 @@ KNOWN = (
     Known(
         "llm-compressor #2714, vLLM 0.21",
         "FP8 router, vision tower and projector: a recipe without an ignore list",
-        FIXTURES / "26b-fp8-all",
+        FP8,
     ),
     Known("tpu-inference #3542", "int4 experts, which are not dense", MOE),
     Known(
@@ -146,6 +179,15 @@ KNOWN = (
         cached("k_scale", "v_scale"),
         kv_scheme,
         noted=("kv_cache_scheme is not used", "8-bit float per tensor", "scales of a quantized KV"),
+    ),
+    Known(
+        "FreeToken #492, #493",
+        "the same of 26B-A4B: experts in NVFP4 too",
+        MOE_NVFP4,
+        attention_in_fp8,
+        claiming_both,
+        noted=("scales of a quantized KV",),
+        swapped=(r"language_model.*self_attn", FP8),
     ),
     Known(
         "compressed-tensors 0.6",
@@ -201,6 +243,15 @@ KNOWN = (
         config=format_in_the_groups,
     ),
     Known("tpu-inference #2236", "no format at all", FIXTURES / "26b-mxfp4", config=no_format),
+    Known(
+        "compressed-tensors",
+        "a sparsity_config over tensors that are not sparse",
+        QUANTIZED[0],
+        config=lambda config: config["quantization_config"].update(
+            sparsity_config={"format": "sparse-24-bitmask"}
+        ),
+        noted=("sparsity_config says format",),
+    ),
     Known("mlx-lm", "zero points, which it takes no file to have", FIXTURES / "e2b-w4a16-asym"),
     Known("mlx-lm", "8 bits, which it takes for 4", FIXTURES / "e2b-w8a16"),
     Known("compressed-tensors 0.6", "compression_config", QUANTIZED[0], config=older_key),
@@ -230,3 +281,15 @@ def test_a_packed_table_stays_packed() -> None:
     held = sum(buffer.nbytes for buffer in table.buffers())
     (read,) = (r for r in report.plan.sites if r.site.name.endswith("embed_tokens_per_layer"))
     assert held <= read.nbytes < read.site.out_features * read.site.in_features
+
+
+def test_hipfire_734_all_of_2816_columns_in_groups_of_256_count() -> None:
+    """Eleven groups, of which a kernel for eight skipped three."""
+    scheme, site = PackedInt(4, 256, True), Site("w", "linear", 40, 2816)
+    stored = compressed(scheme, site, torch.bfloat16)
+    expected = PackedQuantizationCompressor.decompress(stored, upstream(scheme))["weight"]
+    weight = scheme.build(stored, site)
+    check(weight, expected)
+    x = torch.zeros(2, 2816)
+    x[:, 2048:] = torch.randn(2, 768)
+    torch.testing.assert_close(weight.linear(x), x @ expected.float().T, rtol=1e-4, atol=1e-4)

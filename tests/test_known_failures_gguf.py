@@ -25,14 +25,17 @@ class KnownGguf(Known):
     changed: str = ""  # a file of the folder; by itself the source
     original: Path | None = None  # the safetensors whose towers it has
 
-    def check(self, folder: Path) -> None:
+    def make(self, folder: Path) -> Path:
         made = folder / "model"
         shutil.copytree(self.source.parent, made)
-        path = made / self.source.name
         if self.tensors is not None or self.config is not None:
             name = self.changed or self.source.name
             changes: Any = (self.tensors, self.config)
             rewrite(self.source.with_name(name), made / name, *changes)
+        return made / self.source.name
+
+    def check(self, folder: Path) -> None:
+        path = self.make(folder)
         if self.refused:
             text = refusal(path)
             for part in self.refused:
@@ -95,7 +98,7 @@ KNOWN = (
     KnownGguf(
         "guoqingbao/xinfer #303",
         "rows that are no multiple of 256, for which K-quants fall back to blocks of 32",
-        MODELS["26b k-quants"][0],
+        MODELS["26b every type"][0],
         noted=("gguf q4_k", "gguf q5_0", "gguf q8_0"),
     ),
     KnownGguf(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import google
 import pytest
 import thin
 import torch
 from checkpoints import Config, Tensors
+from formats import GOOGLE, whole_of
 from known import Known, load
 
 from cabochon.nn.packed_int import PackedIntWeight
 
 THIN = thin.THIN
-GOOGLE = THIN / "e2b-gemma"  # made by `google.checkpoint` when it is needed
 MLX = "language_model.model"
 HF = "model.language_model"
 
@@ -202,24 +200,14 @@ KNOWN = (
 )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    @cache
-    def assemble(source: Path) -> Path:
-        folder = tmp_path_factory.mktemp(source.name)
-        return google.checkpoint(folder) if source == GOOGLE else thin.whole(source.name, folder)
-
-    return assemble
-
-
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
-def test_known(tmp_path: Path, known: Known, made: Callable[[Path], Path]) -> None:
-    replace(known, source=made(known.source)).check(tmp_path)
+def test_known(tmp_path: Path, known: Known) -> None:
+    replace(known, source=whole_of(known.source)).check(tmp_path)
 
 
-def test_mlx_node_73_the_per_layer_table_stays_in_its_bits(made: Callable[[Path], Path]) -> None:
+def test_mlx_node_73_the_per_layer_table_stays_in_its_bits() -> None:
     """Decoded at once, E2B's would be 9 GB; rows are decoded when they are looked up."""
-    report, found = load(made(GOOGLE))
+    report, found = load(whole_of(GOOGLE))
     assert report.plan is not None
     table = found[f"{HF}.embed_tokens_per_layer"]
     assert isinstance(table, PackedIntWeight)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import thin
 import torch
 from checkpoints import Config, Tensors, altered, load_model, plan_of, tensors_of
 from conftest import FIXTURES
@@ -29,10 +30,13 @@ from cabochon.nn.weight import Weight
 from cabochon.quant.modelopt_schemes import RowPairs
 from cabochon.quant.scheme import Site
 
-MADE = sorted(path.name for path in (FIXTURES / "modelopt").iterdir())
+WHOLE = sorted(path.name for path in (FIXTURES / "modelopt").iterdir())
+# Without what they share with their sources; of most of them only half of the layers is quantized.
+# ModelOpt (0.47.0) itself fails to export AWQ and SVDQuant of a mixture of experts.
+KEPT_THIN = sorted(path.name for path in thin.THIN.glob("*-modelopt-*"))
+MADE = [*WHOLE, *KEPT_THIN]
 TOKENS = [2, 4, *range(300, 340), 5]
 SCHEMES = {
-    "12b-nvfp4-weights": {"nvfp4 modelopt"},
     "26b-mixed": {"fp8 tensor, inputs fp8 static", "nvfp4 modelopt, inputs fp4 g16 e4m3"},
     "26b-nvfp4": {"nvfp4 modelopt, inputs fp4 g16 e4m3"},
     "31b-fp8-rows-kv": {"fp8 channel, inputs fp8 per token"},
@@ -48,6 +52,17 @@ SCHEMES = {
     },
     "e2b-fp8": {"fp8 tensor, inputs fp8 static"},
 }
+# What each form is in the files of other models.
+FORMS = {
+    "fp8": SCHEMES["e2b-fp8"],
+    "fp8-rows": SCHEMES["31b-fp8-rows-kv"],
+    "nvfp4": SCHEMES["26b-nvfp4"],
+    "nvfp4-weights": {"nvfp4 modelopt"},
+    "nvfp4-awq": SCHEMES["31b-nvfp4-awq"],
+    "nvfp4-svd": SCHEMES["31b-nvfp4-svd"],
+    "w4a16-awq": SCHEMES["31b-w4a16-awq"],
+    "w4a8-awq": SCHEMES["31b-w4a8-awq"],
+}
 MLP = "model.language_model.layers.1.mlp"
 
 
@@ -59,10 +74,16 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def complete(name: str, tmp_path: Path) -> Path:
     target = tmp_path / name
+    if name in KEPT_THIN:
+        return thin.whole(name, target)
     dense = FIXTURES / f"{name.partition('-')[0]}-bf16"
     ignored = shutil.ignore_patterns("model.safetensors", "config.json")
     shutil.copytree(dense, target, ignore=ignored)
     return Path(shutil.copytree(FIXTURES / "modelopt" / name, target, dirs_exist_ok=True))
+
+
+def schemes_of(name: str) -> set[str]:
+    return SCHEMES[name] if name in WHOLE else FORMS[name.partition("-modelopt-")[2]]
 
 
 def innermost(weight: Weight) -> Weight:
@@ -78,7 +99,7 @@ def test_every_matrix_is_what_modelopts_classes_decode(folder: Path) -> None:
     with safe_open(folder / "expected.safetensors", "pt") as file:
         digests = dict(file.metadata())
     quantized = [read for read in report.plan.sites if "weight_scale" in read.stored]
-    assert {read.stored_as for read in quantized} == SCHEMES[folder.name]
+    assert {read.stored_as for read in quantized} <= schemes_of(folder.name)
     for read in quantized:
         whole = model.get_submodule(read.site.name).weight
         weight = innermost(whole if read.part is None else whole.parts[read.part])
@@ -91,17 +112,19 @@ def test_every_matrix_is_what_modelopts_classes_decode(folder: Path) -> None:
 @pytest.mark.parametrize("folder", MADE, indirect=True)
 def test_answers_are_those_of_modelopts_arithmetic(folder: Path) -> None:
     with safe_open(folder / "expected.safetensors", "pt") as file:
-        expected = file.get_tensor("logits")
+        expected = file.get_tensor("logits").float()
+        worst, mean = file.get_tensor("spread").tolist()
     with LLM(folder, dtype="float32") as llm:
         found = llm.logits(TOKENS, [])
-    alike = cosine_similarity(found, expected, dim=-1)
-    assert alike.median() > 0.9999
-    # Corrections are added in another order, and one activation in a million is rounded to the
-    # other side, which moves all that follows it.
-    assert alike.min() > (0.99 if folder.name.endswith("svd") else 0.9999)
+    # Sums in another order move an activation in its last bits, one in a million is rounded to the
+    # other side then, and all that follows moves with it: ModelOpt's arithmetic is as far from
+    # itself.
+    apart = 1 - cosine_similarity(found.double(), expected.double(), dim=-1)
+    assert apart.max() < max(1e-4, 2 * worst)
+    assert apart.mean() < max(1e-4, 2 * mean)
 
 
-@pytest.mark.parametrize("name", [n for n in MADE if any("inputs" in s for s in SCHEMES[n])])
+@pytest.mark.parametrize("name", [n for n in WHOLE if any("inputs" in s for s in SCHEMES[n])])
 def test_weights_only_leaves_activations_as_they_are(name: str, tmp_path: Path) -> None:
     folder = complete(name, tmp_path)
     assert inspect_checkpoint(folder, weights_only=True).loads
@@ -324,9 +347,6 @@ def test_both_spellings_of_corrections_are_the_same(tmp_path: Path) -> None:
     assert not plan_of(folder).problems
 
 
-def files() -> Iterator[str]:
-    yield from MADE
-
-
 def test_the_fixtures_are_all_here() -> None:
-    assert set(files()) == set(SCHEMES)
+    assert set(WHOLE) == set(SCHEMES)
+    assert {name.partition("-modelopt-")[2] for name in KEPT_THIN} <= set(FORMS)

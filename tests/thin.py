@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 THIN = FIXTURES / "thin"
+# What stays as it is: what the producer leaves beside its tensors, and what it makes of them.
+BESIDE = ("hf_quant_config.json", "decoded.json", "expected.safetensors")
 
 
 def source_of(folder: Path) -> Path:
@@ -68,6 +70,8 @@ def whole(name: str, folder: Path) -> Path:
     """The checkpoint `name`, with tokenizer and all, as its producer wrote it."""
     thin = THIN / name
     shutil.copytree(source_of(thin), folder, dirs_exist_ok=True)
+    for beside in (thin / name for name in BESIDE if (thin / name).exists()):
+        shutil.copy(beside, folder)
     return write(folder, restored(thin, tensors_of(thin)), config_of(thin))
 
 
@@ -82,21 +86,29 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(octets).hexdigest()[:16]
 
 
+def same(tensor: Tensor, other: Tensor) -> bool:
+    """Bit for bit, in 8-bit floats too, which torch does not compare."""
+    described = tensor.dtype == other.dtype and tensor.shape == other.shape
+    return described and digest(tensor.reshape(-1)) == digest(other.reshape(-1))
+
+
 def thin(folder: Path) -> None:
     made, source = tensors_of(folder), tensors_of(source_of(folder))
     spelled = {spelling(folder)(name): tensor for name, tensor in source.items()}
-    same = {n for n, t in spelled.items() if n in made and torch.equal(made[n], t)}
-    kept = {name: tensor for name, tensor in made.items() if name not in same}
+    copied = {n for n, t in spelled.items() if n in made and same(made[n], t)}
+    kept = {name: tensor for name, tensor in made.items() if name not in copied}
     again = restored(folder, kept)
-    kept |= {name: made[name] for name in same if name not in again}
+    kept |= {name: made[name] for name in copied if name not in again}
     again = restored(folder, kept)
     assert again.keys() == made.keys(), again.keys() ^ made.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in made.items())
+    assert all(same(again[name], tensor) for name, tensor in made.items())
     out = THIN / folder.name
     out.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in kept.items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config_of(folder), indent=1) + "\n")
-    shutil.copy(folder / "decoded.json", out)
+    for name in BESIDE:
+        if (folder / name).exists():
+            shutil.copy(folder / name, out)
 
 
 if __name__ == "__main__":

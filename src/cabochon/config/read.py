@@ -91,6 +91,7 @@ def _special_tokens(section: Section) -> SpecialTokens:
 def _text(section: Section, unified: bool) -> TextConfig:
     section.only("hidden_activation", "gelu_pytorch_tanh")
     section.only("attention_bias", False)
+    section.only("rope_scaling")  # older models' way to say what rope_parameters says
     section.only("use_bidirectional_attention", "vision")
     softcap = section.number("final_logit_softcapping", 0.0)
     vocab_size, pad = section.size("vocab_size", 262_144), section.integer("pad_token_id", 0)

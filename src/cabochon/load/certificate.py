@@ -12,6 +12,7 @@ from typing import Any
 
 from cabochon.load.findings import Finding, findings
 from cabochon.load.fingerprint import SHORT
+from cabochon.load.kv_scales import CacheScale, told
 
 FAR = 256  # times a median: no quantizer's scales spread so far, and a damaged exponent's bit does
 
@@ -50,6 +51,7 @@ class Certificate:
     filled: int
     nbytes: int
     sites: tuple[SiteStatistics, ...] = field(repr=False)
+    kv_scales: tuple[CacheScale, ...] = ()  # of a cache that is not quantized here
 
     @property
     def fingerprint(self) -> str:
@@ -70,6 +72,7 @@ class Certificate:
             "slots_filled": self.filled,
             "bytes": self.nbytes,
             "sites": [site.as_dict() for site in self.sites],
+            "kv_scales": [scale.as_dict() for scale in self.kv_scales],
             "notes": [note.as_dict() for note in self.notes],
         }
 
@@ -85,6 +88,7 @@ class Certificate:
             f" {zeros / max(seen, 1):.2%} zeros; {seen:,} of {entries:,} entries looked at",
             f"  {sum(s.scales for s in self.sites):,} scales,"
             f" {sum(s.dead_groups for s in self.sites):,} of them zero",
+            *told(self.kv_scales),
         ]
         return "\n".join([*lines, *(line for note in self.notes for line in note.lines())])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cabochon.load.certificate import Certificate
-from cabochon.load.execute import Progress, blank, build_weight, fill_parameter
+from cabochon.load.execute import Progress, blank, build_weight, check_bounds, fill_parameter
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan
 
@@ -27,5 +27,6 @@ def certify(
             progress(done, plan.nbytes)
     for parameter in plan.parameters:
         fill_parameter(model, parameter, torch.float32, measure)
+    check_bounds(model)
     sites = {read.site.name for read in plan.sites}
     return measure.certificate(plan, len(sites) + len(plan.parameters))

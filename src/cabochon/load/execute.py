@@ -17,6 +17,7 @@ from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.transforms import transform
 from cabochon.load.values import Seen, check, check_finite
+from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
 
@@ -77,6 +78,7 @@ def execute(
             progress(done, plan.nbytes)
     for name, stored in parts.items():
         fill_site(model, name, Stack([stored[part] for part in sorted(stored)]))
+    check_bounds(model)
     return Loaded(model.eval(), measure.certificate(plan, _filled(model, plan)))
 
 
@@ -181,3 +183,17 @@ def fill_parameter(
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     else:
         setattr(module, leaf, tensor)
+
+
+def check_bounds(model: Gemma4) -> None:
+    """`LoadError` if a layer of a tower would let nothing through between its bounds."""
+    for name, module in model.named_modules():
+        if not isinstance(module, ClippableLinear) or not module.clipped:
+            continue
+        for end in ("input", "output"):
+            low, high = getattr(module, f"{end}_min"), getattr(module, f"{end}_max")
+            if low > high:
+                raise LoadError(
+                    f"{name}.{end}_min is {float(low):g}, above {end}_max, which is"
+                    f" {float(high):g}: all that is clipped to them would be one number"
+                )

@@ -12,7 +12,7 @@ from torch import Tensor
 from cabochon.checkpoint.folder import read_tensor
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.gemma4.model import Gemma4
-from cabochon.load.execute import blank, build_weight, fill_parameter, fill_site
+from cabochon.load.execute import blank, build_weight, check_bounds, fill_parameter, fill_site
 from cabochon.load.matrices import matrices
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, SiteRead
@@ -37,6 +37,7 @@ def in_file(
     model, measure = blank(plan), Measure()
     for parameter in plan.parameters:
         fill_parameter(model, parameter, dtype, measure)
+    check_bounds(model)
     for matrix in matrices(plan):
         if hold is None or matrix.reads[0].site.kind == "embedding":
             parts: list[Weight] = [InFile(read) for read in matrix.reads]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cabochon.load.certificate import FAR, Certificate, SiteStatistics, join
 from cabochon.load.fingerprint import plan_hash
+from cabochon.load.kv_scales import read_kv_scales
 from cabochon.load.plan import LoadPlan, SiteRead
 from cabochon.load.values import (
     Array,
@@ -96,6 +97,7 @@ class Measure:
             filled=filled,
             nbytes=plan.nbytes,
             sites=tuple(join(self._sites)),
+            kv_scales=read_kv_scales(plan),
         )
 
     def _entries(self, weight: Weight) -> tuple[int, float, int]:

@@ -15,7 +15,7 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import AudioConfig, Gemma4Config, VisionConfig
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import CLIP_BOUNDS
-from cabochon.quant.scheme import Site
+from cabochon.quant.scheme import FLOATS, Site
 
 # Prefixes met in files, and the canonical ones; the first that matches counts.
 _WRAPPERS = (
@@ -78,6 +78,7 @@ _RENAMES = (
 )
 
 KV_SCALES = "scales of a quantized KV cache; keys and values are kept in the compute dtype"
+KV_DTYPES = FLOATS | {"I8", "F8_E4M3"}  # zero points are of the cache's own dtype
 
 # ModelOpt writes them into the projections.
 _OF_THE_CACHE = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})

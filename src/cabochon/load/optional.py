@@ -24,20 +24,37 @@ _NUMBER = re.compile(r"\d+")
 def half_given(reads: Iterable[SiteRead], claims: Mapping[str, Claim]) -> Iterator[tuple[str, str]]:
     """The names of matrices that lack what others of their group have, and what that is."""
     rules: dict[str, list[SiteRead]] = {}
-    places: dict[str, list[SiteRead]] = {}
+    places: dict[tuple[str, ...], list[SiteRead]] = {}
+    reads = list(reads)
+    beside: dict[str, list[str]] = {}
+    for read in reads:
+        beside.setdefault(_parent(read), []).append(read.site.name.rpartition(".")[2])
     for read in reads:
         if isinstance(read.scheme, PackedInt | ByteCodes):
             rules.setdefault(claims[read.site.name].rule, []).append(read)
         if not isinstance(read.scheme, Dense):
-            places.setdefault(_NUMBER.sub("*", read.site.name), []).append(read)
+            places.setdefault(_place(read, beside), []).append(read)
     for rule, members in rules.items():
         kinds = (PackedInt, ByteCodes)
         without = [r for r in members if isinstance(r.scheme, kinds) and r.scheme.symmetric]
         under = f"matrices under the same rule ({rule})"
         yield from _told(without, members, "weight_zero_point", under)
-    for place, members in places.items():
+    for (place, *_), members in places.items():
         without = [read for read in members if _SMOOTHING not in read.stored]
         yield from _told(without, members, _SMOOTHING, f"matrices in the same place ({place})")
+
+
+def _parent(read: SiteRead) -> str:
+    return read.site.name.rpartition(".")[0]
+
+
+def _place(read: SiteRead, beside: Mapping[str, list[str]]) -> tuple[str, ...]:
+    """Where a matrix is in its layer, and beside which others.
+
+    ModelOpt moves the smoothing of queries, keys and values into the norm before them; queries
+    alone, in layers that use the keys of others, keep it.
+    """
+    return _NUMBER.sub("*", read.site.name), *sorted(set(beside[_parent(read)]))
 
 
 def _told(

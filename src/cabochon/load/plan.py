@@ -12,6 +12,7 @@ from typing import Literal
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.config import Gemma4Config
+from cabochon.load.names import KV_SCALES
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import Parameter
 from cabochon.quant.scheme import Activations, Scheme, Site
@@ -86,7 +87,12 @@ class LoadPlan:
     problems: tuple[Problem, ...]
 
     @property
+    def kv_scales(self) -> tuple[TensorMeta, ...]:
+        """Dropped tensors whose values are told of all the same."""
+        return tuple(drop.tensor for drop in self.dropped if drop.reason == KV_SCALES)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that executing the plan reads."""
+        """Bytes that executing the plan makes weights of."""
         matrices = sum(read.nbytes for read in self.sites)
         return matrices + sum(read.tensor.nbytes for read in self.parameters)

@@ -18,7 +18,7 @@ from cabochon.config import Gemma4Config, unknown_keys
 from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
-from cabochon.load.names import KV_SCALES, Named, absences, canonical, drops, locate
+from cabochon.load.names import KV_DTYPES, KV_SCALES, Named, absences, canonical, drops, locate
 from cabochon.load.oddities import oddities
 from cabochon.load.optional import half_given
 from cabochon.load.plan import Dropped, LoadPlan, Note, ParameterRead, Problem, SiteRead
@@ -43,6 +43,15 @@ class _Placed:
     dropped: list[Dropped] = field(default_factory=list)
     unused: list[Named] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+
+    def drop(self, meta: TensorMeta, where: str, reason: str) -> None:
+        if reason == KV_SCALES and meta.dtype not in KV_DTYPES:  # its values are told of
+            expected = " or ".join(sorted(KV_DTYPES))
+            self.problems.append(
+                Problem("DTYPE", meta.name, f"is {meta.dtype}, expected {expected}")
+            )
+        else:
+            self.dropped.append(Dropped(meta, where, reason))
 
 
 def build_plan(
@@ -138,7 +147,7 @@ def _place(
             if reason is None:
                 placed.unused.append(tensor)
             else:
-                placed.dropped.append(Dropped(meta, _outermost(tensor, inside), reason))
+                placed.drop(meta, _outermost(tensor, inside), reason)
             continue
         if tensor.transform is not None:
             placed.transforms[place.module] = tensor.transform
@@ -203,7 +212,7 @@ def _without_idle(
         meta = stored[leaf]
         cached = leaf.startswith("output_") and site.name.endswith((".k_proj", ".v_proj"))
         reason = KV_SCALES if cached else "a scale of activations, which are not quantized here"
-        placed.dropped.append(Dropped(meta, meta.name, reason))
+        placed.drop(meta, meta.name, reason)
     return {leaf: meta for leaf, meta in stored.items() if leaf not in idle}
 
 

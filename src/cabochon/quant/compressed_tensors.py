@@ -92,6 +92,10 @@ def _notes(key: str, config: Mapping[str, Any]) -> Iterator[str]:
         scheme = mapping(scheme, f"{key}.kv_cache_scheme")
         kind = f"{scheme.get('num_bits')}-bit {kind_of(scheme)} per {strategy_of(scheme)}"
         yield f"{KV_NOTE} (claimed: {kind})"
+    sparse = config.get("sparsity_config")
+    form = sparse.get("format") if isinstance(sparse, Mapping) else None
+    if form not in (None, "dense"):
+        yield f"sparsity_config says format {form!r}; what is stored is read as it is"
     for name, group in (config.get("config_groups") or {}).items():
         if _shares_at_run_time(group.get("input_activations") or {}):
             yield (
