@@ -56,7 +56,8 @@ FAULTS_HEAD = """
 ## What no loader can see
 
 Each row is a mistake of an engine's model; a test makes it here, and comparison with transformers,
-module by module, finds it where it is ([tests/test_verify_transformers.py](../tests/test_verify_transformers.py)).
+module by module, finds it where it is
+([tests/test_verify_transformers.py](../tests/test_verify_transformers.py)).
 
 | report | mistake | model |
 |---|---|---|

@@ -22,15 +22,7 @@ class KeptLayers:
     @property
     def elements(self) -> int:
         """Numbers kept of one token, in all of these layers together."""
-        return self._vectors * self.head_dim
-
-    def token_bytes(self, width: int) -> int:
-        """Bytes of one token with numbers of `width` bytes; of one byte, with their scales."""
-        return self.elements * width + (self._vectors * SCALE_BYTES if width == 1 else 0)
-
-    @property
-    def _vectors(self) -> int:
-        return 2 * len(self.layers) * self.kv_heads
+        return 2 * len(self.layers) * self.kv_heads * self.head_dim
 
     def token_bytes(self, width: int) -> int:
         """Bytes of one token with numbers of `width` bytes; of one byte, with their scales."""
