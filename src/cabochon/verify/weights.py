@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cabochon.load.in_file import opened
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.plan import LoadPlan
 from cabochon.load.tree import HEAD, TEXT
@@ -85,7 +86,7 @@ def examine(plan: LoadPlan, progress: Progress | None = None) -> Iterator[SiteSi
     """The signs of every matrix of `plan`, which has no problems, in the order of its files."""
     done = 0
     for matrix in matrices(plan):
-        yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, matrix.weight()))
+        yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, opened(matrix)))
         done += matrix.nbytes
         if progress is not None:
             progress(done, plan.nbytes)
@@ -104,8 +105,8 @@ def compare(
     expected.setdefault(HEAD, expected[TOKENS])
     for matrix in matrices(plan):
         other = expected.get(matrix.name)
-        weight = matrix.weight()
-        loss = None if other is None else _loss(other.weight(), weight, matrix.parts)
+        weight = opened(matrix)
+        loss = None if other is None else _loss(opened(other), weight, matrix.parts)
         stored = None if other is None else other.stored_as
         yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, weight), stored, loss)
         done += matrix.nbytes
