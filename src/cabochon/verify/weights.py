@@ -132,7 +132,7 @@ def _signs(matrix: Matrix, weight: Weight) -> Signs:
 def _loss(expected: Weight, found: Weight, count: int) -> Loss:
     rows = found.out_features // count
     parts = [Measure() for _ in range(count)]
-    errors = []
+    errors = torch.empty(found.out_features, -(-found.in_features // GROUP))
     directions = torch.randn(
         found.in_features, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
@@ -142,10 +142,10 @@ def _loss(expected: Weight, found: Weight, count: int) -> Loss:
         b = found.dense(torch.float32, start, stop)
         parts[part].add(a, b)
         gap = a - b
-        errors.append(_groups(gap).square().mean(dim=-1).flatten())
+        errors[start:stop] = _groups(gap).square().mean(dim=-1)
         seen = gap @ directions
         sketch += seen.T @ seen
-    mean = torch.cat(errors).sqrt()
+    mean = errors.flatten().sqrt_()
     outliers = int((mean > OUTLIER * mean.median()).sum()) if mean.any() else 0
     return Loss(
         total(parts),
