@@ -54,6 +54,15 @@ def test_a_file_lost_nothing_against_itself() -> None:
     assert found.as_dict()["sites"][0]["loss"]["decibels"] is None  # infinity is no JSON
 
 
+@pytest.mark.parametrize("name", ["e2b-w4a16-embed", "26b-w4a16", "31b-bnb-nf4"])
+def test_large_matrices_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path, original = FIXTURES / name, FIXTURES / f"{name[:3]}-bf16"
+    whole = compare_checkpoints(path, original).as_dict()
+    monkeypatch.setattr("cabochon.load.in_file.LARGE", 0)
+    monkeypatch.setattr("cabochon.load.in_file.PIECE_BYTES", 1 << 10)
+    assert compare_checkpoints(path, original).as_dict() == whole
+
+
 def scaled(tensors: Tensors) -> None:
     tensors[f"{GATE}.weight_scale"] *= 1.5
 

@@ -13,12 +13,13 @@ from cabochon.checkpoint.folder import read_tensor
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.execute import blank, build_weight, check_bounds, fill_parameter, fill_site
-from cabochon.load.matrices import matrices
+from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, SiteRead
 from cabochon.nn.weight import Stack, Weight
 from cabochon.quant.scheme import Slot
 
+LARGE = 256 << 20  # bytes of a matrix
 PIECE_BYTES = 32 << 20  # of stored rows that are in memory together
 
 
@@ -48,6 +49,14 @@ def in_file(
     return model.eval()
 
 
+def opened(matrix: Matrix) -> Weight:
+    """A matrix to be read once from top to bottom: in memory, or in pieces if it is large."""
+    parts = [InFile(read) for read in matrix.reads]
+    if matrix.nbytes <= LARGE or not all(part.in_pieces for part in parts):
+        return matrix.weight()
+    return parts[0] if matrix.reads[0].part is None else Stack(parts)
+
+
 class InFile(Weight):
     """A matrix of which every call reads what it needs, and keeps nothing.
 
@@ -58,6 +67,11 @@ class InFile(Weight):
         super().__init__(read.site.out_features, read.site.in_features)
         self._read = read
         self._step = _step(read)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether its rows can be read without the others."""
+        return self._step is not None
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         parts = [piece.dense(dtype, *rows) for piece, rows in self._covering(start, stop)]

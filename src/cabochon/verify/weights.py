@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cabochon.load.in_file import opened
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.plan import LoadPlan
 from cabochon.load.tree import HEAD, TEXT
@@ -85,7 +86,7 @@ def examine(plan: LoadPlan, progress: Progress | None = None) -> Iterator[SiteSi
     """The signs of every matrix of `plan`, which has no problems, in the order of its files."""
     done = 0
     for matrix in matrices(plan):
-        yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, matrix.weight()))
+        yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, opened(matrix)))
         done += matrix.nbytes
         if progress is not None:
             progress(done, plan.nbytes)
@@ -104,8 +105,8 @@ def compare(
     expected.setdefault(HEAD, expected[TOKENS])
     for matrix in matrices(plan):
         other = expected.get(matrix.name)
-        weight = matrix.weight()
-        loss = None if other is None else _loss(other.weight(), weight, matrix.parts)
+        weight = opened(matrix)
+        loss = None if other is None else _loss(opened(other), weight, matrix.parts)
         stored = None if other is None else other.stored_as
         yield SiteSigns(matrix.name, matrix.stored_as, _signs(matrix, weight), stored, loss)
         done += matrix.nbytes
@@ -131,7 +132,7 @@ def _signs(matrix: Matrix, weight: Weight) -> Signs:
 def _loss(expected: Weight, found: Weight, count: int) -> Loss:
     rows = found.out_features // count
     parts = [Measure() for _ in range(count)]
-    errors = []
+    errors = torch.empty(found.out_features, -(-found.in_features // GROUP))
     directions = torch.randn(
         found.in_features, SKETCH, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
@@ -141,10 +142,10 @@ def _loss(expected: Weight, found: Weight, count: int) -> Loss:
         b = found.dense(torch.float32, start, stop)
         parts[part].add(a, b)
         gap = a - b
-        errors.append(_groups(gap).square().mean(dim=-1).flatten())
+        errors[start:stop] = _groups(gap).square().mean(dim=-1)
         seen = gap @ directions
         sketch += seen.T @ seen
-    mean = torch.cat(errors).sqrt()
+    mean = errors.flatten().sqrt_()
     outliers = int((mean > OUTLIER * mean.median()).sum()) if mean.any() else 0
     return Loss(
         total(parts),
