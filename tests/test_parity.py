@@ -254,7 +254,7 @@ def halves_of_experts_swapped(model: Gemma4) -> None:
     experts.gate_up_proj.weight = DenseWeight(halves.flatten(0, 2))
 
 
-@fault("e2b", f"{LAYER}.per_layer_projection", "transformers #45207")
+@fault("e2b", "model.language_model.embed_tokens_per_layer", "transformers #45207")
 def inputs_of_layers_not_scaled(model: Gemma4) -> None:
     """The table's rows are multiplied with the root of their width, 16 in the real ones."""
     model.get_submodule("model.language_model.embed_tokens_per_layer").scale = 1.0
