@@ -128,7 +128,7 @@ def judge(damaged: Path, source: Path, words: tuple[str, ...]) -> None:
     with bounded(size_of(source)):
         found = attempt(damaged)
     if isinstance(found, str):
-        assert any(word in found for word in words)
+        assert any(word in found for word in words), f"none of {words} in: {found}"
     else:
         assert found[0] == sound_hash or found[1] - sound_words, "loaded in silence"
 

@@ -109,10 +109,10 @@ class Bnb4:
         expected = stored["weight.quant_map"].new_tensor(TABLES[self.codes])
         apart = (stored["weight.quant_map"] - expected).abs().max()
         if not apart <= _TOLERANCE:
-            raise LoadError(f"{site.name}: weight.quant_map is not the table of {self.codes}")
+            raise LoadError(f"{site.name}.weight.quant_map is not the table of {self.codes}")
         nested = stored.get("weight.nested_quant_map")
         if nested is not None and not (nested.abs().max() <= 1 and (nested.diff() > 0).all()):
-            raise LoadError(f"{site.name}: weight.nested_quant_map does not rise from -1 to 1")
+            raise LoadError(f"{site.name}.weight.nested_quant_map does not rise from -1 to 1")
 
 
 # What codes stand for: https://arxiv.org/abs/2305.14314, and bitsandbytes' 4-bit floats.
