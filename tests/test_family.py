@@ -97,7 +97,9 @@ def test_keys_and_values(member: str, tmp_path: Path) -> None:
     assert found == KEPT[member]
     for row in rows:
         elements = 2 * row["layers"] * row["kv_heads"] * row["head_dim"]
-        assert row["bytes_per_token"] == {"bf16": 2 * elements, "f32": 4 * elements}
+        scales = 4 * elements // row["head_dim"]  # of int8, one of float32 for each head
+        wanted = {"bf16": 2 * elements, "f32": 4 * elements, "int8": elements + scales}
+        assert row["bytes_per_token"] == wanted
         if row["window"] is None:
             assert row["most_bytes_per_sequence"] is None
         else:

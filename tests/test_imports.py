@@ -45,7 +45,7 @@ MAY_NEED = {
     "conversation": {*_LLM, "llm"},
     "cabochon": {*_LLM, "llm"},  # the package's own names, imported when they are asked for
     "serve": {*_LLM, "llm", "settings", "console", "cabochon"},
-    "verify": {*_LLM, "llm"},
+    "verify": {*_LLM, "llm", "cabochon"},
     "evaluate": {*_LLM, "llm"},
     "bench": {*_LLM, "llm"},
     "cli": {*_APP, "conversation", "serve", "verify", "evaluate", "bench"},

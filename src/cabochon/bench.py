@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from cabochon.engine.request import Delta, SamplingParams
+from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import address, library
 from cabochon.kernels.packed import PackedWeight
@@ -149,15 +151,28 @@ def _room() -> torch.Tensor:
 
 
 def step_bytes(llm: LLM) -> int:
-    """Bytes of the matrices that each token of the text model is multiplied with."""
-    total = 0
+    """Bytes of the matrices that one token of the text model is multiplied with.
+
+    Of a layer's experts as many as a token chooses; of tables that are looked up nothing.
+    """
     text = llm.runner.model.model.language_model
-    modules = [*text.modules(), *(llm.runner.model.lm_head.modules() if _has_head(llm) else ())]
-    for module in modules:
-        if isinstance(module, PackedWeight):
-            total += module.data.numel()
-        elif isinstance(module, FloatsWeight):
-            total += sum(buffer.nbytes for buffer in module.buffers())
+    experts = llm.config.text.experts
+    total = _bytes(text) + (_bytes(llm.runner.model.lm_head) if _has_head(llm) else 0)
+    for layer in text.layers:
+        if isinstance(layer, DecoderLayer) and layer.mixed:
+            assert experts is not None
+            total -= _bytes(layer.experts) * (experts.count - experts.chosen) // experts.count
+    return total
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of the matrices in `module` that kernels multiply with."""
+    total = 0
+    for part in module.modules():
+        if isinstance(part, PackedWeight):
+            total += part.data.numel()
+        elif isinstance(part, FloatsWeight):
+            total += sum(buffer.nbytes for buffer in part.buffers())
     return total
 
 

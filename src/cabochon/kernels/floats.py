@@ -12,7 +12,7 @@ _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
 
 
 class FloatsWeight(Weight):
-    """`stored`, whose entries are floats; everything but few products is left to it.
+    """`stored`, whose entries are floats; everything but products is left to it.
 
     What it is made of is moved from its file into memory of its own, in large pages.
     """
