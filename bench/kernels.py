@@ -53,7 +53,7 @@ def integers(bits: int, group: int, *, symmetric: bool = True) -> Weight:
 def blocks(kind: str) -> Weight:
     """Random blocks: their scales may be any float16, which changes no time."""
     width = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-    data = octets(ROWS, COLUMNS // KINDS[kind].entries * width[kind], most=60)
+    data = octets(ROWS, COLUMNS // KINDS[kind].layout.entries * width[kind], most=60)
     return BlockWeight(data, kind, in_features=COLUMNS)
 
 

@@ -26,6 +26,7 @@ _CODES = {4: 0, 8: 1, 2: 4, 3: 5, 5: 6, 6: 7}
 _TABLE, _TABLE2 = 2, 3
 _FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _LEVEL, _SUB_U8, _SUB_I8, _E4M3, _E8M0 = 3, 4, 5, 6, 7
+_LARGEST_UNIT = 64.0  # the kernels multiply it by 2**120
 _ZERO_POINT, _SUB_MINIMUM = 1, 4
 _MINIMA = {torch.float16: 2, torch.float32: 3, torch.bfloat16: 5}
 _ROUND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -227,7 +228,8 @@ def _floats_of(levels: Tensor, scales: Tensor) -> tuple[int, float]:
         unit = float(levels[at] / floats[at])
         made = floats[known].double() * unit
         # Within a rounding of float32: far below what rounded inputs are off by.
-        if ((levels[known] - made).abs() <= made.abs() * 2**-23).all():
+        close = ((levels[known] - made).abs() <= made.abs() * 2**-23).all()
+        if close and abs(unit) < _LARGEST_UNIT:
             return kind, unit
     return _LEVEL, 1.0
 

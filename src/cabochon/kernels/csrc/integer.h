@@ -87,7 +87,7 @@ static void expand(const Matrix& m, const uint8_t* block, float* S, float* Z, fl
     case BF16: expand_scales<BF16>(m, block, S, gain); break;
     case F32: expand_scales<F32>(m, block, S, gain); break;
     case LEVEL: expand_scales<LEVEL>(m, block, S, gain); break;
-    case E4M3: expand_scales<E4M3>(m, block, S, gain * m.unit * 256); break;  // see fload_e4m3
+    case E4M3: expand_scales<E4M3>(m, block, S, gain * m.unit * 0x1p120f); break;
     case E8M0: expand_scales<E8M0>(m, block, S, gain * m.unit); break;
     case SUB_U8: expand_scales<SUB_U8>(m, block, S, gain); break;
     default: expand_scales<SUB_I8>(m, block, S, gain);

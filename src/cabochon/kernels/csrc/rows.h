@@ -10,7 +10,7 @@ constexpr int TOGETHER = 4;  // rows
 template <int TYPE> INL F entry(const uint8_t* row, int k) {
   if (TYPE == ROW_BF16) return fload_bf16((const uint16_t*)row + k);
   if (TYPE == ROW_F16) return fload_f16((const uint16_t*)row + k);
-  if (TYPE == ROW_E4M3) return fload_e4m3_tiny(row + k);
+  if (TYPE == ROW_E4M3) return fload_e4m3(row + k);
   return fload((const float*)row + k);
 }
 
@@ -21,28 +21,46 @@ template <int TYPE> INL float entry_alone(const uint8_t* row, int k) {
   return ((const float*)row)[k];
 }
 
+template <int TYPE> constexpr int SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;  // bytes
+
+// LANES columns from `k` on of every row, for each of the inputs.
+template <int TYPE, int MR>
+INL void add_products(const uint8_t* const* rows, const float* const* x, int k,
+                      F (&a)[TOGETHER][MR]) {
+  F in[MR];
+#pragma GCC unroll 8
+  for (int c = 0; c < MR; c++) in[c] = fload(x[c] + k);
+#pragma GCC unroll 4
+  for (int r = 0; r < TOGETHER; r++) {
+    const F w = entry<TYPE>(rows[r], k);
+#pragma GCC unroll 8
+    for (int c = 0; c < MR; c++) a[r][c] = fma(w, in[c], a[r][c]);
+  }
+}
+
 // Products of columns `from` to `to` only: those that share a scale. `ahead` is what is fetched.
+// Loops over the sums are unrolled, all of them, or gcc keeps these in memory.
 template <int TYPE, int MR>
 INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, int to, int64_t ahead,
                   float (*out)[MR]) {
-  constexpr int STEP = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;  // bytes
+  constexpr int LINE = 64 / SIZE<TYPE>;  // entries that are fetched together
   F a[TOGETHER][MR];
+#pragma GCC unroll 4
   for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 8
     for (int c = 0; c < MR; c++) a[r][c] = fzero();
   int k = from;
-  for (; k + LANES <= to; k += LANES) {
-    F in[MR];
-#pragma GCC unroll 8
-    for (int c = 0; c < MR; c++) in[c] = fload(x[c] + k);
+  for (; k + LINE <= to; k += LINE) {
 #pragma GCC unroll 4
-    for (int r = 0; r < TOGETHER; r++) {
-      if (k * STEP % 64 == 0) __builtin_prefetch(rows[r] + (int64_t)k * STEP + ahead);
-      const F w = entry<TYPE>(rows[r], k);
-#pragma GCC unroll 8
-      for (int c = 0; c < MR; c++) a[r][c] = fma(w, in[c], a[r][c]);
-    }
+    for (int r = 0; r < TOGETHER; r++)
+      __builtin_prefetch(rows[r] + (int64_t)k * SIZE<TYPE> + ahead);
+#pragma GCC unroll 16
+    for (int i = 0; i < LINE; i += LANES) add_products<TYPE, MR>(rows, x, k + i, a);
   }
+  for (; k + LANES <= to; k += LANES) add_products<TYPE, MR>(rows, x, k, a);
+#pragma GCC unroll 4
   for (int r = 0; r < TOGETHER; r++)
+#pragma GCC unroll 8
     for (int c = 0; c < MR; c++) {
       float sum = fsum(a[r][c]);
       for (int i = k; i < to; i++) sum += entry_alone<TYPE>(rows[r], i) * x[c][i];
@@ -52,14 +70,13 @@ INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, i
 
 template <int TYPE, int MR>
 static void some_rows(const Rows& m, int first, int last, const float* const* x, float* const* y) {
-  constexpr int64_t SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;
   const int across = (m.columns + m.scale_columns - 1) / m.scale_columns;
   // Short rows end before what is fetched in them arrives: there, the next rows are.
-  const int64_t width = m.columns * SIZE, ahead = width < AHEAD ? TOGETHER * width : 2048;
+  const int64_t width = m.columns * SIZE<TYPE>, ahead = width < AHEAD ? TOGETHER * width : 2048;
   for (int n = first; n < last; n += TOGETHER) {
     const uint8_t* rows[TOGETHER];
     for (int r = 0; r < TOGETHER; r++)
-      rows[r] = m.data + std::min(n + r, last - 1) * (int64_t)m.columns * SIZE;
+      rows[r] = m.data + std::min(n + r, last - 1) * (int64_t)m.columns * SIZE<TYPE>;
     float sums[TOGETHER][MR] = {};
     for (int part = 0; part < across; part++) {
       const int from = part * m.scale_columns;
@@ -104,9 +121,8 @@ static Lifted lift(const float* x, int64_t ldx, int n, int columns) {
 template <int TYPE>
 static void multiply_rows_as(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,
                              float* y, int64_t ldy, int threads) {
-  constexpr int64_t SIZE = TYPE == ROW_E4M3 ? 1 : TYPE == ROW_F32 ? 4 : 2;
   const Lifted lifted = TYPE == ROW_E4M3 ? lift(x, ldx, n, m.columns) : Lifted{x, ldx, nullptr};
-  const int each = std::max<int64_t>(TOGETHER, CHUNK / (m.columns * SIZE) / TOGETHER * TOGETHER);
+  const int each = std::max<int64_t>(TOGETHER, CHUNK / (m.columns * SIZE<TYPE>) / TOGETHER * TOGETHER);
   in_parallel((stop - start + each - 1) / each, threads, [&](int piece) {
     const int first = start + piece * each, last = std::min(first + each, stop);
     for (int c = 0; c < n; c += 4) {

@@ -131,14 +131,8 @@ INL F fload_u8(const uint8_t* p) {
 INL F fload_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-INL F fload_e4m3(const uint8_t* p) {  // times 2^-8
-  __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-  __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
-  __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7);
-  return _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
-}
 // A float's exponent starts 120 lower, and its mantissa is longer: times 2^-120, subnormals included.
-INL F fload_e4m3_tiny(const uint8_t* p) {
+INL F fload_e4m3(const uint8_t* p) {
   __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
   x = _mm512_and_si512(_mm512_slli_epi32(x, 20), _mm512_set1_epi32((int)0x87f00000));
   return _mm512_castsi512_ps(x);
@@ -248,13 +242,7 @@ INL F fload_u8(const uint8_t* p) {
 INL F fload_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
-INL F fload_e4m3(const uint8_t* p) {
-  __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));
-  __m128i sign = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x80)), 8);
-  __m128i rest = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7f)), 7);
-  return _mm256_cvtph_ps(_mm_or_si128(sign, rest));
-}
-INL F fload_e4m3_tiny(const uint8_t* p) {  // times 2^-120
+INL F fload_e4m3(const uint8_t* p) {  // times 2^-120
   __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
   x = _mm256_and_si256(_mm256_slli_epi32(x, 20), _mm256_set1_epi32((int)0x87f00000));
   return _mm256_castsi256_ps(x);
@@ -382,12 +370,7 @@ INL F fload_i8(const uint8_t* p) {
   float x[4] = {(float)(int8_t)p[0], (float)(int8_t)p[1], (float)(int8_t)p[2], (float)(int8_t)p[3]};
   return vld1q_f32(x);
 }
-INL F fload_e4m3(const uint8_t* p) {
-  uint16_t h[4];
-  for (int i = 0; i < 4; i++) h[i] = (uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
-  return fload_f16(h);
-}
-INL F fload_e4m3_tiny(const uint8_t* p) {  // times 2^-120
+INL F fload_e4m3(const uint8_t* p) {  // times 2^-120
   float x[4];
   for (int i = 0; i < 4; i++) x[i] = e4m3_tiny(p[i]);
   return vld1q_f32(x);
@@ -489,10 +472,7 @@ INL F fload_f16(const uint16_t* p) { EACH(F, half_to_float(p[i])); }
 INL F fload_bf16(const uint16_t* p) { EACH(F, bf16_to_float(p[i])); }
 INL F fload_u8(const uint8_t* p) { EACH(F, (float)p[i]); }
 INL F fload_i8(const uint8_t* p) { EACH(F, (float)(int8_t)p[i]); }
-INL F fload_e4m3(const uint8_t* p) {
-  EACH(F, half_to_float((uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7)));
-}
-INL F fload_e4m3_tiny(const uint8_t* p) { EACH(F, e4m3_tiny(p[i])); }
+INL F fload_e4m3(const uint8_t* p) { EACH(F, e4m3_tiny(p[i])); }
 INL F fload_e8m0(const uint8_t* p) { EACH(F, e8m0_to_float(p[i])); }
 INL F fgather(const float* table, const uint8_t* p) { EACH(F, table[p[i]]); }
 INL void fstore_f16(uint16_t* p, F a) {
