@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cabochon.gemma4.sounds import Wave
+from cabochon.kernels.library import INSTRUCTION_SETS, Library, library
 from cabochon.llm import LLM
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -71,6 +72,20 @@ def references() -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def reference(references: Callable[[str], Any]) -> Any:
     return references("e2b")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
+    """The compiled kernels, in turn with every instruction set that this machine has."""
+    found = library()
+    if found is None:
+        pytest.skip("no C++ compiler where it was installed")
+    if request.param not in found.available():
+        pytest.skip(f"this processor has no {request.param}")
+    before = found.isa
+    found.choose(request.param)
+    yield found
+    found.choose(before)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -7,7 +7,7 @@ scheme rounds its entries to (bfloat16, for example) the rounding modes do not r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from cabochon.errors import CabochonError
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import INSTRUCTION_SETS, Library, library
+from cabochon.kernels.library import Library, library
 from cabochon.kernels.packed import ACTIVATIONS, Activations, PackedWeight
 from cabochon.nn.affine import AffineWeight
 from cabochon.nn.bits import pack
@@ -32,17 +32,6 @@ pytestmark = pytest.mark.skipif(found is None, reason="no C++ compiler where it 
 
 ROUNDED = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 NF4 = [-1, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    assert found is not None
-    if request.param not in found.available():
-        pytest.skip(f"this processor has no {request.param}")
-    before = found.isa
-    found.choose(request.param)
-    yield found
-    found.choose(before)
 
 
 def integers(

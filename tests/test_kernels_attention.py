@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from lone_layer import attending, config, lone_layer, relative, run
@@ -11,7 +9,7 @@ from test_kernels import integers
 from torch import Tensor
 
 from cabochon.config import PictureSight
-from cabochon.kernels.library import INSTRUCTION_SETS, Library, library
+from cabochon.kernels.library import Library, library
 from cabochon.nn.kept import Kept
 from cabochon.nn.weight import Weight
 
@@ -33,17 +31,6 @@ SHAPES: dict[str, Shape] = {  # heads, kv_heads, head_dim, window
     "full, 13 share": (13, 1, 32, None),
     "full, none share": (2, 2, 80, None),
 }
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    assert found is not None
-    if request.param not in found.available():
-        pytest.skip(f"this processor has no {request.param}")
-    before = found.isa
-    found.choose(request.param)
-    yield found
-    found.choose(before)
 
 
 def make(name: str, rows: int, columns: int) -> Weight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from cabochon.config import ExpertsConfig, TextConfig
 from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels import mixtures
 from cabochon.kernels.choose import Kernels
-from cabochon.kernels.library import INSTRUCTION_SETS, Library, library
+from cabochon.kernels.library import Library, library
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.byte_codes import ByteWeight
 from cabochon.nn.weight import DenseWeight, Stack, Weight
@@ -22,17 +22,6 @@ found = library()
 pytestmark = pytest.mark.skipif(found is None, reason="no C++ compiler where it was installed")
 
 COUNT, CHOSEN, WIDTH, DENSE, HIDDEN = 9, 3, 192, 96, 128
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    assert found is not None
-    if request.param not in found.available():
-        pytest.skip(f"this processor has no {request.param}")
-    before = found.isa
-    found.choose(request.param)
-    yield found
-    found.choose(before)
 
 
 def tame(weight: Weight, columns: int) -> Weight:
