@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from checkpoints import config_of
 from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, files, folders
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
@@ -102,6 +103,16 @@ def test_a_damaged_folder_never_loads_in_silence(wound: str, source: Path, seed:
         except Unfit:
             reject()
         judge(copy.folder, source, words)
+
+
+def test_symmetric_codes_read_by_the_other_version_are_noted(tmp_path: Path) -> None:
+    """GPTQ's first version stores a zero point less one: 7 for 8, which the second takes for 7."""
+    found = {folder.name: folder for folder in folders()}
+    copy = Copy(found["e2b-round4"], tmp_path / "e2b-round4")
+    other = config_of(found["e2b-gptq4-v2"])["quantization_config"]
+    copy.config(lambda config: config.__setitem__("quantization_config", other))
+    judge(copy.folder, found["e2b-round4"], ())
+    assert any("one beside the middle" in word for word in load(copy.folder)[1])
 
 
 @settings(often, max_examples=CASES // 2 or 60)

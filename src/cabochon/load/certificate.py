@@ -36,6 +36,7 @@ class SiteStatistics:
     levels: Mapping[str, float] = field(default_factory=dict)
     parts: int = 1  # stored one by one, such as experts
     far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
+    shifted_zeros: bool = False  # its zero points are all the same, one beside the middle code
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +102,16 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
         if site.far_scales:
             times = site.largest_scale / site.median_scale
             yield "", site.name, 1, f"the largest scale is {times:.0f} times the median of them"
+        if site.shifted_zeros:
+            yield (
+                "",
+                site.name,
+                1,
+                (
+                    "all zero points lie one beside the middle of the codes: so do those of symmetric"
+                    " codes that are read by the convention of another version of GPTQ's format"
+                ),
+            )
         if site.far_parts:
             parts = f"{site.far_parts} of its {site.parts} parts"
             yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
@@ -181,6 +192,7 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             far_scales=any(part.far_scales for part in found),
             levels={leaf: statistics.median(p.levels[leaf] for p in found) for leaf in leaves},
             parts=len(found),
+            shifted_zeros=all(part.shifted_zeros for part in found),
             far_parts=sum(
                 _far(part.median_scale, scale) or _far(part.largest, entry) for part in found
             ),

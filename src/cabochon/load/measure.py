@@ -22,6 +22,7 @@ from cabochon.load.values import (
     level_of,
     look_at_scales,
 )
+from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
 
 # Of a quantized matrix that are looked at, unless all are: runs of rows, and entries of a run. One
@@ -82,6 +83,7 @@ class Measure:
             median_scale=scales.median,
             far_scales=scales.largest > FAR * scales.median > 0,
             levels=_levels(read, stored),
+            shifted_zeros=_shifted(weight),
         )
         self._sites.setdefault(site.name, []).append(statistics)
 
@@ -124,6 +126,16 @@ def _scales(read: SiteRead, stored: Mapping[str, Tensor], seen: Mapping[str, See
             assert found is not None
             return look_at_scales(stored[slot.leaf], found)
     return Scales(0, 0, 0.0, 0.0)
+
+
+def _shifted(weight: Weight) -> bool:
+    """Whether all zero points are the same, and one more or less than the middle of the codes."""
+    for part in weight.modules():
+        if isinstance(part, PackedIntWeight) and part.zeros is not None:
+            first = int(part.zeros.flatten()[0])
+            beside = abs(first - (1 << (part.bits - 1))) == 1
+            return beside and bool((part.zeros == first).all())
+    return False
 
 
 def _levels(read: SiteRead, stored: Mapping[str, Tensor]) -> dict[str, float]:
