@@ -94,6 +94,12 @@ class Certificate:
         return "\n".join([*lines, *(line for note in self.notes for line in note.lines())])
 
 
+_SHIFTED = (
+    "all zero points lie one beside the middle of the codes: so do those of symmetric codes that are"
+    " read by the convention of another version of GPTQ's format"
+)
+
+
 def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
     for site in sites:
         if site.dead_groups:
@@ -103,15 +109,7 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
             times = site.largest_scale / site.median_scale
             yield "", site.name, 1, f"the largest scale is {times:.0f} times the median of them"
         if site.shifted_zeros:
-            yield (
-                "",
-                site.name,
-                1,
-                (
-                    "all zero points lie one beside the middle of the codes: so do those of symmetric"
-                    " codes that are read by the convention of another version of GPTQ's format"
-                ),
-            )
+            yield "", site.name, 1, _SHIFTED
         if site.far_parts:
             parts = f"{site.far_parts} of its {site.parts} parts"
             yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
