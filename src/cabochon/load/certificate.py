@@ -95,8 +95,8 @@ class Certificate:
 
 
 _SHIFTED = (
-    "all zero points lie one beside the middle of the codes: so do those of symmetric codes that are"
-    " read by the convention of another version of GPTQ's format"
+    "all zero points lie one beside the middle of the codes: so do those of symmetric codes that"
+    " are read by the convention of another version of GPTQ's format"
 )
 
 
