@@ -64,7 +64,7 @@ class Run:
         rotation = text_rotation(torch.arange(start, stop), dim, rope, torch.float32)
         x = torch.randn(stop - start, HIDDEN)
         compute(x, None, rotation, CacheStep(self.cache, [chunk]))
-        self.cache.settle(chunk)
+        self.cache.settle(self.table, stop)
 
     def prompt(self, compute: LayerCall, length: int) -> None:
         self.restart()

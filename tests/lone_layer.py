@@ -127,7 +127,7 @@ def run(
             x = torch.cat([rows for _, rows in step])
             out.append(compute(x, None, rotation, kv))
             for chunk in chunks:
-                cache.settle(chunk)
+                cache.settle(chunk.table, chunk.stop)
     return torch.cat(made[0]), torch.cat(made[1])
 
 

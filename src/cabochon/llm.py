@@ -24,6 +24,7 @@ from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
 from cabochon.errors import CabochonError, RequestError, ResourceError
+from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.sounds import Wave
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.layers import fuse
@@ -40,6 +41,8 @@ AnyPrompt = str | Sequence[int] | Prompt
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
+
+DRAFT_TOKENS = 6  # with one that is certain fewer than attention computes in another order
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
@@ -87,6 +90,8 @@ class LLM:
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
         picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
             checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
+        draft_tokens: Tokens guessed from what a text repeats and checked in one step, among all
+            requests; 0 for none. None is 6 where answers are the same to the bit, else 0.
         weights_only: Leave activations as they are where a recipe quantizes them.
         debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
@@ -111,6 +116,7 @@ class LLM:
         prefill_chunk: int = 512,
         max_context: int | None = None,
         picture_tokens: int | None = None,
+        draft_tokens: int | None = None,
         weights_only: bool = False,
         debug_nan: bool = False,
         progress: Progress | None = None,
@@ -156,9 +162,14 @@ class LLM:
         self.runner = Runner(gemma, numbers.compute, torch.device("cpu"), numbers.kept)
         if debug_nan:
             self.runner.watch()
-        ends, never = generation.ends, generation.suppressed
         self.engine = Engine(
-            self.runner, cache, tokenizer, ends=ends, suppressed=never, prefill_chunk=prefill_chunk
+            self.runner,
+            cache,
+            tokenizer,
+            ends=generation.ends,
+            suppressed=generation.suppressed,
+            prefill_chunk=prefill_chunk,
+            draft_tokens=_draft_tokens(gemma) if draft_tokens is None else draft_tokens,
         )
 
     @property
@@ -277,6 +288,15 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
             f" {memory / 1e9:.2f} GB in all"
         )
     return memory
+
+
+def _draft_tokens(model: Gemma4) -> int:
+    """How many guesses are worth their price.
+
+    Kernels that round activations compute every column by itself, so that a token's logits are the
+    same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are.
+    """
+    return DRAFT_TOKENS if model.model.language_model.together is not None else 0
 
 
 def _load(

@@ -126,6 +126,7 @@ class PageTable:
     def __init__(self, groups: int) -> None:
         self.pages: tuple[list[int], ...] = tuple([] for _ in range(groups))
         self.names: list[Name] = []  # of the whole pages, from the first on
+        self.settled = 0  # whole pages that others may begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ class PagedCache:
             first = _first_seen(known, window)
             pages.extend([_FREED] * first)
             pages.extend(pool.share(name) for name in table.names[first:known])
+        table.settled = known
         return known
 
     def _sees_enough(self, names: Sequence[Name], known: int) -> bool:
@@ -212,26 +214,26 @@ class PagedCache:
                 if page != _FREED:
                     pool.drop(page)
             pages.clear()
+        table.settled = 0
 
     def free_pages(self) -> tuple[int, ...]:
         return tuple(pool.free for pool in self._pools)
 
-    def settle(self, chunk: Chunk) -> None:
-        """After `chunk` is computed, name its whole pages and drop those that no query will see."""
-        first, last = chunk.start // PAGE, min(chunk.stop // PAGE, len(chunk.table.names))
-        for group, pages, pool in zip(
-            self.plan.groups, chunk.table.pages, self._pools, strict=True
-        ):
-            for i in range(first, last):
-                pool.name(pages[i], chunk.table.names[i])
+    def settle(self, table: PageTable, computed: int) -> None:
+        """Name the whole pages of the `computed` tokens, and drop those that no query will see."""
+        whole = min(computed // PAGE, len(table.names))
+        for group, pages, pool in zip(self.plan.groups, table.pages, self._pools, strict=True):
+            for i in range(table.settled, whole):
+                pool.name(pages[i], table.names[i])
             if group.window is None:
                 continue
-            unseen = max(0, chunk.stop - group.window + 1) // PAGE
+            unseen = max(0, computed - group.window + 1) // PAGE
             for i in range(min(unseen, len(pages)) - 1, -1, -1):
                 if pages[i] == _FREED:
                     break
                 pool.drop(pages[i])
                 pages[i] = _FREED
+        table.settled = max(table.settled, whole)
 
 
 def _first_seen(pages: int, window: int | None) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
+from cabochon.engine.drafts import Drafter
 from cabochon.engine.guide import Guide
 from cabochon.engine.reader import Reader, delta_of
 from cabochon.engine.request import Delta, Prompt, SamplingParams, TokenLogprob
@@ -62,6 +63,7 @@ class Engine:
         ends: frozenset[int],
         suppressed: Sequence[int] = (),
         prefill_chunk: int,
+        draft_tokens: int = 0,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
@@ -69,7 +71,7 @@ class Engine:
         self.suppressed = list(suppressed)
         self.max_context = plan.max_context
         self.cache = PagedCache(plan, runner.kv_dtype, runner.device)
-        self.scheduler = Scheduler(self.cache, prefill_chunk)
+        self.scheduler = Scheduler(self.cache, prefill_chunk, draft_tokens)
         self.limits = Limits()
         self.stats = Stats()
         self._waiting_tokens = 0  # of what the scheduler holds
@@ -154,8 +156,10 @@ class Engine:
             )
         sequence = new_sequence(self.runner.model, prompt, self.cache)
         sequence.scored = params.prompt_logprobs is not None
+        sequence.drafter = Drafter() if self.scheduler.draft_tokens else None
         vocab = self.runner.model.config.text.vocab_size
         most = self.max_context - length
+        sequence.limit = length + min(params.max_tokens or most, most)
         return Work(
             sequence=sequence,
             params=params,
@@ -164,7 +168,6 @@ class Engine:
             reader=Reader(self.tokenizer, prompt, params.stops),
             guide=Guide(params.rules, self.ends, vocab) if params.rules else None,
             prompt_length=length,
-            limit=length + min(params.max_tokens or most, most),
         )
 
     def _put(self, number: int, request: Work) -> None:
@@ -247,9 +250,10 @@ class Engine:
             request = self._requests[self._by_sequence[scheduled.sequence]]
             self.stats.start(request.timeline, begun)
         for part, logits in self._compute(step):
-            decoded = sum(s.chunk.start >= self._prompt_length(s) for s in part)
-            computed = sum(s.chunk.stop - s.chunk.start for s in part)
-            self.stats.step(computed - decoded, decoded)
+            sizes = [s.chunk.stop - s.chunk.start for s in part]
+            decoding = [s.chunk.start >= self._prompt_length(s) for s in part]
+            prefill = sum(n for n, past in zip(sizes, decoding, strict=True) if not past)
+            self.stats.step(prefill, sum(decoding), sum(sizes))
             self._read(part, logits)
         self.stats.busy_seconds += time.monotonic() - begun
 
@@ -289,13 +293,12 @@ class Engine:
     def _read(self, part: Sequence[Scheduled], logits: Tensor) -> None:
         """Score prompts by their rows, and draw the next token of what is complete."""
         rows = logits.split([s.rows for s in part])
-        complete = [i for i, s in enumerate(part) if s.complete]
         for scheduled, own in zip(part, rows, strict=True):
             if scheduled.sequence.scored:
                 self._score(self._requests[self._by_sequence[scheduled.sequence]], scheduled, own)
-        if complete:
-            last = torch.cat([rows[i][-1:] for i in complete])
-            self._sample([part[i] for i in complete], last)
+        for scheduled, own in zip(part, rows, strict=True):
+            if scheduled.complete:
+                self._draw(scheduled, own[-1 - len(scheduled.sequence.guesses) :])
 
     def _score(self, request: Work, scheduled: Scheduled, rows: Tensor) -> None:
         """Tell the probabilities of the prompt's tokens, each by the row before it."""
@@ -308,24 +311,41 @@ class Engine:
         if scheduled.complete:
             request.sequence.scored = False
 
-    def _sample(self, complete: Sequence[Scheduled], logits: Tensor) -> None:
-        """Draw the next token of each sequence; what goes wrong in a row ends its request alone."""
-        finite = logits.sum(dim=-1).isfinite().tolist()  # one that is no number makes the sum so
+    def _draw(self, scheduled: Scheduled, rows: Tensor) -> None:
+        """Draw the next token, and those behind it for as long as they are what was guessed.
+
+        What goes wrong in a row ends its request alone.
+        """
+        sequence = scheduled.sequence
+        number, guesses = self._by_sequence[sequence], sequence.guesses
+        finite = rows.sum(dim=-1).isfinite().tolist()  # one that is no number makes the sum so
         with torch.inference_mode():
-            logits[:, self.suppressed] = -math.inf
-        numbers = [self._by_sequence[s.sequence] for s in complete]
-        for scheduled, number, row, fine in zip(complete, numbers, logits, finite, strict=True):
-            try:
-                if not fine:
-                    raise self._not_finite(scheduled)
-                token, logprobs = self._requests[number].draw(row)
-            except CabochonError as error:
-                self._fail(number, error)
-            except Exception as error:
-                logger.exception("a token could not be drawn")
-                self._fail(number, _internal(error))
-            else:
-                self._advance(number, token, logprobs)
+            rows[:, self.suppressed] = -math.inf
+        right = 0
+        for row, fine, guess in zip(rows, finite, [*guesses, None], strict=True):
+            token = self._draw_one(number, scheduled, row, fine)
+            if token != guess or number not in self._requests:
+                break
+            right += 1
+            sequence.computed += 1
+        self.stats.judged(len(guesses), right)
+        sequence.judge(right)
+
+    def _draw_one(self, number: int, scheduled: Scheduled, row: Tensor, fine: bool) -> int | None:
+        """The token that a row of logits gives a request; None if that fails."""
+        try:
+            if not fine:
+                raise self._not_finite(scheduled)
+            token, logprobs = self._requests[number].draw(row)
+        except CabochonError as error:
+            self._fail(number, error)
+        except Exception as error:
+            logger.exception("a token could not be drawn")
+            self._fail(number, _internal(error))
+        else:
+            self._advance(number, token, logprobs)
+            return token
+        return None
 
     def _not_finite(self, scheduled: Scheduled) -> NumericalError:
         """What to say of logits that are no numbers; nobody else begins with their pages."""

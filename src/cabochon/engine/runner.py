@@ -58,14 +58,16 @@ class Runner:
     def run(self, cache: PagedCache, step: Sequence[Scheduled], *, every: bool = False) -> Tensor:
         """Logits `[rows, vocab_size]`, for each sequence as many `rows` as it wants, in order.
 
-        With `every`, of every position of the step.
+        With `every`, of every position of the step. Guesses are computed, but count for nothing
+        until they have been judged.
         """
         logits: Tensor = self.model(
             self.batch(step, every), CacheStep(cache, [s.chunk for s in step])
         )
         for scheduled in step:
-            scheduled.sequence.computed = scheduled.chunk.stop
-            cache.settle(scheduled.chunk)
+            sequence = scheduled.sequence
+            sequence.computed = min(scheduled.chunk.stop, len(sequence.tokens))
+            cache.settle(sequence.table, sequence.computed)
         return logits
 
     def watch(self) -> None:
@@ -96,7 +98,8 @@ class Runner:
                 first = len(tokens) + place - start
                 soft_at.extend(range(first, first + len(rows)))
                 soft.append(rows)
-            tokens.extend(scheduled.sequence.tokens[start:stop])
+            sequence = scheduled.sequence
+            tokens.extend((sequence.tokens[start:stop] + sequence.guesses)[: stop - start])
             positions.extend(range(start, stop))
             wanted.extend(range(len(tokens) - scheduled.rows, len(tokens)))
         if every:

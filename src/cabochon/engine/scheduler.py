@@ -1,18 +1,20 @@
 """Which positions of which sequences the next step computes.
 
-Decoding goes first, one token a sequence; prompts fill what is left of the step. When pages run
-out, the sequence that came last gives its own back and is computed anew later, so that the one that
-came first always goes on: an accepted request does not die of memory.
+Decoding goes first, one token a sequence and what is guessed to follow; prompts fill what is left
+of the step. When pages run out, the sequence that came last gives its own back and is computed anew
+later, so that the one that came first always goes on: an accepted request does not die of memory.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from cabochon.engine.cache import PAGE, Chunk, PagedCache, PageTable
+from cabochon.engine.drafts import Drafter
 from cabochon.engine.prefixes import Mark, marks, name_pages
 from cabochon.gemma4.pictures import Picture
 from cabochon.gemma4.sounds import Sound
@@ -28,6 +30,9 @@ class TokenSequence:
     media: dict[int, Picture | Sound]  # by first position, until they are encoded
     whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
     computed: int = 0  # tokens whose keys and values are in the cache
+    limit: int = sys.maxsize  # tokens at which it ends
+    drafter: Drafter | None = None
+    guesses: list[int] = field(default_factory=list)  # of the tokens that the step draws
     soft: dict[int, Tensor] = field(default_factory=dict)  # soft tokens by first position
     started: bool = False
     cached: int = 0  # tokens of the prompt whose keys and values were there already
@@ -39,6 +44,18 @@ class TokenSequence:
     def decoding(self) -> bool:
         return len(self.tokens) - self.computed == 1
 
+    def guess(self, most: int) -> None:
+        """Guess up to `most` tokens, but not the one that would be its last."""
+        room = min(most, self.limit - len(self.tokens) - 1)
+        if self.drafter is not None and room > 0:
+            self.guesses = self.drafter.guess(self.tokens, room)
+
+    def judge(self, right: int) -> None:
+        """So many of the guesses were the tokens that have been drawn."""
+        if self.drafter is not None and self.guesses:
+            self.drafter.judge(len(self.guesses), right)
+        self.guesses = []
+
     def name_pages(self, stop: int) -> None:
         """Give names to the whole pages before token `stop`."""
         if self._marks is None:
@@ -47,7 +64,8 @@ class TokenSequence:
 
     def chunk(self, room: int) -> Chunk:
         """The next `room` positions; more, or fewer, where a picture must stay whole."""
-        start, stop = self.computed, min(len(self.tokens), self.computed + room)
+        known = len(self.tokens) + len(self.guesses)
+        start, stop = self.computed, min(known, self.computed + room)
         for first, last in self.whole:
             if first < stop < last:
                 stop = last if first <= start else first
@@ -65,22 +83,23 @@ class Scheduled:
     @property
     def complete(self) -> bool:
         """Whether the step reaches the sequence's last token, so that a new one can be drawn."""
-        return self.chunk.stop == len(self.sequence.tokens)
+        return self.chunk.stop >= len(self.sequence.tokens)
 
     @property
     def rows(self) -> int:
         """How many of its positions, the last of the chunk, logits are wanted of."""
         if self.sequence.scored:
             return self.chunk.stop - self.chunk.start
-        return int(self.complete)
+        return 1 + len(self.sequence.guesses) if self.complete else 0
 
 
 class Scheduler:
     """Holds the waiting and the running sequences, in order of arrival."""
 
-    def __init__(self, cache: PagedCache, prefill_chunk: int) -> None:
+    def __init__(self, cache: PagedCache, prefill_chunk: int, draft_tokens: int = 0) -> None:
         self.cache = cache
         self.prefill_chunk = prefill_chunk
+        self.draft_tokens = draft_tokens
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []
         self.preemptions = 0
@@ -102,9 +121,11 @@ class Scheduler:
         """The next step; empty only if there is nothing to do."""
         step: list[Scheduled] = []
         room = self.prefill_chunk
-        for sequence in [s for s in self.running if s.decoding]:
+        decoding = [s for s in self.running if s.decoding]
+        for sequence in decoding:
             if sequence in self.running:  # it may have given its pages to an earlier one
-                self._schedule(sequence, 1, step)
+                sequence.guess((1 + self.draft_tokens) // len(decoding) - 1)
+                self._schedule(sequence, 1 + len(sequence.guesses), step)
         for sequence in [s for s in self.running if not s.decoding]:
             if room > 0 and sequence in self.running:
                 room -= self._schedule(sequence, room, step)
@@ -126,8 +147,12 @@ class Scheduler:
         0 if it had to make place for those before it. The last of the running gives way first.
         """
         chunk = sequence.chunk(room)
-        sequence.name_pages(chunk.stop)
+        sequence.name_pages(min(chunk.stop, len(sequence.tokens)))
         while not self.cache.reserve(chunk):
+            if sequence.guesses:  # nobody makes place for what may be wrong
+                sequence.guesses = []
+                chunk = sequence.chunk(room)
+                continue
             loser = self.running[-1]
             self._preempt(loser)
             if loser is sequence:
@@ -154,6 +179,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.cache.release(sequence.table)
         sequence.computed = 0
+        sequence.guesses = []
         self.waiting.appendleft(sequence)
 
     def _may_admit(self) -> bool:

@@ -58,6 +58,8 @@ class Stats:
     busy_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_tokens: int = 0
+    guessed: int = 0
+    guessed_right: int = 0
     ended: Counter[str] = field(default_factory=Counter)  # by finish reason, "error" and "abort"
     queue: Histogram = field(default_factory=_latencies)
     first_token: Histogram = field(default_factory=_latencies)
@@ -80,11 +82,18 @@ class Stats:
         done = self.prefill_tokens + self.decode_tokens
         return done / self.busy_seconds if self.busy_seconds else 0.0
 
-    def step(self, prefill: int, decode: int) -> None:
+    def step(self, prefill: int, decode: int, computed: int) -> None:
+        """A step has computed so many positions; those of guesses are of neither kind."""
         self.steps += 1
         self.prefill_tokens += prefill
         self.decode_tokens += decode
-        self.step_length.add(prefill + decode)
+        self.step_length.add(computed)
+
+    def judged(self, guessed: int, right: int) -> None:
+        """Guesses that were right are tokens that need no step of their own."""
+        self.guessed += guessed
+        self.guessed_right += right
+        self.decode_tokens += right
 
     def start(self, timeline: Timeline, now: float) -> None:
         """A request is computed on; again after it was put off, which changes nothing here."""

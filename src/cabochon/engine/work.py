@@ -28,7 +28,6 @@ class Work:
     reader: Reader
     guide: Guide | None
     prompt_length: int
-    limit: int  # length of prompt and answer at which it ends
     scores: list[TokenLogprob] = field(default_factory=list)  # of the prompt, but its first token
     timeline: Timeline = field(default_factory=Timeline)
 
@@ -44,7 +43,7 @@ class Work:
                 return reads, "stop"
             if self.guide and self.guide.ended:
                 reason = "stop"
-            elif len(self.sequence.tokens) >= self.limit:
+            elif len(self.sequence.tokens) >= self.sequence.limit:
                 reason = "length"
         if reason:
             reads.append(self.reader.finish())

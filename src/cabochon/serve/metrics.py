@@ -84,6 +84,8 @@ class EngineCollector(Collector):
             ("generation_tokens", "Tokens generated", stats.generated),
             ("prefix_cache_queries", "Tokens looked up in the cache", scheduler.prefix_queries),
             ("prefix_cache_hits", "Tokens found in the cache", hits),
+            ("spec_decode_num_draft_tokens", "Tokens guessed", stats.guessed),
+            ("spec_decode_num_accepted_tokens", "Guessed right", stats.guessed_right),
             ("num_preemptions", "Requests put off for want of pages", scheduler.preemptions),
         ):
             yield self._counter(name, about, value)
