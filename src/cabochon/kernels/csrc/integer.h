@@ -269,8 +269,14 @@ static void multiply(const Matrix& m, const Quantized& x, int columns, int start
     case U3:
       if (halves) AS(CodesU3, true, true);
       AS(CodesU3, true, false);
-    case U5: AS(CodesU5, true, false);
-    case U6: AS(CodesU6, false, true);
+    case U5:
+      if (halves) AS(CodesU5, true, true);
+      AS(CodesU5, true, false);
+    case U6:
+      if (halves && minus) AS(CodesU6, true, true);
+      if (halves) AS(CodesU6, false, true);
+      if (minus) AS(CodesU6, true, false);
+      AS(CodesU6, false, false);
   }
 #undef AS
 }
