@@ -18,7 +18,7 @@ from reference import greedy
 from cabochon import LLM, SamplingParams
 from cabochon.engine.cache import PAGE, CachePlan, cache_groups
 from cabochon.engine.request import Completion, Delta, Prompt
-from cabochon.engine.sampler import Sampling, sample
+from cabochon.engine.sampler import Choices, Sampling, sample
 from cabochon.errors import CabochonError, RequestError, ResourceError
 from cabochon.gemma4.pictures import Picture
 
@@ -205,10 +205,10 @@ def test_a_sink_that_raises_is_called_no_more(tiny: LLM, alone: list[Completion]
 def test_a_token_that_cannot_be_drawn_ends_one_request(
     tiny: LLM, alone: list[Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choosy(logits: torch.Tensor, rows: list[Sampling], *rest: Any) -> list[int]:
-        if rows[0].params.seed == 13:
+    def choosy(choices: Choices, row: Sampling) -> int:
+        if row.params.seed == 13:
             raise ArithmeticError("injected")
-        return sample(logits, rows, *rest)
+        return sample(choices, row)
 
     many = prompts(tiny, 2)
     monkeypatch.setattr("cabochon.engine.work.sample", choosy)

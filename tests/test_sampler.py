@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from cabochon.engine.request import SamplingParams
-from cabochon.engine.sampler import Sampling, candidates, sample
+from cabochon.engine.sampler import Choices, Sampling, candidates, sample
+from cabochon.nn.largest import reached
 
 VOCAB = 4096
 
@@ -47,6 +48,10 @@ def ours(logits: Tensor, params: SamplingParams) -> Tensor:
     probabilities = torch.zeros(len(logits), dtype=torch.float64)
     probabilities[kept.ids] = torch.from_numpy(kept.weights / kept.weights.sum())
     return probabilities
+
+
+def drawn(logits: Tensor, row: Sampling) -> int:
+    return sample(Choices(logits.numpy()), row)
 
 
 def penalized(logits: Tensor, row: Sampling) -> Tensor:
@@ -80,7 +85,7 @@ def test_tokens_that_cannot_be_stay_out() -> None:
     logits[::2] = -math.inf
     for params in (SamplingParams(), SamplingParams(top_p=0.999), SamplingParams(top_k=3000)):
         row = Sampling(params, [], VOCAB)
-        assert all(token % 2 for _ in range(50) for token in sample(logits[None], [row]))
+        assert all(token % 2 for _ in range(50) for token in [drawn(logits, row)])
 
 
 def test_a_flat_distribution_needs_nearly_all_for_its_nucleus() -> None:
@@ -117,10 +122,10 @@ def test_presence_and_frequency_penalties_follow_their_definition() -> None:
 
 
 def test_logits_are_not_changed() -> None:
-    logits = torch.stack([some_logits(3), some_logits(4)])
+    logits = some_logits(3)
     before = logits.clone()
     params = SamplingParams(repetition_penalty=1.5, presence_penalty=1.0, top_k=5, top_p=0.5)
-    sample(logits, [Sampling(params, [1], VOCAB) for _ in range(2)])
+    drawn(logits, Sampling(params, [1], VOCAB))
     assert torch.equal(logits, before)
 
 
@@ -132,15 +137,16 @@ def test_greedy_takes_the_likeliest_after_penalties() -> None:
     tired = Sampling(SamplingParams(temperature=0.0, presence_penalty=2.0), [], VOCAB)
     logits[first] = logits[second] + 1.0
     tired.observe(first)
-    assert sample(torch.stack([logits, logits]), [row, tired]) == [first, second]
+    assert [drawn(logits, row), drawn(logits, tired)] == [first, second]
 
 
 def draws(row: Sampling, company: list[Sampling], steps: int = 40) -> list[int]:
     """What `row` draws, step by step, in a batch with others."""
     tokens = []
     for step in range(steps):
-        batch = torch.stack([some_logits(step), *(some_logits(step + 99) for _ in company)])
-        token, *_ = sample(batch, [row, *company])
+        token = drawn(some_logits(step), row)
+        for other in company:
+            drawn(some_logits(step + 99), other)
         row.observe(token)
         tokens.append(token)
     return tokens
@@ -181,10 +187,7 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     expected = theirs(logits, params)
     row = Sampling(params, [], 32)
     total = 20_000
-    batch = logits[None]
-    counts = torch.bincount(
-        torch.tensor([sample(batch, [row])[0] for _ in range(total)]), minlength=32
-    )
+    counts = torch.bincount(torch.tensor([drawn(logits, row) for _ in range(total)]), minlength=32)
     kept = expected > 0
     assert int(counts[~kept].sum()) == 0
     statistic = float((((counts - total * expected) ** 2) / (total * expected))[kept].sum())
@@ -195,3 +198,17 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
 def test_penalties_cost_nothing_when_they_are_off() -> None:
     logits = some_logits(9).numpy()
     assert Sampling(SamplingParams(), [1, 2], VOCAB).penalize(logits) is logits
+
+
+@pytest.mark.parametrize("size", [7, 64, 1000, 4096])
+@pytest.mark.parametrize("count", [1, 2, 5, 16, 64])
+def test_what_so_many_numbers_reach(size: int, count: int) -> None:
+    """At least `count` of them do, since none is above the count-th; ties and gaps included."""
+    for seed in range(20):
+        values = some_logits(seed, size=size).round(decimals=seed % 3).numpy()
+        values[:: seed % 5 + 2] = -math.inf
+        if count > size:
+            continue
+        floor = reached(values, count)
+        assert floor <= sorted(values, reverse=True)[count - 1]
+        assert (values >= floor).sum() >= count

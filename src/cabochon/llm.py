@@ -240,7 +240,8 @@ class LLM:
             assert reserved
             step = [Scheduled(sequence, chunk)]
             self.runner.encode(step[0])
-            logits[chunk.start : chunk.stop] = self.runner.run(cache, step, every=True)
+            hidden = self.runner.run(cache, step, every=True)
+            logits[chunk.start : chunk.stop] = self.runner.logits(hidden)
         return logits
 
     def close(self) -> None:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 
-import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.drafts import Drafter
 from cabochon.engine.guide import Guide
+from cabochon.engine.prediction import Prediction, Whole
 from cabochon.engine.reader import Reader, delta_of
 from cabochon.engine.request import Delta, Prompt, SamplingParams, TokenLogprob
 from cabochon.engine.runner import Runner, new_sequence
@@ -249,19 +248,21 @@ class Engine:
         for scheduled in step:
             request = self._requests[self._by_sequence[scheduled.sequence]]
             self.stats.start(request.timeline, begun)
-        for part, logits in self._compute(step):
+        for part, hidden in self._compute(step):
             sizes = [s.chunk.stop - s.chunk.start for s in part]
             decoding = [s.chunk.start >= self._prompt_length(s) for s in part]
             prefill = sum(n for n, past in zip(sizes, decoding, strict=True) if not past)
             self.stats.step(prefill, sum(decoding), sum(sizes))
-            self._read(part, logits)
+            self._read(part, hidden)
         self.stats.busy_seconds += time.monotonic() - begun
 
     def _prompt_length(self, scheduled: Scheduled) -> int:
         return self._requests[self._by_sequence[scheduled.sequence]].prompt_length
 
     def _compute(self, step: list[Scheduled]) -> Iterator[tuple[list[Scheduled], Tensor]]:
-        """Logits of the step; if it fails, of each sequence alone, so that only the culprit ends.
+        """What the step's logits are made of; if it fails, each sequence is tried alone.
+
+        So only the culprit ends.
 
         What a step has written before it failed is written once more: it has moved nobody on.
         """
@@ -290,40 +291,40 @@ class Engine:
                 self._fail(self._by_sequence[scheduled.sequence], _internal(error))
         return ready
 
-    def _read(self, part: Sequence[Scheduled], logits: Tensor) -> None:
-        """Score prompts by their rows, and draw the next token of what is complete."""
-        rows = logits.split([s.rows for s in part])
-        for scheduled, own in zip(part, rows, strict=True):
+    def _read(self, part: Sequence[Scheduled], hidden: Tensor) -> None:
+        """Score prompts by their rows, and draw the next tokens of what is complete."""
+        works = [self._requests[self._by_sequence[s.sequence]] for s in part]
+        few = [w.few for w, s in zip(works, part, strict=True) for _ in range(s.rows)]
+        predictions = iter(self.runner.predict(hidden, few))
+        for work, scheduled in zip(works, part, strict=True):
+            rows = list(islice(predictions, scheduled.rows))
             if scheduled.sequence.scored:
-                self._score(self._requests[self._by_sequence[scheduled.sequence]], scheduled, own)
-        for scheduled, own in zip(part, rows, strict=True):
+                self._score(work, scheduled, rows)
             if scheduled.complete:
-                self._draw(scheduled, own[-1 - len(scheduled.sequence.guesses) :])
+                self._draw(scheduled, rows[-1 - len(scheduled.sequence.guesses) :])
 
-    def _score(self, request: Work, scheduled: Scheduled, rows: Tensor) -> None:
+    def _score(self, request: Work, scheduled: Scheduled, rows: Sequence[Prediction]) -> None:
         """Tell the probabilities of the prompt's tokens, each by the row before it."""
         tokens, asked = request.sequence.tokens, request.params.prompt_logprobs
         assert asked is not None
-        for position, row in enumerate(rows.cpu().numpy(), scheduled.chunk.start):
+        for position, row in enumerate(rows, scheduled.chunk.start):
+            assert isinstance(row, Whole)
             # A sequence that was put off computes some of its prompt again.
             if position == len(request.scores) and position + 1 < len(tokens):
-                request.scores.append(logprob(row, tokens[position + 1], asked))
+                request.scores.append(logprob(row.logits, tokens[position + 1], asked))
         if scheduled.complete:
             request.sequence.scored = False
 
-    def _draw(self, scheduled: Scheduled, rows: Tensor) -> None:
+    def _draw(self, scheduled: Scheduled, rows: Sequence[Prediction]) -> None:
         """Draw the next token, and those behind it for as long as they are what was guessed.
 
         What goes wrong in a row ends its request alone.
         """
         sequence = scheduled.sequence
         number, guesses = self._by_sequence[sequence], sequence.guesses
-        finite = rows.sum(dim=-1).isfinite().tolist()  # one that is no number makes the sum so
-        with torch.inference_mode():
-            rows[:, self.suppressed] = -math.inf
         right = 0
-        for row, fine, guess in zip(rows, finite, [*guesses, None], strict=True):
-            token = self._draw_one(number, scheduled, row, fine)
+        for row, guess in zip(rows, [*guesses, None], strict=True):
+            token = self._draw_one(number, scheduled, row)
             if token != guess or number not in self._requests:
                 break
             right += 1
@@ -331,12 +332,12 @@ class Engine:
         self.stats.judged(len(guesses), right)
         sequence.judge(right)
 
-    def _draw_one(self, number: int, scheduled: Scheduled, row: Tensor, fine: bool) -> int | None:
-        """The token that a row of logits gives a request; None if that fails."""
+    def _draw_one(self, number: int, scheduled: Scheduled, row: Prediction) -> int | None:
+        """The token that a row gives a request; None if that fails."""
         try:
-            if not fine:
+            if not row.finite:
                 raise self._not_finite(scheduled)
-            token, logprobs = self._requests[number].draw(row)
+            token, logprobs = self._requests[number].draw(row, self.suppressed)
         except CabochonError as error:
             self._fail(number, error)
         except Exception as error:

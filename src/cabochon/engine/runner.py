@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CacheStep, PagedCache
+from cabochon.engine.prediction import Prediction, predictions
 from cabochon.engine.request import Prompt
 from cabochon.engine.scheduler import Scheduled, TokenSequence
 from cabochon.errors import RequestError
@@ -56,19 +57,29 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, cache: PagedCache, step: Sequence[Scheduled], *, every: bool = False) -> Tensor:
-        """Logits `[rows, vocab_size]`, for each sequence as many `rows` as it wants, in order.
+        """What logits are made of: `[rows, hidden_size]`, for each sequence as many as it wants.
 
         With `every`, of every position of the step. Guesses are computed, but count for nothing
         until they have been judged.
         """
-        logits: Tensor = self.model(
+        hidden: Tensor = self.model(
             self.batch(step, every), CacheStep(cache, [s.chunk for s in step])
         )
         for scheduled in step:
             sequence = scheduled.sequence
             sequence.computed = min(scheduled.chunk.stop, len(sequence.tokens))
             cache.settle(sequence.table, sequence.computed)
-        return logits
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[rows, vocab_size]`, float32."""
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def predict(self, hidden: Tensor, few: Sequence[bool]) -> list[Prediction]:
+        """What each row says of the next token; `few`: whether its likeliest tokens will do."""
+        return predictions(self.model, hidden, few)
 
     def watch(self) -> None:
         """From now on, notice which module is the first to give what is not finite; it costs."""

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from cabochon.engine.request import SamplingParams, TokenLogprob
 from cabochon.errors import CabochonError
+from cabochon.nn.largest import reached
 
 Logits = npt.NDArray[np.float32]  # [vocab_size]
 Allowed = npt.NDArray[np.bool_]  # [vocab_size]
@@ -30,6 +30,13 @@ class Candidates(NamedTuple):
 
     ids: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64]
+
+
+class Choices(NamedTuple):
+    """Logits `[n]` of the tokens `ids [n]`, in rising order; None: of all tokens."""
+
+    logits: Logits
+    ids: npt.NDArray[np.int64] | None = None
 
 
 class Sampling:
@@ -49,6 +56,13 @@ class Sampling:
             self._seen[np.asarray(prompt, dtype=np.int64)] = True
         if params.presence_penalty or params.frequency_penalty:
             self._counts = np.zeros(vocab_size, dtype=np.int32)
+
+    @property
+    def count(self) -> int | None:
+        """How many of the likeliest tokens decide what is drawn; None: all of them."""
+        if self._seen is not None or self._counts is not None or len(self._biased):
+            return None
+        return 1 if self.params.temperature == 0.0 else self.params.top_k or None
 
     def observe(self, token: int) -> None:
         """Count a token that the request has generated."""
@@ -84,34 +98,19 @@ class Sampling:
         return int(among.ids[sums.searchsorted(point, side="right")])
 
 
-def sample(
-    logits: Tensor, rows: Sequence[Sampling], allowed: Sequence[Allowed | None] | None = None
-) -> list[int]:
-    """The next token of each row; `observe` is left to the caller.
+def sample(choices: Choices, row: Sampling) -> int:
+    """The next token of a row; `observe` is left to the caller.
 
-    Args:
-        logits: `[rows, vocab_size]` float32, not changed. No NaN: the engine ends a request whose
-            logits are not finite before it comes here.
-        rows: The requests, in the order of `logits`.
-        allowed: For each row the tokens that may be drawn; None for all.
+    No logit is NaN: the engine ends a request whose logits are not finite before it comes here.
 
     Raises:
-        CabochonError: no token is left to a row.
+        CabochonError: no token is left.
     """
-    bounds = allowed or [None] * len(rows)
-    return [
-        _next(_bound(row_logits, bound), row)
-        for row_logits, row, bound in zip(logits.cpu().numpy(), rows, bounds, strict=True)
-    ]
-
-
-def _bound(logits: Logits, allowed: Allowed | None) -> Logits:
-    if allowed is None:
-        return logits
-    bound = np.where(allowed, logits, -np.inf).astype(np.float32, copy=False)
-    if bound.max() == -np.inf:
+    logits, ids = choices
+    if not len(logits) or logits.max() == -np.inf:
         raise CabochonError("no token may follow: what the answer must look like leaves none")
-    return bound
+    chosen = _next(logits, row)
+    return chosen if ids is None else int(ids[chosen])
 
 
 def logprob(logits: Logits, token: int, alternatives: int) -> TokenLogprob:
@@ -142,8 +141,8 @@ def candidates(logits: Logits, params: SamplingParams) -> Candidates:
     """The tokens that temperature, which must not be 0, top-k, top-p and min-p leave."""
     if 0 < params.top_k < len(logits):
         # The k-th logit is found without sorting all; what ties with it stays, as upstream's does.
-        least = np.partition(logits, -params.top_k)[-params.top_k]
-        ids = np.flatnonzero(logits >= least)
+        some = logits[logits >= reached(logits, params.top_k)]
+        ids = np.flatnonzero(logits >= np.partition(some, -params.top_k)[-params.top_k])
     else:
         ids = np.arange(len(logits))
     with np.errstate(over="ignore"):  # by a temperature next to 0: all but the likeliest go

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from cabochon.engine.guide import Guide
+from cabochon.engine.prediction import Prediction, Whole
 from cabochon.engine.reader import Read, Reader
 from cabochon.engine.request import Delta, FinishReason, SamplingParams, TokenLogprob
 from cabochon.engine.sampler import Sampling, logprob, sample
@@ -56,13 +55,21 @@ class Work:
         scores, self.scores = tuple(self.scores), []
         return scores or None
 
-    def draw(self, row: Tensor) -> tuple[int, tuple[TokenLogprob, ...]]:
+    @property
+    def few(self) -> bool:
+        """Whether the likeliest tokens are all that the next draw needs to know of."""
+        told = self.params.logprobs is not None or self.sequence.scored
+        return not told and self.sampling.count is not None
+
+    def draw(self, row: Prediction, never: Sequence[int]) -> tuple[int, tuple[TokenLogprob, ...]]:
         """The next token of the answer, and its probability if it is text and that is asked for."""
         state, asked = self.reader.state, self.params.logprobs
         allowed = self.guide.allowed(state) if self.guide else None
-        token = sample(row[None], [self.sampling], [allowed])[0]
+        choices = row.choices(self.sampling.count or 0, never, allowed)
+        token = sample(choices, self.sampling)
         if self.guide:
             self.guide.take(token, state)
         if asked is None or not self.reader.is_text(token):
             return token, ()
-        return token, (logprob(row.cpu().numpy(), token, asked),)
+        assert isinstance(row, Whole)
+        return token, (logprob(row.logits, token, asked),)

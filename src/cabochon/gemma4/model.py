@@ -14,6 +14,7 @@ from cabochon.gemma4.text import TextModel
 from cabochon.gemma4.vision import VisionTower
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.linear import Linear
+from cabochon.nn.weight import Shortlist
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ class Gemma4(nn.Module):
         self.has_head = has_head
 
     def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
-        """Logits of the wanted rows after the soft-cap: `[rows, vocab_size]`, float32."""
+        """What the wanted rows' logits are made of: `[rows, hidden_size]`."""
         ids, x = self.embed(batch)
-        text = self.model.language_model
-        return self.logits(text(ids, x, batch.positions, kv, batch.wanted))
+        hidden: Tensor = self.model.language_model(ids, x, batch.positions, kv, batch.wanted)
+        return hidden
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the decoder gets: ids `[tokens]` and embeddings `[tokens, hidden_size]`."""
@@ -81,10 +82,18 @@ class Gemma4(nn.Module):
         return (tokens == ids.image) | (tokens == ids.audio) | (tokens == ids.video)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """After the soft-cap: `[rows, vocab_size]`, float32."""
         head = (
             self.lm_head if self.has_head else self.model.language_model.embed_tokens.weight.linear
         )
-        logits: Tensor = head(hidden).float()
+        return self.cap(head(hidden).float())
+
+    def shortlist(self, hidden: Tensor) -> Shortlist | None:
+        """A way to the largest logits, before the soft-cap, that does not compute all of them."""
+        head = self.lm_head if self.has_head else self.model.language_model.embed_tokens
+        return head.weight.shortlist(hidden)
+
+    def cap(self, logits: Tensor) -> Tensor:
         cap = self.config.text.softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -10,6 +10,7 @@ from torch import nn
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Library
 from cabochon.kernels.packed import Activations, PackedWeight, unsupported
+from cabochon.kernels.sketch import SketchedHead, sketchable
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
 
@@ -30,9 +31,9 @@ class Kernels:
     def built(self) -> bool:
         return self._library is not None
 
-    def for_weight(self, weight: Weight) -> Weight:
-        """A weight that computes the same faster, or `weight` itself."""
-        kernel = self._kernel(weight)
+    def for_weight(self, weight: Weight, head: bool = False) -> Weight:
+        """A weight that computes the same faster, or `weight` itself; `head`: it makes logits."""
+        kernel = self._kernel(weight, head)
         if kernel is not None:
             return kernel
         if not self._inside(weight):
@@ -50,7 +51,7 @@ class Kernels:
                 found |= self._inside(child)
         return found
 
-    def _kernel(self, weight: Weight) -> Weight | None:
+    def _kernel(self, weight: Weight, head: bool) -> Weight | None:
         library, described = self._library, weight.description()
         if library is None or described is None:
             return None
@@ -58,6 +59,9 @@ class Kernels:
         if isinstance(described, StoredFloats):
             if exact and described.rounded is not torch.float32:
                 return None
+            if head and not exact and sketchable(described):
+                self._chosen["stored floats, the likeliest found by a sketch"] += 1
+                return SketchedHead(library, weight)
             self._chosen["stored floats"] += 1
             return FloatsWeight(library, weight)
         if unsupported(described) is not None or (exact and not described.exact):

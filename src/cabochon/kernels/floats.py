@@ -14,13 +14,14 @@ _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
 class FloatsWeight(Weight):
     """`stored`, whose entries are floats; everything but products is left to it.
 
-    What it is made of is moved from its file into memory of its own, in large pages.
+    With `move`, what it is made of goes from its file into memory of its own, in large pages.
     """
 
-    def __init__(self, library: Library, stored: Weight) -> None:
+    def __init__(self, library: Library, stored: Weight, *, move: bool = True) -> None:
         super().__init__(stored.out_features, stored.in_features)
-        for name, buffer in list(stored.named_buffers(recurse=False)):
-            setattr(stored, name, _moved(library, buffer))
+        if move:
+            for name, buffer in list(stored.named_buffers(recurse=False)):
+                setattr(stored, name, _moved(library, buffer))
         floats = stored.description()
         assert isinstance(floats, StoredFloats)
         self.stored = stored

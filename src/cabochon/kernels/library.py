@@ -169,6 +169,7 @@ _SIGNATURES = {
         None,
         [POINTER(Rows), c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
     ),
+    "sketch": (None, [POINTER(Rows), c_void_p, c_void_p, c_void_p, c_void_p, c_int]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
     "pack_codes": (None, [POINTER(Matrix), POINTER(Layout), c_void_p, c_int64, c_int64, c_int]),
     "pack_scales": (
@@ -196,6 +197,7 @@ class Library:
             function.argtypes = arguments
         self.times = self._dll.cabochon_times
         self.times_rows = self._dll.cabochon_times_rows
+        self.sketch = self._dll.cabochon_sketch
         self.dense = self._dll.cabochon_dense
         self.pack_codes = self._dll.cabochon_pack_codes
         self.pack_scales = self._dll.cabochon_pack_scales

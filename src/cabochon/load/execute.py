@@ -22,6 +22,7 @@ from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Prepare = Callable[[Weight, bool], Weight]
 
 
 class Loaded(NamedTuple):
@@ -35,7 +36,7 @@ def execute(
     dtype: torch.dtype,
     progress: Progress | None = None,
     thorough: bool = False,
-    prepare: Callable[[Weight], Weight] | None = None,
+    prepare: Prepare | None = None,
 ) -> Loaded:
     """The model that `plan`, which has no problems, describes, and what was seen on the way.
 
@@ -47,8 +48,8 @@ def execute(
             it.
         progress: called with bytes done and bytes in all.
         thorough: look at every entry for the certificate, not at a sample of quantized matrices.
-        prepare: called with each weight that is multiplied with, as soon as it is built; what it
-            returns takes the weight's place.
+        prepare: called with each weight that is multiplied with, as soon as it is built, and
+            whether logits are made with it; what it returns takes the weight's place.
 
     Raises:
         UnreadableError: a file ended early.
@@ -65,7 +66,7 @@ def execute(
             ahead(next(iter(read.stored.values())))
             weight = build_weight(read, dtype, measure)
             if prepare is not None and _multiplied(read, plan):
-                weight = prepare(weight)
+                weight = prepare(weight, _is_head(read, plan))
             if read.part is None:
                 fill_site(model, read.site.name, weight)
             else:
@@ -93,8 +94,11 @@ def blank(plan: LoadPlan) -> Gemma4:
 
 def _multiplied(read: SiteRead, plan: LoadPlan) -> bool:
     """Of a table that is no head, only rows are looked up."""
-    tokens = read.site.name.endswith(".embed_tokens")
-    return read.site.kind != "embedding" or (tokens and not plan.has_head)
+    return read.site.kind != "embedding" or _is_head(read, plan)
+
+
+def _is_head(read: SiteRead, plan: LoadPlan) -> bool:
+    return read.site.name.endswith("lm_head" if plan.has_head else ".embed_tokens")
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

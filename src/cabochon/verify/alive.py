@@ -195,6 +195,6 @@ class _Writers:
             assert reserved
             step.append(Scheduled(sequence, chunk))
             self._runner.encode(step[-1])
-        rows = self._runner.run(self._cache, step)
+        rows = self._runner.logits(self._runner.run(self._cache, step))
         parts: Sequence[Tensor] = rows.split([scheduled.rows for scheduled in step])
         return parts

@@ -95,7 +95,7 @@ def logits_of(model: Gemma4, prompt: Prompt) -> Tensor:
     assert reserved
     step = Scheduled(sequence, chunk)
     runner.encode(step)
-    return runner.run(cache, [step], every=True)
+    return runner.logits(runner.run(cache, [step], every=True))
 
 
 def names_of(model: nn.Module) -> frozenset[str]:

@@ -63,6 +63,11 @@ void cabochon_times_rows(const Rows* m, const float* x, int64_t ldx, int n, int 
   table->times_rows(m, x, ldx, n, start, stop, y, ldy, threads);
 }
 
+void cabochon_sketch(const Rows* m, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+                     int threads) {
+  table->sketch(m, octets, scales, left, norms, threads);
+}
+
 void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,
                     int threads) {
   table->dense(m, rows, start, n, out, threads);

@@ -4,6 +4,7 @@
 #include "layer.h"
 #include "quantize.h"
 #include "rows.h"
+#include "sketch.h"
 #include "table.h"
 
 static void times(const Matrix* m, const float* x, int64_t ldx, int n, int start, int stop, float* y,
@@ -22,6 +23,11 @@ static void times_rows(const Rows* m, const float* x, int64_t ldx, int n, int st
   multiply_rows(*m, x, ldx, n, start, stop, y, ldy, threads);
 }
 
+static void sketch(const Rows* m, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+                   int threads) {
+  sketch_rows(*m, octets, scales, left, norms, threads);
+}
+
 static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,
                     int threads) {
   dense(*m, rows, start, n, out, threads);
@@ -37,6 +43,6 @@ static void decoder_layers(const Layer* const* layers, const Cache* caches,
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, decoder_layers, peak, read_all, entries};
+  static const Table table = {times, times_rows, decoder_layers, sketch, peak, read_all, entries};
   return &table;
 }

@@ -1,0 +1,74 @@
+"""What the model says of the next token: of all tokens, or of those that a draw can fall on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cabochon.engine.sampler import Allowed, Choices, Logits
+from cabochon.gemma4.model import Gemma4
+from cabochon.nn.weight import Shortlist
+
+
+class Prediction(Protocol):
+    """One row of a step."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was computed is numbers."""
+
+    def choices(self, count: int, never: Sequence[int], allowed: Allowed | None) -> Choices:
+        """Tokens that may be drawn, the `count` likeliest at least, but `never` some of them."""
+
+
+class Whole:
+    """All logits of a row."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits: Logits = logits.cpu().numpy()  # [vocab_size]
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.logits.sum()))  # one that is no number makes the sum so
+
+    def choices(self, count: int, never: Sequence[int], allowed: Allowed | None) -> Choices:
+        self.logits[list(never)] = -np.inf
+        if allowed is None:
+            return Choices(self.logits)
+        return Choices(np.where(allowed, self.logits, np.float32(-np.inf)))
+
+
+class Likeliest:
+    """The largest logits of a row, which are those of `Whole` to the bit."""
+
+    def __init__(self, model: Gemma4, shortlist: Shortlist, row: int, *, finite: bool) -> None:
+        self._model = model
+        self._shortlist = shortlist
+        self._row = row
+        self.finite = finite
+
+    def choices(self, count: int, never: Sequence[int], allowed: Allowed | None) -> Choices:
+        ids, products = self._shortlist.largest(self._row, count, never, allowed)
+        return Choices(self._model.cap(torch.from_numpy(products)).numpy(), ids)
+
+
+def predictions(model: Gemma4, hidden: Tensor, few: Sequence[bool]) -> list[Prediction]:
+    """Of each row of `hidden [rows, hidden_size]`; where `few` says so, of the likeliest tokens."""
+    short = [row for row, little in enumerate(few) if little]
+    shortlist = model.shortlist(hidden[short]) if short else None
+    if shortlist is None:
+        return [Whole(logits) for logits in model.logits(hidden)]
+    finite = hidden.isfinite().all(dim=-1).tolist()
+    made: dict[int, Prediction] = {
+        row: Likeliest(model, shortlist, place, finite=finite[row])
+        for place, row in enumerate(short)
+    }
+    whole = [row for row in range(len(few)) if row not in made]
+    if whole:
+        logits = model.logits(hidden[whole])
+        made |= {row: Whole(own) for row, own in zip(whole, logits, strict=True)}
+    return [made[row] for row in range(len(few))]

@@ -1,0 +1,112 @@
+"""`SketchedHead`: an LM head of stored floats that finds the likeliest tokens by reading little.
+
+Beside the floats there is a sketch of them in six bits an entry. It gives every product, and how
+far off that is at most: by Cauchy and Schwarz, the norm of the input times that of what the sketch
+left of a row. Only tokens that by this bound may be among the likeliest are multiplied with the
+floats themselves, a few in a thousand, so that a step reads two fifths of the bytes and draws
+exactly what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cabochon.kernels.floats import FloatsWeight
+from cabochon.kernels.library import Library, Rows, address, threads
+from cabochon.kernels.packed import PackedWeight
+from cabochon.nn.largest import reached
+from cabochon.nn.layout import Layout
+from cabochon.nn.weight import Coded, StoredFloats, Weight
+
+BITS, GROUP = 6, 64  # csrc/sketch.h
+LEAST = 1 << 24  # entries that are worth it
+
+# Inputs are rounded twice to eight bits of the largest of 32: their norm changes by no more than
+# sqrt(32) / 254**2 of it, 8.8e-5. The rest is for sums in float32.
+_ROUNDING = 1e-4
+_SLACK = 1.0001
+_LOST = 1e-16  # norms of rows whose squares are too small for float32
+
+
+def sketchable(described: StoredFloats) -> bool:
+    """Whether a head of these floats can have a sketch, and gains by it."""
+    data = described.data
+    plain = described.scales is None and data.dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    )
+    return plain and data.shape[1] % GROUP == 0 and data.numel() >= LEAST
+
+
+class SketchedHead(FloatsWeight):
+    """The floats stay where they are, in their file if it is mapped."""
+
+    def __init__(self, library: Library, stored: Weight) -> None:
+        super().__init__(library, stored, move=False)
+        rows, columns = self.out_features, self.in_features
+        octets = torch.empty(rows, columns * BITS // 8, dtype=torch.uint8)
+        library.advise(address(octets), octets.nbytes)
+        scales = torch.empty(rows, columns // GROUP, dtype=torch.bfloat16)
+        left, norms = torch.empty(2, rows)
+        library.sketch(
+            self.matrix, address(octets), address(scales), address(left), address(norms), threads()
+        )
+        coded = Coded(
+            octets=octets, layout=Layout.stream(BITS), group=GROUP, scales=scales, zero=32
+        )
+        self.sketch = PackedWeight(library, coded, "int16", out_features=rows, in_features=columns)
+        self.register_buffer("margins", left * _SLACK + norms * _ROUNDING + _LOST)
+
+    margins: Tensor  # [out_features], of products with an input of norm 1
+
+    def shortlist(self, x: Tensor) -> Candidates:
+        return Candidates(self, x)
+
+    def products(self, x: Tensor, ids: npt.NDArray[np.int64]) -> Tensor:
+        """Those of one input `[in_features]` with the rows `ids`, as `linear` has them."""
+        chosen = self._floats.data[torch.from_numpy(ids)]
+        matrix = Rows.from_buffer_copy(self.matrix)
+        matrix.data, matrix.rows = address(chosen), len(chosen)
+        y = torch.empty(len(ids))
+        self._library.times_rows(
+            ctypes.byref(matrix),
+            address(x),
+            len(x),
+            1,
+            0,
+            len(ids),
+            address(y),
+            len(ids),
+            threads(),
+        )
+        return y
+
+
+class Candidates:
+    """The products of `x [rows, in_features]` as the sketch has them, to be looked into."""
+
+    def __init__(self, head: SketchedHead, x: Tensor) -> None:
+        self._head = head
+        self._x = x.float().contiguous()
+        self._near = head.sketch.linear(self._x).numpy()
+        self._norms = torch.linalg.vector_norm(self._x, dim=-1).tolist()
+        self._margins = head.margins.numpy()
+
+    def largest(
+        self, row: int, count: int, never: Sequence[int], allowed: npt.NDArray[np.bool_] | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        near = self._near[row]
+        near[list(never)] = -np.inf
+        if allowed is not None:
+            near = np.where(allowed, near, -np.inf)
+        margins = self._margins * np.float32(self._norms[row] * _SLACK)
+        enough = reached(near - margins, count)
+        ids = np.flatnonzero((near + margins >= enough) & (near > -np.inf))
+        return ids, self._head.products(self._x[row], ids).numpy()
