@@ -1,6 +1,7 @@
-"""Cabochon and llama.cpp on the same GGUF, in turns.
+"""Cabochon and llama.cpp on the same GGUF, or each on a file of its own, in turns.
 
-    python bench/versus_llama.py MODEL.gguf [--threads 2] [--rounds 5] [--prompts 8,512,2048,4096]
+    python bench/versus_llama.py MODEL.gguf [--theirs OTHER.gguf] [--threads 2] [--rounds 5]
+        [--prompts 8,512,2048,4096]
 
 Needs llama-cpp-python. Each engine lives in a process of its own, loaded once; rounds alternate
 between them, so that a machine whose speed drifts is the same for both, and medians are compared.
@@ -28,7 +29,7 @@ Generate = Callable[[list[int]], Iterator[object]]  # a prompt to something for 
 def cabochon(model: str, threads: int, context: int) -> Generate:
     from cabochon import LLM, SamplingParams
 
-    llm = LLM(model, threads=threads, max_context=context, kv_cache_bytes=1 << 30)
+    llm = LLM(model, threads=threads, max_context=context, kv_cache_bytes=1 << 30, draft_tokens=0)
     params = SamplingParams(temperature=0.0, max_tokens=DECODED + 1, ignore_eos=True)
 
     def generate(prompt: list[int]) -> Iterator[object]:
@@ -77,6 +78,7 @@ def work(engine: Callable[..., Generate], pipe: Connection, *arguments: Any) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
+    parser.add_argument("--theirs", help="what llama.cpp loads, if it is another file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", default="8,512,2048,4096")
@@ -87,7 +89,8 @@ def main() -> None:
     pipes: dict[str, Connection] = {}
     for engine in (cabochon, llama):  # one loads after the other
         ours, theirs = spawn.Pipe()
-        inputs = (engine, theirs, arguments.model, arguments.threads, context)
+        model = arguments.theirs or arguments.model if engine is llama else arguments.model
+        inputs = (engine, theirs, model, arguments.threads, context)
         spawn.Process(target=work, args=inputs, daemon=True).start()
         pipes[engine.__name__] = ours
         print(f"{engine.__name__:9} loaded in {ours.recv()['load']:.1f} s", flush=True)

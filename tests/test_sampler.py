@@ -18,7 +18,6 @@ from transformers import (
 
 from cabochon.engine.request import SamplingParams
 from cabochon.engine.sampler import Choices, Sampling, candidates, sample
-from cabochon.nn.largest import reached
 
 VOCAB = 4096
 
@@ -198,17 +197,3 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
 def test_penalties_cost_nothing_when_they_are_off() -> None:
     logits = some_logits(9).numpy()
     assert Sampling(SamplingParams(), [1, 2], VOCAB).penalize(logits) is logits
-
-
-@pytest.mark.parametrize("size", [7, 64, 1000, 4096])
-@pytest.mark.parametrize("count", [1, 2, 5, 16, 64])
-def test_what_so_many_numbers_reach(size: int, count: int) -> None:
-    """At least `count` of them do, since none is above the count-th; ties and gaps included."""
-    for seed in range(20):
-        values = some_logits(seed, size=size).round(decimals=seed % 3).numpy()
-        values[:: seed % 5 + 2] = -math.inf
-        if count > size:
-            continue
-        floor = reached(values, count)
-        assert floor <= sorted(values, reverse=True)[count - 1]
-        assert (values >= floor).sum() >= count

@@ -21,6 +21,7 @@ from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import address, library
 from cabochon.kernels.packed import PackedWeight
+from cabochon.kernels.sketch import SketchedHead
 from cabochon.llm import LLM
 
 _READ = 1 << 29  # bytes, far more than caches hold
@@ -171,7 +172,7 @@ def _bytes(module: nn.Module) -> int:
     for part in module.modules():
         if isinstance(part, PackedWeight):
             total += part.data.numel()
-        elif isinstance(part, FloatsWeight):
+        elif isinstance(part, FloatsWeight) and not isinstance(part, SketchedHead):
             total += sum(buffer.nbytes for buffer in part.buffers())
     return total
 

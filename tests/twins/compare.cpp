@@ -152,8 +152,8 @@ static void stored_floats() {
       const std::vector<float> x = inputs(n * columns);
       std::vector<float> y(n * rows), z(n * rows);
       const Rows m{data.data(), scales.data(), rows, columns, type, 4, 32};
-      one->times_rows(&m, x.data(), columns, n, 0, rows, y.data(), rows, 1);
-      other->times_rows(&m, x.data(), columns, n, 0, rows, z.data(), rows, 1);
+      one->times_rows(&m, nullptr, x.data(), columns, n, 0, rows, y.data(), rows, 1);
+      other->times_rows(&m, nullptr, x.data(), columns, n, 0, rows, z.data(), rows, 1);
       compare("stored floats " + std::to_string(type), y, z, 1e-4);
     }
   }

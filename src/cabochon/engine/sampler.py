@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from cabochon.engine.request import SamplingParams, TokenLogprob
 from cabochon.errors import CabochonError
-from cabochon.nn.largest import reached
 
 Logits = npt.NDArray[np.float32]  # [vocab_size]
 Allowed = npt.NDArray[np.bool_]  # [vocab_size]
@@ -141,8 +140,8 @@ def candidates(logits: Logits, params: SamplingParams) -> Candidates:
     """The tokens that temperature, which must not be 0, top-k, top-p and min-p leave."""
     if 0 < params.top_k < len(logits):
         # The k-th logit is found without sorting all; what ties with it stays, as upstream's does.
-        some = logits[logits >= reached(logits, params.top_k)]
-        ids = np.flatnonzero(logits >= np.partition(some, -params.top_k)[-params.top_k])
+        least = np.partition(logits, -params.top_k)[-params.top_k]
+        ids = np.flatnonzero(logits >= least)
     else:
         ids = np.arange(len(logits))
     with np.errstate(over="ignore"):  # by a temperature next to 0: all but the likeliest go

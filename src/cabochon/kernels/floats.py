@@ -49,6 +49,7 @@ class FloatsWeight(Weight):
         y = torch.empty(len(flat), stop - start)
         self._library.times_rows(
             self.matrix,
+            None,
             address(flat),
             self.in_features,
             len(flat),

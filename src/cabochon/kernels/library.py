@@ -167,7 +167,7 @@ _SIGNATURES = {
     ),
     "times_rows": (
         None,
-        [POINTER(Rows), c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
+        [POINTER(Rows), c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
     ),
     "sketch": (None, [POINTER(Rows), c_void_p, c_void_p, c_void_p, c_void_p, c_int]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),

@@ -1,15 +1,13 @@
-"""`SketchedHead`: an LM head of stored floats that finds the likeliest tokens by reading little.
+"""`SketchedHead`: an LM head of stored floats that finds the likeliest tokens in half the bytes.
 
-Beside the floats there is a sketch of them in six bits an entry. It gives every product, and how
+Beside the floats there is a sketch of them in eight bits an entry. It gives every product, and how
 far off that is at most: by Cauchy and Schwarz, the norm of the input times that of what the sketch
 left of a row. Only tokens that by this bound may be among the likeliest are multiplied with the
-floats themselves, a few in a thousand, so that a step reads two fifths of the bytes and draws
-exactly what it would have drawn.
+floats themselves, a few in a thousand, so that what is drawn is exactly what would have been drawn.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,13 +16,12 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library, Rows, address, threads
+from cabochon.kernels.library import Library, address, threads
 from cabochon.kernels.packed import PackedWeight
-from cabochon.nn.largest import reached
 from cabochon.nn.layout import Layout
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
-BITS, GROUP = 6, 64  # csrc/sketch.h
+GROUP = 64  # csrc/sketch.h
 LEAST = 1 << 24  # entries that are worth it
 
 # Inputs are rounded twice to eight bits of the largest of 32: their norm changes by no more than
@@ -51,16 +48,14 @@ class SketchedHead(FloatsWeight):
     def __init__(self, library: Library, stored: Weight) -> None:
         super().__init__(library, stored, move=False)
         rows, columns = self.out_features, self.in_features
-        octets = torch.empty(rows, columns * BITS // 8, dtype=torch.uint8)
-        library.advise(address(octets), octets.nbytes)
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        library.advise(address(codes), codes.nbytes)
         scales = torch.empty(rows, columns // GROUP, dtype=torch.bfloat16)
         left, norms = torch.empty(2, rows)
         library.sketch(
-            self.matrix, address(octets), address(scales), address(left), address(norms), threads()
+            self.matrix, address(codes), address(scales), address(left), address(norms), threads()
         )
-        coded = Coded(
-            octets=octets, layout=Layout.stream(BITS), group=GROUP, scales=scales, zero=32
-        )
+        coded = Coded(octets=codes, layout=Layout.stream(8), group=GROUP, scales=scales, zero=128)
         self.sketch = PackedWeight(library, coded, "int16", out_features=rows, in_features=columns)
         self.register_buffer("margins", left * _SLACK + norms * _ROUNDING + _LOST)
 
@@ -71,20 +66,10 @@ class SketchedHead(FloatsWeight):
 
     def products(self, x: Tensor, ids: npt.NDArray[np.int64]) -> Tensor:
         """Those of one input `[in_features]` with the rows `ids`, as `linear` has them."""
-        chosen = self._floats.data[torch.from_numpy(ids)]
-        matrix = Rows.from_buffer_copy(self.matrix)
-        matrix.data, matrix.rows = address(chosen), len(chosen)
         y = torch.empty(len(ids))
+        count, chosen = len(ids), ids.ctypes.data
         self._library.times_rows(
-            ctypes.byref(matrix),
-            address(x),
-            len(x),
-            1,
-            0,
-            len(ids),
-            address(y),
-            len(ids),
-            threads(),
+            self.matrix, chosen, address(x), len(x), 1, 0, count, address(y), count, threads()
         )
         return y
 
@@ -107,6 +92,6 @@ class Candidates:
         if allowed is not None:
             near = np.where(allowed, near, -np.inf)
         margins = self._margins * np.float32(self._norms[row] * _SLACK)
-        enough = reached(near - margins, count)
+        enough = np.partition(near - margins, -count)[-count]
         ids = np.flatnonzero((near + margins >= enough) & (near > -np.inf))
         return ids, self._head.products(self._x[row], ids).numpy()

@@ -58,14 +58,14 @@ void cabochon_times(const Matrix* m, const float* x, int64_t ldx, int n, int sta
   table->times(m, x, ldx, n, start, stop, y, ldy, threads);
 }
 
-void cabochon_times_rows(const Rows* m, const float* x, int64_t ldx, int n, int start, int stop,
-                         float* y, int64_t ldy, int threads) {
-  table->times_rows(m, x, ldx, n, start, stop, y, ldy, threads);
+void cabochon_times_rows(const Rows* m, const int64_t* ids, const float* x, int64_t ldx, int n,
+                         int start, int stop, float* y, int64_t ldy, int threads) {
+  table->times_rows(m, ids, x, ldx, n, start, stop, y, ldy, threads);
 }
 
-void cabochon_sketch(const Rows* m, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+void cabochon_sketch(const Rows* m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
                      int threads) {
-  table->sketch(m, octets, scales, left, norms, threads);
+  table->sketch(m, codes, scales, left, norms, threads);
 }
 
 void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,

@@ -68,7 +68,7 @@ static Pairs route(const Experts& e, const float* x, int n, int hidden, float ep
     for (int k = 0; k < hidden; k += LANES) fstore(row + k, fmul(fload(row + k), fsplat(e.root)));
   }
   if (e.router.rows)
-    multiply_rows(*e.router.rows, normed, hidden, n, 0, e.count, scores, e.count, threads);
+    multiply_rows(*e.router.rows, nullptr, normed, hidden, n, 0, e.count, scores, e.count, threads);
   else
     multiply_exactly(*e.router.packed, normed, hidden, n, 0, e.count, scores, e.count, threads);
   each_row(n, threads, [&](int i) {

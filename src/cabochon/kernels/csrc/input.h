@@ -27,7 +27,7 @@ struct Inputs {
              int threads) const {
     const float* from = x + (int64_t)first * columns;
     if (w.rows)
-      return multiply_rows(*w.rows, from, columns, count, start, stop, y, ldy, threads);
+      return multiply_rows(*w.rows, nullptr, from, columns, count, start, stop, y, ldy, threads);
     const Matrix& m = *w.packed;
     if (m.digits == 0)
       return multiply_exactly(m, from, columns, count, start, stop, y, ldy, threads);

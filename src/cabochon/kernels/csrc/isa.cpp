@@ -18,14 +18,14 @@ static void times(const Matrix* m, const float* x, int64_t ldx, int n, int start
   multiply(*m, q, columns, start, stop, y, ldy, threads);
 }
 
-static void times_rows(const Rows* m, const float* x, int64_t ldx, int n, int start, int stop,
-                       float* y, int64_t ldy, int threads) {
-  multiply_rows(*m, x, ldx, n, start, stop, y, ldy, threads);
+static void times_rows(const Rows* m, const int64_t* ids, const float* x, int64_t ldx, int n,
+                       int start, int stop, float* y, int64_t ldy, int threads) {
+  multiply_rows(*m, ids, x, ldx, n, start, stop, y, ldy, threads);
 }
 
-static void sketch(const Rows* m, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+static void sketch(const Rows* m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
                    int threads) {
-  sketch_rows(*m, octets, scales, left, norms, threads);
+  sketch_rows(*m, codes, scales, left, norms, threads);
 }
 
 static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,

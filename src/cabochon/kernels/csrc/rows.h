@@ -69,21 +69,25 @@ INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, i
 }
 
 template <int TYPE, int MR>
-static void some_rows(const Rows& m, int first, int last, const float* const* x, float* const* y) {
+static void some_rows(const Rows& m, const int64_t* ids, int first, int last, const float* const* x,
+                      float* const* y) {
   const int across = (m.columns + m.scale_columns - 1) / m.scale_columns;
   // Short rows end before what is fetched in them arrives: there, the next rows are.
   const int64_t width = m.columns * SIZE<TYPE>, ahead = width < AHEAD ? TOGETHER * width : 2048;
   for (int n = first; n < last; n += TOGETHER) {
     const uint8_t* rows[TOGETHER];
-    for (int r = 0; r < TOGETHER; r++)
-      rows[r] = m.data + std::min(n + r, last - 1) * (int64_t)m.columns * SIZE<TYPE>;
+    for (int r = 0; r < TOGETHER; r++) {
+      const int64_t row = std::min(n + r, last - 1);
+      rows[r] = m.data + (ids ? ids[row] : row) * m.columns * SIZE<TYPE>;
+    }
     float sums[TOGETHER][MR] = {};
     for (int part = 0; part < across; part++) {
       const int from = part * m.scale_columns;
       float made[TOGETHER][MR];
       dot_rows<TYPE, MR>(rows, x, from, std::min(from + m.scale_columns, m.columns), ahead, made);
       for (int r = 0; r < TOGETHER; r++) {
-        const int64_t at = (int64_t)(std::min(n + r, last - 1) / m.scale_rows) * across + part;
+        const int64_t row = std::min(n + r, last - 1);
+        const int64_t at = (ids ? ids[row] : row) / m.scale_rows * across + part;
         const float scale = m.scales ? m.scales[at] : 1.0f;
         for (int c = 0; c < MR; c++) sums[r][c] += made[r][c] * scale;
       }
@@ -118,9 +122,10 @@ static Lifted lift(const float* x, int64_t ldx, int n, int columns) {
   return {made, ld, lower};
 }
 
+// Products with rows `start` to `stop`, or with those of these numbers that `ids` lists.
 template <int TYPE>
-static void multiply_rows_as(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,
-                             float* y, int64_t ldy, int threads) {
+static void multiply_rows_as(const Rows& m, const int64_t* ids, const float* x, int64_t ldx, int n,
+                             int start, int stop, float* y, int64_t ldy, int threads) {
   const Lifted lifted = TYPE == ROW_E4M3 ? lift(x, ldx, n, m.columns) : Lifted{x, ldx, nullptr};
   const int each = std::max<int64_t>(TOGETHER, CHUNK / (m.columns * SIZE<TYPE>) / TOGETHER * TOGETHER);
   in_parallel((stop - start + each - 1) / each, threads, [&](int piece) {
@@ -132,9 +137,9 @@ static void multiply_rows_as(const Rows& m, const float* x, int64_t ldx, int n, 
         in[i] = lifted.x + std::min(c + i, n - 1) * lifted.ldx;
         out[i] = y + std::min(c + i, n - 1) * ldy - start;
       }
-      if (n - c == 1) some_rows<TYPE, 1>(m, first, last, in, out);
-      else if (n - c == 2) some_rows<TYPE, 2>(m, first, last, in, out);
-      else some_rows<TYPE, 4>(m, first, last, in, out);
+      if (n - c == 1) some_rows<TYPE, 1>(m, ids, first, last, in, out);
+      else if (n - c == 2) some_rows<TYPE, 2>(m, ids, first, last, in, out);
+      else some_rows<TYPE, 4>(m, ids, first, last, in, out);
     }
     if (TYPE == ROW_E4M3)
       for (int c = 0; c < n; c++)
@@ -145,14 +150,16 @@ static void multiply_rows_as(const Rows& m, const float* x, int64_t ldx, int n, 
   });
 }
 
-static void multiply_rows(const Rows& m, const float* x, int64_t ldx, int n, int start, int stop,
-                          float* y, int64_t ldy, int threads) {
+static void multiply_rows(const Rows& m, const int64_t* ids, const float* x, int64_t ldx, int n,
+                          int start, int stop, float* y, int64_t ldy, int threads) {
+#define AS(TYPE) return multiply_rows_as<TYPE>(m, ids, x, ldx, n, start, stop, y, ldy, threads)
   switch (m.type) {
-    case ROW_BF16: return multiply_rows_as<ROW_BF16>(m, x, ldx, n, start, stop, y, ldy, threads);
-    case ROW_F16: return multiply_rows_as<ROW_F16>(m, x, ldx, n, start, stop, y, ldy, threads);
-    case ROW_F32: return multiply_rows_as<ROW_F32>(m, x, ldx, n, start, stop, y, ldy, threads);
-    default: return multiply_rows_as<ROW_E4M3>(m, x, ldx, n, start, stop, y, ldy, threads);
+    case ROW_BF16: AS(ROW_BF16);
+    case ROW_F16: AS(ROW_F16);
+    case ROW_F32: AS(ROW_F32);
+    default: AS(ROW_E4M3);
   }
+#undef AS
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A matrix of floats told again in six bits an entry, and how far off that can be: enough to know
+// A matrix of floats told again in eight bits an entry, and how far off that can be: enough to know
 // which of its products are the largest.
 #pragma once
 #include "rows.h"
@@ -6,24 +6,14 @@
 namespace {
 
 constexpr int SKETCH_GROUP = 64;  // columns that share a scale
-constexpr int SKETCH_TOP = 31;    // the largest code; the one for zero is 32
-
-// Eight codes of six bits, a byte each, to six bytes.
-INL void store_sixes(const uint8_t* codes, uint8_t* out) {
-  uint64_t x;
-  memcpy(&x, codes, 8);
-  x = (x & 0x003f003f003f003f) | (x >> 2 & 0x0fc00fc00fc00fc0);
-  x = (x & 0x00000fff00000fff) | (x >> 4 & 0x00fff00000fff000);
-  x = (x & 0x0000000000ffffff) | (x >> 8 & 0x0000ffffff000000);
-  memcpy(out, &x, 6);
-}
+constexpr int SKETCH_TOP = 127;   // the largest code; the one for zero is 128
 
 struct Squares {
   F left, all;  // of what the codes leave, and of the entries
 };
 
 template <int TYPE>
-INL void sketch_group(const uint8_t* row, int k, uint8_t* octets, uint16_t* scale, Squares* sums) {
+INL void sketch_group(const uint8_t* row, int k, uint8_t* codes, uint16_t* scale, Squares* sums) {
   constexpr int PARTS = SKETCH_GROUP / LANES;
   F v[PARTS], q[PARTS], largest = fzero();
   for (int i = 0; i < PARTS; i++) {
@@ -41,16 +31,14 @@ INL void sketch_group(const uint8_t* row, int k, uint8_t* octets, uint16_t* scal
     sums->all = fma(v[i], v[i], sums->all);
   }
   float whole[SKETCH_GROUP];
-  uint8_t codes[SKETCH_GROUP];
   for (int i = 0; i < PARTS; i++) fstore(whole + i * LANES, q[i]);
   for (int i = 0; i < SKETCH_GROUP; i++) codes[i] = (uint8_t)((int)whole[i] + SKETCH_TOP + 1);
-  for (int i = 0; i < SKETCH_GROUP; i += 8) store_sixes(codes + i, octets + i / 8 * 6);
 }
 
-// Every row of `m`, whose columns are a multiple of SKETCH_GROUP: its codes in a stream of six bits
-// each, its scales, and the norms of what the codes leave and of the row.
+// Every row of `m`, whose columns are a multiple of SKETCH_GROUP: its codes, its scales, and the norms
+// of what the codes leave and of the row.
 template <int TYPE>
-static void sketch_as(const Rows& m, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+static void sketch_as(const Rows& m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
                       int threads) {
   const int groups = m.columns / SKETCH_GROUP;
   constexpr int EACH = 256;
@@ -59,7 +47,7 @@ static void sketch_as(const Rows& m, uint8_t* octets, uint16_t* scales, float* l
       const uint8_t* row = m.data + r * m.columns * SIZE<TYPE>;
       Squares sums{fzero(), fzero()};
       for (int g = 0; g < groups; g++)
-        sketch_group<TYPE>(row, g * SKETCH_GROUP, octets + (r * groups + g) * (SKETCH_GROUP / 8 * 6),
+        sketch_group<TYPE>(row, g * SKETCH_GROUP, codes + (r * groups + g) * SKETCH_GROUP,
                            scales + r * groups + g, &sums);
       left[r] = std::sqrt(fsum(sums.left));
       norms[r] = std::sqrt(fsum(sums.all));
@@ -67,12 +55,12 @@ static void sketch_as(const Rows& m, uint8_t* octets, uint16_t* scales, float* l
   });
 }
 
-static void sketch_rows(const Rows& m, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+static void sketch_rows(const Rows& m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
                         int threads) {
   switch (m.type) {
-    case ROW_BF16: return sketch_as<ROW_BF16>(m, octets, scales, left, norms, threads);
-    case ROW_F16: return sketch_as<ROW_F16>(m, octets, scales, left, norms, threads);
-    default: return sketch_as<ROW_F32>(m, octets, scales, left, norms, threads);
+    case ROW_BF16: return sketch_as<ROW_BF16>(m, codes, scales, left, norms, threads);
+    case ROW_F16: return sketch_as<ROW_F16>(m, codes, scales, left, norms, threads);
+    default: return sketch_as<ROW_F32>(m, codes, scales, left, norms, threads);
   }
 }
 

@@ -5,10 +5,10 @@
 struct Table {
   void (*times)(const Matrix*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                 int64_t ldy, int threads);
-  void (*times_rows)(const Rows*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
-                     int64_t ldy, int threads);
+  void (*times_rows)(const Rows*, const int64_t* ids, const float* x, int64_t ldx, int n, int start,
+                     int stop, float* y, int64_t ldy, int threads);
   void (*layers)(const Layer* const*, const Cache*, const Rotation*, const Step*, int count);
-  void (*sketch)(const Rows*, uint8_t* octets, uint16_t* scales, float* left, float* norms,
+  void (*sketch)(const Rows*, uint8_t* codes, uint16_t* scales, float* left, float* norms,
                  int threads);
   double (*peak)(int64_t rounds, int threads);
   void (*read)(const uint8_t* data, int64_t size, int threads);
