@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from cabochon import LLM, SamplingParams
 from cabochon.engine.cache import PAGE
-from cabochon.engine.pool import PagePool
+from cabochon.engine.pool import Named, PagePool
 from cabochon.engine.request import Delta, Prompt
 from cabochon.errors import CabochonError
+from cabochon.gemma4.pictures import Picture
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -65,14 +66,36 @@ def random_prompt(llm: LLM, length: int, seed: int, picture: int | None = None) 
 def test_a_repeated_prompt_is_answered_alike(
     family: Callable[[str], LLM], member: str, picture: int | None
 ) -> None:
-    """Longer than any window. What the cache holds begins where a page and no picture is cut."""
+    """Longer than any window. Of a prompt nothing but its last token is computed again, unless a
+    picture reaches into the page that it stands in."""
     llm = family(member)
     prompt = random_prompt(llm, 150, 100 if picture is None else 200, picture)
-    cold, nothing = ask(llm, prompt)
-    warm, found = ask(llm, prompt)
+    salt = repr(picture).encode()  # all prompts begin with the same token
+    cold, nothing = ask(llm, prompt, salt)
+    warm, found = ask(llm, prompt, salt)
     assert (cold, nothing) == (warm, 0)
-    assert found >= len(prompt.tokens) - 2 * PAGE
-    assert found % PAGE == 0
+    assert found == len(prompt.tokens) - 1
+    assert idle(llm)
+
+
+@pytest.mark.parametrize("alike", [1, 15, 16, 17, 40, 95, 99])
+def test_what_differs_within_a_page_is_found_as_far_as_it_is_alike(llm: LLM, alike: int) -> None:
+    """Of a page whose rest is another one's the beginning is copied, and both stay what they are."""
+    first, other = (random_prompt(llm, 100, seed).tokens for seed in (8, 9))
+    mixed = Prompt(
+        (
+            *first[:alike],
+            *(
+                t if t != f else 281 + (f - 280) % 90
+                for t, f in zip(other[alike:], first[alike:], strict=True)
+            ),
+        )
+    )
+    alone = [ask(llm, prompt, b"alone")[0] for prompt in (mixed, Prompt(first))]
+    ask(llm, Prompt(first))
+    assert ask(llm, mixed) == (alone[0], alike)
+    assert ask(llm, mixed) == (alone[0], 99)
+    assert ask(llm, Prompt(first)) == (alone[1], 99)
     assert idle(llm)
 
 
@@ -116,7 +139,7 @@ def test_who_asks_with_another_key_finds_nothing(llm: LLM) -> None:
     prompt = random_prompt(llm, 100, 4)
     assert ask(llm, prompt, b"one")[1] == 0
     assert ask(llm, prompt, b"two")[1] == 0
-    assert ask(llm, prompt, b"one")[1] == 96
+    assert ask(llm, prompt, b"one")[1] == 99
 
 
 def test_what_is_no_number_is_not_passed_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +155,19 @@ def test_what_is_no_number_is_not_passed_on(llm: LLM, monkeypatch: pytest.Monkey
         with pytest.raises(CabochonError, match="not finite"):
             ask(llm, prompt)
     assert ask(llm, prompt)[1] == 0
-    assert ask(llm, prompt)[1] == 96
+    assert ask(llm, prompt)[1] == 99
+
+
+def test_nothing_is_left_of_a_picture_that_is_no_numbers(llm: LLM) -> None:
+    """It spoils what stands before it in the same step, even in pages that no query sees again."""
+    prompt, broken = (random_prompt(llm, 300, 6, 1) for _ in range(2))
+    picture = broken.media[0][1]
+    assert isinstance(picture, Picture)
+    picture.patches[:] = np.nan
+    expected, _ = ask(llm, prompt, b"alone")
+    with pytest.raises(CabochonError, match="not finite"):
+        ask(llm, broken)
+    assert [ask(llm, prompt)[0] for _ in range(3)] == [expected] * 3
 
 
 @pytest.mark.parametrize("member", ["e2b", "26b"])
@@ -184,10 +219,11 @@ def test_a_pool_never_gives_away_what_is_held(actions: list[Action]) -> None:
         elif what == "name" and held:
             page = held[i % len(held)]
             if content[page] is None and not pool.has(bytes([i])):
-                pool.name(page, bytes([i]))
+                pool.name(page, Named(bytes([i]), b"", (i,)))
                 content[page] = bytes([i])
         elif what == "share" and pool.has(bytes([i])):
-            page = pool.share(bytes([i]))
+            page = pool.page(bytes([i]))
+            pool.share(page)
             assert content[page] == bytes([i])
             held.append(page)
         elif what == "forget" and held:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cabochon.config import KeptLayers, TextConfig, kept_layers
-from cabochon.engine.pool import Name, PagePool
+from cabochon.engine.pool import Name, Named, PagePool
 from cabochon.errors import CabochonError
 from cabochon.nn.attention import Paged, Spans, attention, seen, visible
 from cabochon.nn.kept import Kept
@@ -125,8 +125,8 @@ class PageTable:
 
     def __init__(self, groups: int) -> None:
         self.pages: tuple[list[int], ...] = tuple([] for _ in range(groups))
-        self.names: list[Name] = []  # of the whole pages, from the first on
-        self.settled = 0  # whole pages that others may begin with
+        self.names: list[Named] = []  # of the whole pages, from the first on
+        self.settled: int | None = 0  # whole pages that others may begin with; None: none ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class PagedCache:
         most = min(most, len(table.names))
         everywhere = [pool for pool, window in self._pools_and_windows() if window is None]
         known = 0
-        while known < most and all(pool.has(table.names[known]) for pool in everywhere):
+        while known < most and all(pool.has(table.names[known].name) for pool in everywhere):
             known += 1
         while known and not (
             self._sees_enough(table.names, known)
@@ -186,15 +186,43 @@ class PagedCache:
         for pages, (pool, window) in zip(table.pages, self._pools_and_windows(), strict=True):
             first = _first_seen(known, window)
             pages.extend([_FREED] * first)
-            pages.extend(pool.share(name) for name in table.names[first:known])
+            for held in table.names[first:known]:
+                pages.append(pool.page(held.name))
+                pool.share(pages[-1])
         table.settled = known
         return known
 
-    def _sees_enough(self, names: Sequence[Name], known: int) -> bool:
+    def borrow(self, table: PageTable, before: Name, tokens: Sequence[int]) -> int:
+        """Copy what is known of the page behind `before`, the last of `table`'s whole pages.
+
+        Returns of how many of `tokens` nothing need be computed: those that a page of every group
+        begins with.
+        """
+        sources = [pool.alike(before, tokens) for pool in self._pools]
+        count = min(known for _, known in sources)
+        if not count:
+            return 0
+        for (source, _), pool in zip(sources, self._pools, strict=True):
+            pool.share(source)  # or it might be the one that is taken
+        enough = all(pool.free for pool in self._pools)
+        for group, ((source, _), pool) in enumerate(zip(sources, self._pools, strict=True)):
+            if enough:
+                table.pages[group].append(pool.take())
+                self._copy(group, source, table.pages[group][-1], count)
+        for (source, _), pool in zip(sources, self._pools, strict=True):
+            pool.drop(source)
+        return count if enough else 0
+
+    def _copy(self, group: int, source: int, target: int, count: int) -> None:
+        for layer in self.plan.groups[group].layers:
+            for kept in (self.keys[layer], self.values[layer]):
+                kept.copy(source * PAGE, target * PAGE, count)
+
+    def _sees_enough(self, names: Sequence[Named], known: int) -> bool:
         return all(
-            pool.has(name)
+            pool.has(held.name)
             for pool, window in self._pools_and_windows()
-            for name in names[_first_seen(known, window) : known]
+            for held in names[_first_seen(known, window) : known]
         )
 
     def _pools_and_windows(self) -> Iterator[tuple[PagePool, int | None]]:
@@ -202,13 +230,21 @@ class PagedCache:
             yield pool, group.window
 
     def forget(self, table: PageTable) -> None:
-        """Let nobody else begin with the pages of `table`."""
-        for pages, pool in zip(table.pages, self._pools, strict=True):
-            for page in pages:
-                if page != _FREED:
-                    pool.forget(page)
+        """Let nobody else begin with the pages of `table`, now or later.
 
-    def release(self, table: PageTable) -> None:
+        Those that fell out of a window are not in it any more, but others would find them.
+        """
+        table.settled = None
+        for pool in self._pools:
+            for held in table.names:
+                if pool.has(held.name):
+                    pool.forget(pool.page(held.name))
+
+    def release(self, table: PageTable, cut: Named | None = None) -> None:
+        """Give the pages back; `cut` is what the one behind the whole pages holds."""
+        if cut is not None and table.settled is not None:
+            for pages, pool in zip(table.pages, self._pools, strict=True):
+                pool.name(pages[table.settled], cut)
         for pages, pool in zip(table.pages, self._pools, strict=True):
             for page in reversed(pages):  # what others may begin with is given up last
                 if page != _FREED:
@@ -222,8 +258,9 @@ class PagedCache:
     def settle(self, table: PageTable, computed: int) -> None:
         """Name the whole pages of the `computed` tokens, and drop those that no query will see."""
         whole = min(computed // PAGE, len(table.names))
+        settled = whole if table.settled is None else table.settled
         for group, pages, pool in zip(self.plan.groups, table.pages, self._pools, strict=True):
-            for i in range(table.settled, whole):
+            for i in range(settled, whole):
                 pool.name(pages[i], table.names[i])
             if group.window is None:
                 continue
@@ -233,7 +270,8 @@ class PagedCache:
                     break
                 pool.drop(pages[i])
                 pages[i] = _FREED
-        table.settled = max(table.settled, whole)
+        if table.settled is not None:
+            table.settled = max(settled, whole)
 
 
 def _first_seen(pages: int, window: int | None) -> int:

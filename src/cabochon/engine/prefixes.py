@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cabochon.engine.cache import PAGE
-from cabochon.engine.pool import Name
+from cabochon.engine.pool import Name, Named
 from cabochon.gemma4.pictures import Picture
 from cabochon.gemma4.sounds import Sound
 
@@ -42,16 +41,19 @@ def _digest(item: Picture | Sound) -> bytes:
     return digest.digest()
 
 
-def name_pages(
-    names: list[Name], tokens: Sequence[int], stop: int, media: Sequence[Mark], salt: bytes
-) -> None:
-    """Add to `names` those of the whole pages before token `stop`."""
-    for page in range(len(names), stop // PAGE):
-        before = names[-1] if names else hashlib.sha256(salt).digest()
-        first, last = page * PAGE, (page + 1) * PAGE
-        digest = hashlib.sha256(before)
-        digest.update(np.asarray(tokens[first:last], dtype=np.int64).tobytes())
-        for mark in media:
-            if mark.first < last and first < mark.last:
-                digest.update(repr((mark.first, mark.last)).encode() + mark.digest)
-        names.append(digest.digest())
+def root(salt: bytes) -> Name:
+    """What stands before the first page."""
+    return hashlib.sha256(salt).digest()
+
+
+def name_page(
+    before: Name, tokens: Sequence[int], first: int, last: int, media: Sequence[Mark]
+) -> Named:
+    """The name of a page that holds tokens `first` to `last`, behind the page `before`."""
+    own = tuple(tokens[first:last])
+    inside = [mark for mark in media if mark.first < last and first < mark.last]
+    digest = hashlib.sha256(before)
+    digest.update(np.asarray(own, dtype=np.int64).tobytes())
+    for mark in inside:
+        digest.update(repr((mark.first, mark.last)).encode() + mark.digest)
+    return Named(digest.digest(), before, () if inside else own)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cabochon.engine.cache import PAGE, Chunk, PagedCache, PageTable
 from cabochon.engine.drafts import Drafter
-from cabochon.engine.prefixes import Mark, marks, name_pages
+from cabochon.engine.pool import Name, Named
+from cabochon.engine.prefixes import Mark, marks, name_page, root
 from cabochon.gemma4.pictures import Picture
 from cabochon.gemma4.sounds import Sound
 from cabochon.nn.attention import Spans
@@ -60,7 +61,29 @@ class TokenSequence:
         """Give names to the whole pages before token `stop`."""
         if self._marks is None:
             self._marks = marks(self.media)  # before they are encoded and let go
-        name_pages(self.table.names, self.tokens, stop, self._marks, self.salt)
+        names = self.table.names
+        for page in range(len(names), stop // PAGE):
+            names.append(self._name(page * PAGE, (page + 1) * PAGE))
+
+    def name_cut_page(self) -> Named | None:
+        """The name of what is computed of the page behind the whole ones, if anything is."""
+        self.name_pages(self.computed)
+        first = self.computed // PAGE * PAGE
+        return self._name(first, self.computed) if first < self.computed else None
+
+    def text(self, first: int, last: int) -> list[int]:
+        """The tokens from `first` on, as far as `last` or to the first that is of a medium."""
+        assert self._marks is not None
+        reached = [mark.first for mark in self._marks if mark.first < last and first < mark.last]
+        return self.tokens[first : max(first, min([last, *reached]))]
+
+    def before(self, page: int) -> Name:
+        """The name of what stands before a page."""
+        return self.table.names[page - 1].name if page else root(self.salt)
+
+    def _name(self, first: int, last: int) -> Named:
+        assert self._marks is not None
+        return name_page(self.before(first // PAGE), self.tokens, first, last, self._marks)
 
     def chunk(self, room: int) -> Chunk:
         """The next `room` positions; more, or fewer, where a picture must stay whole."""
@@ -111,7 +134,7 @@ class Scheduler:
 
     def remove(self, sequence: TokenSequence) -> None:
         """Forget a sequence that ended, failed or was cancelled, and give its pages back."""
-        self.cache.release(sequence.table)
+        self._release(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -167,7 +190,11 @@ class Scheduler:
         length = len(sequence.tokens)
         sequence.name_pages(length)
         adopted = self.cache.adopt(sequence.table, (length - 1) // PAGE, sequence.whole)
-        sequence.computed = adopted * PAGE
+        first = adopted * PAGE
+        more = sequence.text(first, min(first + PAGE, length - 1))
+        sequence.computed = first + self.cache.borrow(
+            sequence.table, sequence.before(adopted), more
+        )
         self.prefix_queries += length
         self.prefix_hits += sequence.computed
         if not sequence.started:
@@ -177,10 +204,16 @@ class Scheduler:
     def _preempt(self, sequence: TokenSequence) -> None:
         self.preemptions += 1
         self.running.remove(sequence)
-        self.cache.release(sequence.table)
+        self._release(sequence)
         sequence.computed = 0
         sequence.guesses = []
         self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: TokenSequence) -> None:
+        """Give pages back, named as far as they are computed."""
+        cut = sequence.name_cut_page()
+        self.cache.settle(sequence.table, sequence.computed)
+        self.cache.release(sequence.table, cut)
 
     def _may_admit(self) -> bool:
         """Whether the first in line fits beside the running, with a page for each to grow."""

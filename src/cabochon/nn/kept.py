@@ -33,6 +33,12 @@ class Kept:
             made = (made * by[..., None]).round()
         self.data.index_copy_(0, slots, made.to(self.data.dtype))
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Keep what `count` slots from `source` on hold in those from `target` on, too."""
+        for part in (self.data, self.scales):
+            if part is not None:
+                part[target : target + count] = part[source : source + count]
+
     def read(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
         """What `slots [n]` hold: `[n, heads, head_dim]`."""
         found = self.data[slots].to(dtype)
