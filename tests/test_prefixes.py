@@ -80,7 +80,7 @@ def test_a_repeated_prompt_is_answered_alike(
 
 @pytest.mark.parametrize("alike", [1, 15, 16, 17, 40, 95, 99])
 def test_what_differs_within_a_page_is_found_as_far_as_it_is_alike(llm: LLM, alike: int) -> None:
-    """Of a page whose rest is another one's the beginning is copied, and both stay what they are."""
+    """The beginning of a page that goes on otherwise is copied, and both stay what they are."""
     first, other = (random_prompt(llm, 100, seed).tokens for seed in (8, 9))
     mixed = Prompt(
         (
@@ -160,14 +160,14 @@ def test_what_is_no_number_is_not_passed_on(llm: LLM, monkeypatch: pytest.Monkey
 
 def test_nothing_is_left_of_a_picture_that_is_no_numbers(llm: LLM) -> None:
     """It spoils what stands before it in the same step, even in pages that no query sees again."""
-    prompt, broken = (random_prompt(llm, 300, 6, 1) for _ in range(2))
+    one, other, broken = (random_prompt(llm, 300, 6, picture) for picture in (1, 2, 3))
     picture = broken.media[0][1]
     assert isinstance(picture, Picture)
     picture.patches[:] = np.nan
-    expected, _ = ask(llm, prompt, b"alone")
+    alone = [ask(llm, prompt, b"alone")[0] for prompt in (one, other)]
     with pytest.raises(CabochonError, match="not finite"):
         ask(llm, broken)
-    assert [ask(llm, prompt)[0] for _ in range(3)] == [expected] * 3
+    assert [ask(llm, prompt)[0] for prompt in (one, other)] == alone
 
 
 @pytest.mark.parametrize("member", ["e2b", "26b"])
