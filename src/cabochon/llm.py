@@ -31,6 +31,7 @@ from cabochon.kernels.layers import fuse
 from cabochon.kernels.library import library
 from cabochon.kernels.look import looking
 from cabochon.kernels.packed import ACTIVATIONS, Activations
+from cabochon.kernels.pages import enlarge
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
@@ -327,6 +328,7 @@ def _load(plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progre
     level = logging.INFO if kernels.built else logging.WARNING
     logger.log(level, "%s", kernels.describe())
     logger.info("%s", fuse(loaded.model, library()))
+    enlarge(loaded.model, library())
     return loaded
 
 

@@ -1,7 +1,6 @@
 // From rows as checkpoints store them to blocks of 32 rows. Plain code: it runs once.
 #include <algorithm>
 #include <cstring>
-#include <sys/mman.h>
 
 #include "api.h"
 #include "pool.h"
@@ -234,11 +233,4 @@ void cabochon_pack_scales(const Matrix* m, int64_t at, const uint8_t* from, int6
   });
 }
 
-// Ask for large pages; worth 6 % in decoding.
-void cabochon_advise(void* data, int64_t size) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 4096, first = ((uintptr_t)data + page - 1) / page * page;
-  madvise((void*)first, (uintptr_t)data + size - first, MADV_HUGEPAGE);
-#endif
-}
 }
