@@ -44,7 +44,8 @@ template <class T> T read(const uint8_t* p) {
 }
 
 // Floats of one size: without their signs, they are ordered as their bits are. `mask` leaves these.
-// BATCH is how many are counted in as many bits as they have.
+// BATCH is how many are counted in as many bits as they have. Words are signed ones: the oldest
+// vector instructions compare no others.
 template <class T, int BATCH> void look_at_floats(const uint8_t* p, int64_t size, T mask, Found* f) {
   T top = 0;
   for (int64_t at = 0; at < size; at += BATCH * sizeof(T)) {
@@ -59,7 +60,7 @@ template <class T, int BATCH> void look_at_floats(const uint8_t* p, int64_t size
     f->zeros += (uint64_t)zeros;
   }
   f->count += size / sizeof(T);
-  f->top = std::max<uint32_t>(f->top, top);
+  f->top = std::max(f->top, (uint32_t)top);
 }
 
 constexpr int INFINITE = 0x7c00;  // of a float16, as what is no number is above it
@@ -147,8 +148,8 @@ void look(const Numbers& s, const uint8_t* data, int64_t start, int64_t stop, Fo
   switch (s.form) {
     case NOTHING: return;
     case FLOATS_1: return look_at_floats<uint8_t, 128>(data + start, stop - start, s.first, f);
-    case FLOATS_2: return look_at_floats<uint16_t, 8192>(data + start, stop - start, s.first, f);
-    case FLOATS_4: return look_at_floats<uint32_t, 8192>(data + start, stop - start, s.first, f);
+    case FLOATS_2: return look_at_floats<int16_t, 8192>(data + start, stop - start, s.first, f);
+    case FLOATS_4: return look_at_floats<int32_t, 8192>(data + start, stop - start, s.first, f);
   }
   const uint8_t* from = data + (start + s.bytes - 1) / s.bytes * s.bytes;
   const uint8_t* to = data + stop;
