@@ -214,6 +214,7 @@ _SIGNATURES = {
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
+    "copy": (None, [c_void_p, c_void_p, c_int64, c_int]),
     "enlarge": (None, [c_void_p, c_int64]),
 }
 
@@ -237,6 +238,7 @@ class Library:
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise
+        self.copy = self._dll.cabochon_copy
         self.enlarge = self._dll.cabochon_enlarge
         self.isa = ""
 

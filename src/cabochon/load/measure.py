@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from cabochon.nn.look import NOTHING, Look, plainly
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
 
-# Entries of a quantized matrix that are looked at, unless all are: one thread turns so few into
-# floats; waking others, on a busy machine, took a third of a load.
-_FEW = 30_000
+# Of a quantized matrix that are looked at, unless all are: runs of rows, and entries of a run. One
+# thread turns so few into floats. Waking others, as indexing by a tensor would, takes a third of a
+# load: they look out for more to do for milliseconds, where other threads could compute.
+_RUNS, _FEW = 4, 1 << 14
 _ENTRIES = 1 << 20  # turned into floats at a time
 
 _SCALES = {"scales", "float8 scales", "blocks"}  # slots that hold all scales of a matrix
@@ -98,23 +99,16 @@ class Measure:
 
     def _entries(self, weight: Weight) -> tuple[int, float, int]:
         """How many entries were looked at, their largest magnitude, and how many are zero."""
+        rows, width = weight.out_features, weight.in_features
+        step = max(1, (_ENTRIES if self._thorough else _FEW) // width)
+        starts = range(0, rows, step if self._thorough else max(step, rows // _RUNS))
         seen, most, none = 0, 0.0, 0
-        for tile in self._tiles(weight):
+        for start in starts:
+            tile = weight.dense(torch.float32, start, min(start + step, rows))
             seen += tile.numel()
             most = max(most, float(tile.abs().max()))
             none += tile.numel() - int(tile.count_nonzero())
         return seen, most, none
-
-    def _tiles(self, weight: Weight) -> Iterator[Tensor]:
-        """All entries, or some rows from top to bottom."""
-        rows, width = weight.out_features, weight.in_features
-        if self._thorough:
-            step = max(1, _ENTRIES // width)
-            for start in range(0, rows, step):
-                yield weight.dense(torch.float32, start, min(start + step, rows))
-        else:
-            count = max(1, _FEW // width)
-            yield weight.rows(torch.arange(0, rows, -(-rows // count)), torch.float32)
 
 
 def _scales(read: SiteRead, stored: Mapping[str, Tensor], looked: Mapping[str, Looked]) -> Scales:

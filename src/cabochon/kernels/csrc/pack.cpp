@@ -54,21 +54,13 @@ static void stream_bits(const uint8_t* p, const Plane& plane, int v, Eight* code
   }
 }
 
-static void high_first(const uint8_t* p, const Plane& plane, int v, Eight* code) {
-  Eight low[4] = {};
-  stream_bits<4>(p, plane, v, low);
-  for (int d = 0; d < 4; d++)
-    code[d] = (low[d] << 8 & 0x0f000f000f000f00) | (low[d] >> 8 & 0x000f000f000f000f);
-}
-
 typedef void (*Unpack)(const uint8_t*, const Plane&, int, Eight*);
 
 template <int RUN> static Unpack in_runs(int bits) {
   return bits == 1 ? run_bits<RUN, 1> : bits == 2 ? run_bits<RUN, 2> : run_bits<RUN, 4>;
 }
 
-static Unpack unpacking(const Layout& layout, const Plane& plane) {
-  if (layout.high_first) return high_first;
+static Unpack unpacking(const Plane& plane) {
   switch (plane.run) {
     case 8: return in_runs<8>(plane.bits);
     case 16: return in_runs<16>(plane.bits);
@@ -148,6 +140,32 @@ static void pack_rows(const Stored s, const Codes codes, int rows, const Matrix&
   }
 }
 
+// Streams of four bits: pairs of codes are stored as they are packed.
+static void pack_pairs(const Stored s, int rows, const Matrix& m, uint8_t* to) {
+  const int in_all = m.units, columns = m.columns, bytes = s.layout.bytes;
+  const uint32_t flip = s.layout.flip * 0x11111111u, halves = 0x0f0f0f0f;
+  const bool swapped = s.layout.high_first;
+  for (int u = 0; u < in_all; u++, to += 512) {
+    const int left = columns - u * UNIT;
+    const int64_t at = (int64_t)u * bytes, here = std::min<int64_t>(bytes, s.bytes - at);
+    for (int r = 0; r < ROWS; r++) {
+      uint32_t pairs[4] = {};
+      if (r < rows) {
+        const uint8_t* block = s.rows + r * s.ld + at;
+        __builtin_prefetch(block + AHEAD);
+        if (here == bytes) memcpy(pairs, block, sizeof pairs);
+        else memcpy(pairs, block, here);
+        for (uint32_t& x : pairs) {
+          if (swapped) x = (x & halves) << 4 | (x >> 4 & halves);
+          x ^= flip;
+        }
+        for (int i = left; i < UNIT; i++) pairs[i / 8] &= ~(15u << i % 8 * 4);
+      }
+      for (int d = 0; d < 4; d++) memcpy(to + d * 128 + r * 4, pairs + d, 4);
+    }
+  }
+}
+
 static bool is(const Plane& plane, int bits, int run) {
   return plane.bits == bits && plane.run == run;
 }
@@ -157,7 +175,7 @@ template <int CODES>
 static void pack_by(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
   const Layout& l = s.layout;
   const Plane one = l.plane[0], two = l.plane[1];
-  const bool alone = l.planes == 1 && !l.high_first;
+  const bool alone = l.planes == 1;
   const auto with = [&](auto codes) { pack_rows<CODES>(s, codes, rows, m, to); };
   if (CODES == U4 && alone && is(one, 4, 16))
     return with([at = one.at](const uint8_t* b, int v, Eight* code) {
@@ -167,10 +185,8 @@ static void pack_by(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
     return with([at = one.at](const uint8_t* b, int v, Eight* code) {
       run_bits<32, 4>(b + at, Plane{}, v, code);
     });
-  if (CODES == U4 && alone && is(one, 4, 0))
-    return with([at = one.at](const uint8_t* b, int v, Eight* code) {
-      stream_bits<4>(b + at, Plane{}, v, code);
-    });
+  if (CODES == U4 && l.planes == 1 && is(one, 4, 0) && l.bytes == 16)
+    return pack_pairs(s, rows, m, to);
   if (CODES == U8 && alone && is(one, 8, 0))
     return with([at = one.at](const uint8_t* b, int v, Eight* code) {
       memcpy(code, b + at + v * UNIT, UNIT);
@@ -180,7 +196,7 @@ static void pack_by(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
       run_bits<64, 4>(b + at, Plane{}, v, code);
       run_bits<32, 2>(b + above, Plane{0, 0, 0, 4}, v, code);
     });
-  const Unpack first = unpacking(l, one), second = l.planes == 2 ? unpacking(l, two) : nullptr;
+  const Unpack first = unpacking(one), second = l.planes == 2 ? unpacking(two) : nullptr;
   with([=](const uint8_t* b, int v, Eight* code) {
     first(b + one.at, one, v, code);
     if (second) second(b + two.at, two, v, code);

@@ -4,8 +4,12 @@
 // host for each piece of it: 4 ms a page were measured, and two seconds for a model. Small pages
 // come from what other processes left. So memory is filled in small pages, and made of large ones
 // when nobody waits for it.
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <sys/mman.h>
+
+#include "pool.h"
 
 namespace {
 
@@ -24,6 +28,14 @@ void cabochon_advise(void* data, int64_t size) {
   if (madvise((void*)first, 0, COLLAPSE) != 0)
     madvise((void*)first, (uintptr_t)data + size - first, MADV_HUGEPAGE);
 #endif
+}
+
+// Fills memory with what lies elsewhere.
+void cabochon_copy(uint8_t* to, const uint8_t* from, int64_t size, int threads) {
+  constexpr int64_t PIECE = 1 << 20;
+  in_parallel((size + PIECE - 1) / PIECE, threads, [&](int64_t i) {
+    memcpy(to + i * PIECE, from + i * PIECE, std::min(PIECE, size - i * PIECE));
+  });
 }
 
 // Of memory that is filled, and may be read and written meanwhile: have large pages, one by one, so
