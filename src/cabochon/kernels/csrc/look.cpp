@@ -46,7 +46,8 @@ template <class T> T read(const uint8_t* p) {
 // Floats of one size: without their signs, they are ordered as their bits are. `mask` leaves these.
 // BATCH is how many are counted in as many bits as they have. Words are signed ones: the oldest
 // vector instructions compare no others.
-template <class T, int BATCH> void look_at_floats(const uint8_t* p, int64_t size, T mask, Found* f) {
+template <class T, int BATCH>
+void look_at_floats(const uint8_t* p, int64_t size, T mask, Found* f) {
   T top = 0;
   for (int64_t at = 0; at < size; at += BATCH * sizeof(T)) {
     const int n = (int)std::min<int64_t>(BATCH, (size - at) / sizeof(T));

@@ -16,7 +16,9 @@ namespace {
 constexpr uintptr_t SMALL = 4096, LARGE = 2 << 20;
 constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, of Linux 6.1
 
-uintptr_t above(const void* data, uintptr_t unit) { return ((uintptr_t)data + unit - 1) / unit * unit; }
+uintptr_t above(const void* data, uintptr_t unit) {
+  return ((uintptr_t)data + unit - 1) / unit * unit;
+}
 
 }  // namespace
 
