@@ -29,10 +29,11 @@ from cabochon.load.certificate import Certificate
 from cabochon.load.certify import certify
 from cabochon.load.execute import execute
 from cabochon.load.fingerprint import plan_hash
+from cabochon.load.look import look_at, scales_of
 from cabochon.load.measure import Measure
 from cabochon.load.report import inspect_checkpoint
-from cabochon.load.values import check_blocks
 from cabochon.nn.linear import Embedding, Linear
+from cabochon.nn.look import plainly
 
 GATE = "model.language_model.layers.1.mlp.gate_proj"
 FILES = (DENSE, *QUANTIZED, *NVFP4)
@@ -93,7 +94,7 @@ def test_scales_in_blocks_are_those_of_the_library(file: Path) -> None:
             largest = entries.abs().view(-1, group).amax(1)
             stored = torch.from_numpy(tensor.data.copy()).view(torch.uint8)
             meta = TensorMeta(tensor.name, kind, (len(entries),), file, (0, stored.numel()))
-            found = check_blocks(stored.flatten(), meta)
+            found = scales_of(stored, look_at([stored.flatten()], meta, kind, plainly))
             assert found.count == len(largest)
             assert found.dead <= int((largest == 0).sum())
             assert float(largest.max()) <= found.largest * most
@@ -178,7 +179,8 @@ def test_any_bit_of_the_weights_counts(tmp_path: Path, folder: Path, where: floa
 def test_words_that_change_places_count() -> None:
     def hashed(words: torch.Tensor) -> str:
         measure = Measure()
-        measure.tensor("weight", [words])
+        meta = TensorMeta("weight", "I64", tuple(words.shape), Path("none"), (0, words.nbytes))
+        measure.tensor(meta, [words])
         return measure.certificate(plan_of(W4A16), 0).weights_hash
 
     words = torch.arange(1 << 14, dtype=torch.int64)  # 128 KiB

@@ -184,6 +184,43 @@ def test_a_file_that_is_cut_after_it_was_planned(tmp_path: Path, cut: int) -> No
         execute(plan, dtype=torch.float32)
 
 
+COUNTING = """
+import os, torch
+from cabochon.kernels.choose import Kernels
+from cabochon.kernels.library import library
+from cabochon.kernels.look import looking
+from cabochon.load.measure import Measure
+from cabochon.nn.gguf_blocks import BlockWeight
+from cabochon.nn.weight import DenseWeight
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(2)
+kernels, look = Kernels(library(), "int8"), looking(library())
+octets = torch.empty(8192, 864, dtype=torch.uint8).random_(0, 56)
+look(octets.flatten(), "Q4_0")  # begins the threads of the kernels
+before = threads()
+weight = BlockWeight(octets, "Q4_0", in_features=1536)
+Measure()._entries(weight)
+kernels.for_weight(weight)
+kernels.for_weight(DenseWeight(torch.empty(1024, 4096, dtype=torch.bfloat16)))
+after = threads()
+octets + octets  # by the threads of torch
+print(after - before, threads() - after)
+"""
+
+
+@built
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted as Linux tells them")
+def test_a_load_leaves_the_threads_of_torch_asleep() -> None:
+    """They would look out for work for milliseconds, on processors that others compute with."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTING], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "1"]
+
+
 def test_a_number_in_a_table_that_is_none(tmp_path: Path) -> None:
     """It is found in whichever piece of a table it lies, with how many there are."""
     folder = with_a_table(tmp_path, 260_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,9 @@ from cabochon.gemma4.sounds import Wave
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.layers import fuse
 from cabochon.kernels.library import library
+from cabochon.kernels.look import looking
 from cabochon.kernels.packed import ACTIVATIONS, Activations
+from cabochon.kernels.pages import enlarge
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
@@ -70,6 +73,15 @@ class _Numbers(NamedTuple):
         if activations == "auto":
             activations = "int8" if dtype == "auto" else "float32"
         return cls(compute, kept, activations)
+
+
+class _Text(NamedTuple):
+    """What needs a checkpoint's files, but no weights."""
+
+    prompts: Prompts
+    generation: GenerationDefaults
+    longest_step: int
+    cache: CachePlan
 
 
 class LLM:
@@ -130,6 +142,8 @@ class LLM:
         }
         choices = {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype}
         _check_options(choices, sizes)
+        if draft_tokens is not None and draft_tokens < 0:
+            raise CabochonError(f"draft_tokens is {draft_tokens}, expected 0 or more")
         source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
         self.name = source.name
         if threads is not None:
@@ -139,26 +153,31 @@ class LLM:
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config
-        # What is quick to read comes first: a broken template should not cost a minute to find out.
-        self.prompts, generation = open_text(self.report)
-        if picture_tokens is not None:
-            self.prompts.limit_pictures(picture_tokens)
+        memory = _memory_for(plan, source.path)
+        self.prefill_chunk = prefill_chunk
+
+        def read_text() -> _Text:
+            prompts, generation = open_text(self.report)
+            if picture_tokens is not None:
+                prompts.limit_pictures(picture_tokens)
+            # A picture that must stay whole may make a step longer than the chunk.
+            step = max(prefill_chunk, prompts.longest_picture)
+            budget, text = kv_cache_bytes or memory // 8, self.config.text
+            cache = CachePlan.fit(text, numbers.kept, budget, max_batch, step, max_context)
+            return _Text(prompts, generation, step, cache)
+
+        self.kernels = Kernels(library(), numbers.activations)
+        with ThreadPoolExecutor(1) as aside:  # to make a tokenizer takes as long as to read weights
+            text = aside.submit(read_text)
+            told = _or_error_of(text, progress)
+            gemma, self.certificate = _load(plan, numbers.compute, self.kernels, told)
+        self.prompts, generation, self._longest_step, cache = text.result()
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)
-        self.prefill_chunk = prefill_chunk
-        # A picture that must stay whole may make a step longer than the chunk.
-        self._longest_step = max(prefill_chunk, self.prompts.longest_picture)
-        memory = _memory_for(plan, source.path)
-        budget = kv_cache_bytes or memory // 8
-        cache = CachePlan.fit(
-            self.config.text, numbers.kept, budget, max_batch, self._longest_step, max_context
-        )
         self.max_context = cache.max_context
         self.capacity = cache.describe(numbers.kept, asked=max_batch)
         logger.info("%s", self.capacity)
-        self.kernels = Kernels(library(), numbers.activations)
-        gemma, self.certificate = _load(plan, numbers.compute, self.kernels, progress)
         self.runner = Runner(gemma, numbers.compute, torch.device("cpu"), numbers.kept)
         if debug_nan:
             self.runner.watch()
@@ -300,12 +319,28 @@ def _draft_tokens(model: Gemma4) -> int:
     return DRAFT_TOKENS if model.model.language_model.together is not None else 0
 
 
-def _load(
-    plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress | None
-) -> Loaded:
+def _or_error_of(other: Future[Any], progress: Progress | None) -> Progress:
+    """`progress`; but an error of `other` ends the load, so that it costs no minute to find out."""
+
+    def told(done: int, total: int) -> None:
+        if other.done():
+            other.result()
+        if progress is not None:
+            progress(done, total)
+
+    return told
+
+
+def _load(plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress) -> Loaded:
     """The model, its kernels chosen, said and joined."""
     try:
-        loaded = execute(plan, dtype=dtype, progress=progress, prepare=kernels.for_weight)
+        loaded = execute(
+            plan,
+            dtype=dtype,
+            progress=progress,
+            look=looking(library()),
+            prepare=kernels.for_weight,
+        )
     except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise ResourceError(
@@ -316,6 +351,7 @@ def _load(
     level = logging.INFO if kernels.built else logging.WARNING
     logger.log(level, "%s", kernels.describe())
     logger.info("%s", fuse(loaded.model, library()))
+    enlarge(loaded.model, library())
     return loaded
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +48,8 @@ _TYPES: Mapping[int, str] = {
 # Of metadata: struct's letter for each number. 7 is a bool, 8 a string, 9 an array.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+
+_WINDOW = 1 << 20  # bytes of a list of texts that are taken apart together
 
 Metadata = Mapping[str, Any]  # bool, int, float, str, or a tuple of these
 
@@ -186,7 +189,30 @@ class _Reader:
         least = 8 if kind == _STRING else 12
         if count * least > self._end - self.at:
             raise self.wrong(f"{key} has {count} entries, which do not fit into the header")
+        if kind == _STRING:
+            return tuple(self._strings(count, key))
         return tuple(self.value(kind, key, nesting + 1) for _ in range(count))
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """What `string` reads so many times, but half a million of a vocabulary without a wait."""
+        found: list[str] = []
+        length = struct.Struct("<Q").unpack_from
+        while len(found) < count:
+            block = self._file.read(min(_WINDOW, self._end - self.at))
+            at = 0
+            with suppress(UnicodeDecodeError, struct.error):
+                for _ in range(count - len(found)):
+                    start = at + 8
+                    stop = start + length(block, at)[0]
+                    if stop > len(block):
+                        break
+                    found.append(block[start:stop].decode())
+                    at = stop
+            self.at += at
+            self._file.seek(self.at)
+            if len(found) < count:  # one that goes on behind the block, or is wrong
+                found.append(self.string(key))
+        return found
 
     def _bools(self, data: bytes, key: str) -> tuple[bool, ...]:
         if data.translate(None, b"\0\1"):

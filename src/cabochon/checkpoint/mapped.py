@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 14  # bytes that are read faster than mapped
 PIECE = 32 << 20  # bytes that are in memory together while all of a tensor is looked at
+SHARED = 8 << 20  # bytes whose pages threads have at hand sooner than one of them
 AHEAD = 256 << 20  # bytes that the system is asked to read before they are needed
 
 _POPULATE_READ = 22  # of Linux 5.14, for madvise
@@ -80,14 +82,27 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def _populate(meta: TensorMeta, address: int, length: int) -> None:
-    """Have all pages there at once. Other threads run meanwhile."""
-    failed = _libc.madvise(address, length, _POPULATE_READ)
-    number = ctypes.get_errno() if failed else 0
-    if number in (_EFAULT, _EIO):
+    """Have all pages there at once. Many are shared among threads; others run meanwhile."""
+    import torch
+
+    threads = torch.get_num_threads() if length >= SHARED else 1
+    step = -(-length // threads // mmap.PAGESIZE) * mmap.PAGESIZE
+    shares = [(address + at, min(step, length - at)) for at in range(0, length, step)]
+    if len(shares) == 1:
+        errors = [_asked(shares[0])]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            errors = list(pool.map(_asked, shares))
+    if not {_EFAULT, _EIO}.isdisjoint(errors):
         raise UnreadableError(
             f"{meta.file}: tensor {meta.name!r}: {os.strerror(_EIO)}; the file ends early, or what"
             " it lies on fails"
         )
+
+
+def _asked(share: tuple[int, int]) -> int:
+    """The number of the error with which pages could not be had; 0: none."""
+    return ctypes.get_errno() if _libc.madvise(*share, _POPULATE_READ) else 0
 
 
 _EIO, _EFAULT = 5, 14

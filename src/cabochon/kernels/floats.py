@@ -63,7 +63,9 @@ class FloatsWeight(Weight):
 
 
 def _moved(library: Library, tensor: Tensor) -> Tensor:
-    room = torch.empty(tensor.shape, dtype=tensor.dtype)
+    stored, room = tensor.contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)
     if tensor.numel():
         library.advise(address(room), room.nbytes)
-    return room.copy_(tensor)
+        # Not by torch: its threads would wait for more to do while those of the kernels go on.
+        library.copy(address(room), address(stored), room.nbytes, threads())
+    return room

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import (
+    POINTER,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint32,
+    c_void_p,
+)
 from functools import cache
 from pathlib import Path
 
@@ -66,6 +77,23 @@ class Layout(ctypes.Structure):
     _fields_ = (
         *((name, c_int32) for name in ("entries", "bytes", "flip", "high_first", "planes")),
         ("plane", Plane * 2),
+    )
+
+
+class Numbers(ctypes.Structure):
+    """`struct Numbers` of csrc/api.h."""
+
+    _fields_ = tuple((name, c_int32) for name in ("form", "bytes", "first", "second"))
+
+
+class Found(ctypes.Structure):
+    """`struct Found` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("bad", "count", "zeros")),
+        ("top", c_uint32),
+        ("largest", c_float),
+        ("octets", c_int64 * 256),
     )
 
 
@@ -176,6 +204,10 @@ _SIGNATURES = {
         None,
         [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int],
     ),
+    "look": (
+        None,
+        [POINTER(Numbers), c_void_p, c_int64, c_void_p, POINTER(Found), c_int],
+    ),
     "layers": (
         None,
         [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(Turn), POINTER(Step), c_int],
@@ -183,6 +215,8 @@ _SIGNATURES = {
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
+    "copy": (None, [c_void_p, c_void_p, c_int64, c_int]),
+    "enlarge": (None, [c_void_p, c_int64]),
 }
 
 
@@ -201,10 +235,13 @@ class Library:
         self.dense = self._dll.cabochon_dense
         self.pack_codes = self._dll.cabochon_pack_codes
         self.pack_scales = self._dll.cabochon_pack_scales
+        self.look = self._dll.cabochon_look
         self.layers = self._dll.cabochon_layers
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise
+        self.copy = self._dll.cabochon_copy
+        self.enlarge = self._dll.cabochon_enlarge
         self.isa = ""
 
     def available(self) -> tuple[str, ...]:

@@ -13,12 +13,14 @@ from cabochon.checkpoint.mapped import ReadAhead, map_tensor, pieces
 from cabochon.errors import LoadError
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.certificate import Certificate
+from cabochon.load.look import Looked, kind_of, look_at
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.transforms import transform
-from cabochon.load.values import Seen, check, check_finite
+from cabochon.load.values import check_finite, check_looked, check_value
 from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Embedding, Linear
+from cabochon.nn.look import Look, plainly
 from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -36,6 +38,7 @@ def execute(
     dtype: torch.dtype,
     progress: Progress | None = None,
     thorough: bool = False,
+    look: Look = plainly,
     prepare: Prepare | None = None,
 ) -> Loaded:
     """The model that `plan`, which has no problems, describes, and what was seen on the way.
@@ -48,6 +51,7 @@ def execute(
             it.
         progress: called with bytes done and bytes in all.
         thorough: look at every entry for the certificate, not at a sample of quantized matrices.
+        look: what looks at stored bytes.
         prepare: called with each weight that is multiplied with, as soon as it is built, and
             whether logits are made with it; what it returns takes the weight's place.
 
@@ -56,7 +60,7 @@ def execute(
         LoadError: a value cannot be right; the text names the tensor.
     """
     model = blank(plan)
-    measure = Measure(thorough=thorough)
+    measure = Measure(thorough=thorough, look=look)
     reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
     done = 0
     parts: dict[str, dict[int, Weight]] = {}
@@ -148,24 +152,24 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
         LoadError: a value cannot be right; the text names the tensor.
     """
     tensors = {leaf: map_tensor(meta) for leaf, meta in read.stored.items()}
-    if measure is not None:
-        for leaf, meta in read.stored.items():
-            measure.tensor(meta.name, pieces(tensors[leaf], meta))
+    slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
+    looked: dict[str, Looked] = {}
+    for slot in (slot for slot in slots if slot.leaf in tensors):
+        meta, tensor = read.stored[slot.leaf], tensors[slot.leaf]
+        parts, kind = pieces(tensor, meta), kind_of(slot, meta)
+        seen = measure.tensor(meta, parts, kind) if measure else look_at(parts, meta, kind, plainly)
+        check_looked(slot, seen, parts, meta, dtype)
+        check_value(slot, tensor, meta, read.site)
+        looked[slot.leaf] = seen
+        if slot.holds == "float8 scales":
+            tensors[slot.leaf] = tensor.view(torch.float8_e4m3fn)
+    assert looked.keys() == tensors.keys()  # what is not hashed is not certified
     if read.transform is not None:
         shape = read.stored["weight"].shape
         tensors["weight"] = transform(tensors["weight"], read.transform, shape)
-    slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
-    seen: dict[str, Seen] = {}
-    for slot in (slot for slot in slots if slot.leaf in tensors):
-        leaf = slot.leaf
-        if slot.holds == "float8 scales":
-            tensors[leaf] = tensors[leaf].view(torch.float8_e4m3fn)
-        found = check(slot, tensors[leaf], read.stored[leaf], read.site, dtype)
-        if found is not None:
-            seen[leaf] = found
     weight = read.scheme.build(tensors, read.site)
     if measure is not None:
-        measure.site(read, tensors, seen, weight)
+        measure.site(read, tensors, looked, weight)
     return weight if read.activations is None else read.activations.around(weight, tensors)
 
 
@@ -173,12 +177,12 @@ def fill_parameter(
     model: Gemma4, read: ParameterRead, dtype: torch.dtype, measure: Measure
 ) -> None:
     tensor = read_tensor(read.tensor)
-    measure.tensor(read.tensor.name, [tensor])
+    measure.tensor(read.tensor, [tensor])
     tensor = tensor.float()
     if read.transform is not None:
         tensor = transform(tensor, read.transform, read.parameter.shape)
     if not read.parameter.bound:
-        check_finite([tensor], read.tensor, dtype)
+        check_finite(tensor, read.tensor, dtype)
     elif tensor.isnan().any():
         raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
     path, _, leaf = read.parameter.name.rpartition(".")

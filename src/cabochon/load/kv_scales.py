@@ -40,7 +40,7 @@ def read_kv_scales(plan: LoadPlan) -> tuple[CacheScale, ...]:
     found = []
     for meta in plan.kv_scales:
         values = read_tensor(meta).float()
-        check_finite([values], meta, torch.float32)
+        check_finite(values, meta, torch.float32)
         if values.numel():
             found.append(CacheScale(meta.name, float(values.min()), float(values.max())))
     return tuple(found)

@@ -5,34 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cabochon.checkpoint.headers import TensorMeta
 from cabochon.load.certificate import FAR, Certificate, SiteStatistics, join
 from cabochon.load.fingerprint import plan_hash
 from cabochon.load.kv_scales import read_kv_scales
+from cabochon.load.look import Looked, Scales, level_of, look_at, scales_of
 from cabochon.load.plan import LoadPlan, SiteRead
-from cabochon.load.values import (
-    Array,
-    Floats,
-    Scales,
-    Seen,
-    in_pieces,
-    level_of,
-    look_at_scales,
-)
+from cabochon.nn.look import NOTHING, Look, plainly
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
 
 # Of a quantized matrix that are looked at, unless all are: runs of rows, and entries of a run. One
-# thread turns so few into floats; waking others, on a busy machine, took a third of a load.
+# thread turns so few into floats. Waking others, as indexing by a tensor would, takes a third of a
+# load: they look out for more to do for milliseconds, where other threads could compute.
 _RUNS, _FEW = 4, 1 << 14
 _ENTRIES = 1 << 20  # turned into floats at a time
-_WORDS = 1 << 13  # of eight bytes: what one sum is of
-_PLACES = np.arange(1, 2 * _WORDS, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # odd, all
-_SUMS = 1 << 9  # that one thread makes
 
+_SCALES = {"scales", "float8 scales", "blocks"}  # slots that hold all scales of a matrix
 # What slots hold that is neither the matrix nor its codes, and multiplies or is added.
 _NUMBERS = {"scales", "float8 scales", "scale", "scale or none", "divisor", "factor"}
 
@@ -43,33 +35,36 @@ class Measure:
     Args:
         thorough: look at every entry of quantized matrices too. A sample of rows takes no time; all
             of them take about as long as one token does without any kernel.
+        look: what looks at stored bytes.
     """
 
-    def __init__(self, *, thorough: bool = False) -> None:
+    def __init__(self, *, thorough: bool = False, look: Look = plainly) -> None:
         self._thorough = thorough
+        self._look = look
         self._sites: dict[str, list[SiteStatistics]] = {}
         self._hashes: dict[str, bytes] = {}
 
-    def tensor(self, name: str, pieces: Iterable[Tensor]) -> None:
-        """The bytes of a stored tensor; all pieces but the last are multiples of 64 KiB."""
-        self._hashes[name] = _digest(pieces)
+    def tensor(self, meta: TensorMeta, parts: Iterable[Tensor], kind: str = NOTHING) -> Looked:
+        """What is in a stored tensor of that kind; all parts but the last are whole 64 KiB."""
+        looked = look_at(parts, meta, kind, self._look)
+        self._hashes[meta.name] = looked.digest
+        return looked
 
     def site(
         self,
         read: SiteRead,
         stored: Mapping[str, Tensor],
-        found: Mapping[str, Seen],
+        looked: Mapping[str, Looked],
         weight: Weight,
     ) -> None:
         """A matrix or a part of one: what is stored of it, what was seen there, what it became."""
         site = read.site
         if isinstance(weight, DenseWeight):
-            whole = found["weight"]
-            assert isinstance(whole, Floats)
-            seen, most, none = weight.data.numel(), whole.largest, whole.zeros
+            whole = looked["weight"]
+            seen, most, none = whole.count, whole.largest, whole.zeros
         else:
             seen, most, none = self._entries(weight)
-        scales = _scales(read, stored, found)
+        scales = _scales(read, stored, looked)
         statistics = SiteStatistics(
             name=site.name,
             scheme=read.stored_as,
@@ -116,15 +111,11 @@ class Measure:
         return seen, most, none
 
 
-def _scales(read: SiteRead, stored: Mapping[str, Tensor], seen: Mapping[str, Seen]) -> Scales:
+def _scales(read: SiteRead, stored: Mapping[str, Tensor], looked: Mapping[str, Looked]) -> Scales:
     """Those of a matrix, or of a part of one; none of what is stored as floats."""
     for slot in read.scheme.slots:
-        found = seen.get(slot.leaf)
-        if isinstance(found, Scales):
-            return found
-        if slot.holds.endswith("scales"):
-            assert found is not None
-            return look_at_scales(stored[slot.leaf], found)
+        if slot.leaf in stored and slot.holds in _SCALES:
+            return scales_of(stored[slot.leaf], looked[slot.leaf])
     return Scales(0, 0, 0.0, 0.0)
 
 
@@ -146,25 +137,3 @@ def _levels(read: SiteRead, stored: Mapping[str, Tensor]) -> dict[str, float]:
         for slot in slots
         if slot.leaf in stored and slot.holds in _NUMBERS
     }
-
-
-def _digest(pieces: Iterable[Tensor]) -> bytes:
-    """Of sums of 64-bit words, 64 KiB each, every word times an odd number of its place.
-
-    Bytes that differ, and words that change places, change it. Meant against accidents, and nearly
-    as fast as memory: SHA-256 of all bytes would double a load's time.
-    """
-    found = hashlib.sha256()
-    for piece in pieces:
-        octets = piece.reshape(-1).view(torch.uint8).numpy()
-        whole = len(octets) // (8 * _WORDS) * (8 * _WORDS)
-        words = octets[:whole].view(np.uint64).reshape(-1, _WORDS)
-        for sums in in_pieces(_sums, words, _SUMS):
-            found.update(sums)
-        found.update(octets[whole:].tobytes())
-    return found.digest()
-
-
-def _sums(words: Array) -> bytes:
-    sums: Array = np.einsum("ij,j->i", words, _PLACES)
-    return sums.tobytes()

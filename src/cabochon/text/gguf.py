@@ -55,10 +55,10 @@ def read_tokenizer(metadata: Metadata) -> Tokenizer:
             " again with a current llama.cpp"
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+    vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocabulary) < len(tokens):
         raise ConfigError("metadata: tokenizer.ggml.tokens has a token twice")
-    merges = [_merge(merge) for merge in _strings(metadata, "tokenizer.ggml.merges")]
+    merges = _merges(_strings(metadata, "tokenizer.ggml.merges"))
     types = metadata.get("tokenizer.ggml.token_type")
     if not isinstance(types, tuple) or len(types) != len(tokens):
         raise ConfigError(
@@ -70,13 +70,13 @@ def read_tokenizer(metadata: Metadata) -> Tokenizer:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    made = {first + second for first, second in merges}
-    whole = [
-        AddedToken(token, special=_is_special(token, kind), normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if _is_whole(token, kind, made)
-    ]
-    inner.add_tokens(whole)
+    whole = _whole(vocabulary, types, set(map("".join, merges)))
+    inner.add_tokens(
+        [
+            AddedToken(tokens[id_], special=_is_special(tokens[id_], types[id_]), normalized=False)
+            for id_ in whole
+        ]
+    )
     return Tokenizer(inner)
 
 
@@ -101,11 +101,20 @@ def read_template(metadata: Metadata) -> ChatTemplate:
 
 def _strings(metadata: Metadata, key: str) -> Sequence[str]:
     found = metadata.get(key)
-    if not isinstance(found, tuple) or not all(isinstance(entry, str) for entry in found):
+    if not isinstance(found, tuple) or not set(map(type, found)) <= {str}:
         raise ConfigError(
             f"metadata: {key} is not there, or no list of texts; text cannot become tokens"
         )
     return found
+
+
+def _merges(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Both halves of each; of a vocabulary's quarter of a million nearly all are plain."""
+    halves = (text.partition(" ") for text in texts)
+    return [
+        (first, second) if first and second else _merge(text)
+        for text, (first, _, second) in zip(texts, halves, strict=True)
+    ]
 
 
 def _merge(merge: str) -> tuple[str, str]:
@@ -138,14 +147,16 @@ def _model(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: s
         raise ConfigError(f"metadata: tokens and merges make no tokenizer: {error}") from None
 
 
-def _is_whole(token: str, kind: int, made: set[str]) -> bool:
-    """Whether a token is matched as it is, before anything is merged."""
-    if kind != _NORMAL:
-        return kind != _BYTE
-    if len(token) < 2:
-        return False
+def _whole(vocabulary: Mapping[str, int], types: Sequence[int], made: set[str]) -> list[int]:
+    """Ids of tokens that are matched as they are, before anything is merged."""
     # Runs of newlines are tokens of their own, even where merges would lead to them too.
-    return token not in made or not token.strip("\n")
+    runs = {token for token in vocabulary if not token.strip("\n")}
+    normal = {vocabulary[token] for token in (vocabulary.keys() - made) | runs if len(token) > 1}
+    return [
+        id_
+        for id_, kind in enumerate(types)
+        if (id_ in normal if kind == _NORMAL else kind != _BYTE)
+    ]
 
 
 def _is_special(token: str, kind: int) -> bool:

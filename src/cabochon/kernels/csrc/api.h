@@ -53,6 +53,26 @@ struct Layout {
   Plane plane[2];
 };
 
+// Which numbers there are in stored bytes, for looking at them: kernels/look.py. Floats of so many
+// bytes, of which `first` masks the sign; or blocks of `bytes` with a float16 at `first` and, unless
+// it is negative, at `second`, and numbers beside it as in ggml's blocks; or so many octets.
+enum Form : int32_t {
+  NOTHING = 0, FLOATS_1 = 1, FLOATS_2 = 2, FLOATS_4 = 4,
+  BLOCK_HALF = 5, BLOCK_OCTETS = 6, BLOCK_Q2 = 7, BLOCK_Q3 = 8, BLOCK_Q4 = 9, BLOCK_Q6 = 10, BLOCK_IQ4 = 11
+};
+struct Numbers {
+  int32_t form, bytes, first, second;
+};
+
+// What was found: `top` is the bits of the largest magnitude, or `largest` is it, or `octets` says
+// how often there is each.
+struct Found {
+  int64_t bad, count, zeros;
+  uint32_t top;
+  float largest;
+  int64_t octets[256];
+};
+
 // A matrix of floats as a checkpoint stores it, row by row.
 struct Rows {
   const uint8_t* data;

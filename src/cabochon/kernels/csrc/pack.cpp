@@ -1,7 +1,6 @@
 // From rows as checkpoints store them to blocks of 32 rows. Plain code: it runs once.
 #include <algorithm>
 #include <cstring>
-#include <sys/mman.h>
 
 #include "api.h"
 #include "pool.h"
@@ -55,21 +54,13 @@ static void stream_bits(const uint8_t* p, const Plane& plane, int v, Eight* code
   }
 }
 
-static void high_first(const uint8_t* p, const Plane& plane, int v, Eight* code) {
-  Eight low[4] = {};
-  stream_bits<4>(p, plane, v, low);
-  for (int d = 0; d < 4; d++)
-    code[d] = (low[d] << 8 & 0x0f000f000f000f00) | (low[d] >> 8 & 0x000f000f000f000f);
-}
-
 typedef void (*Unpack)(const uint8_t*, const Plane&, int, Eight*);
 
 template <int RUN> static Unpack in_runs(int bits) {
   return bits == 1 ? run_bits<RUN, 1> : bits == 2 ? run_bits<RUN, 2> : run_bits<RUN, 4>;
 }
 
-static Unpack unpacking(const Layout& layout, const Plane& plane) {
-  if (layout.high_first) return high_first;
+static Unpack unpacking(const Plane& plane) {
   switch (plane.run) {
     case 8: return in_runs<8>(plane.bits);
     case 16: return in_runs<16>(plane.bits);
@@ -81,25 +72,28 @@ static Unpack unpacking(const Layout& layout, const Plane& plane) {
   return streams[plane.bits - 1];
 }
 
+// Two codes of BITS that follow each other into one, the first low; each such pair is a byte.
+template <int BITS> static uint32_t pairs(Eight x) { return even(x | x >> (8 - BITS)); }
+
 // The codes of a row's unit to the row's quads; `to` is the unit, `r` the row.
 template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to) {
   constexpr int above = CODES == U3 ? 256 : 512;  // where the plane of high bits begins
   uint32_t low[2] = {}, high[2] = {};
   to += r * 4;
   for (int d = 0; d < 4; d++) {
-    const uint32_t a = even(code[d]), b = even(code[d] >> 8);
-    const int T = 2 * d, pair = T % 4 * 2;  // of `a`; the next is `b`'s
-    if (CODES == U8) memcpy(to + T * 128, &a, 4), memcpy(to + (T + 1) * 128, &b, 4);
+    const Eight x = code[d];
+    if (CODES == U8) {
+      const uint32_t a = even(x), b = even(x >> 8);
+      memcpy(to + 2 * d * 128, &a, 4), memcpy(to + (2 * d + 1) * 128, &b, 4);
+    }
     if (CODES == U4 || CODES == U5 || CODES == U6) {
-      const uint32_t both = (a & 0x0f0f0f0f) | (b & 0x0f0f0f0f) << 4;
+      const uint32_t both = pairs<4>(x & each(15));
       memcpy(to + d * 128, &both, 4);
     }
-    if (CODES == U2 || CODES == U3)
-      low[T / 4] |= (a & 0x03030303) << pair | (b & 0x03030303) << (pair + 2);
-    if (CODES == U6)
-      high[T / 4] |= (a >> 4 & 0x03030303) << pair | (b >> 4 & 0x03030303) << (pair + 2);
-    if (CODES == U5) high[0] |= (a >> 4 & 0x01010101) << T | (b >> 4 & 0x01010101) << (T + 1);
-    if (CODES == U3) high[0] |= (a >> 2 & 0x01010101) << T | (b >> 2 & 0x01010101) << (T + 1);
+    if (CODES == U2 || CODES == U3) low[d / 2] |= pairs<2>(x & each(3)) << d % 2 * 4;
+    if (CODES == U6) high[d / 2] |= pairs<2>(x >> 4 & each(3)) << d % 2 * 4;
+    if (CODES == U5) high[0] |= pairs<1>(x >> 4 & each(1)) << 2 * d;
+    if (CODES == U3) high[0] |= pairs<1>(x >> 2 & each(1)) << 2 * d;
   }
   if (CODES == U2 || CODES == U3) memcpy(to, low, 4), memcpy(to + 128, low + 1, 4);
   if (CODES == U6) memcpy(to + above, high, 4), memcpy(to + above + 128, high + 1, 4);
@@ -108,35 +102,36 @@ template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to
 
 // What is packed: rows of `bytes` each, `ld` apart.
 struct Stored {
-  const Layout& layout;
+  Layout layout;
   const uint8_t* rows;
   int64_t ld, bytes;
 };
 
-template <int CODES> static void pack_rows(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
+// What is read over and over is copied: stores of bytes might change anything else.
+template <int CODES, class Codes>
+static void pack_rows(const Stored s, const Codes codes, int rows, const Matrix& m, uint8_t* to) {
   static const int sizes[] = {512, 1024, 512, 512, 256, 384, 640, 768};
-  const Layout& l = s.layout;
-  const int units = l.entries / UNIT;  // of a block
-  Unpack unpack[2];
-  for (int i = 0; i < l.planes; i++) unpack[i] = unpacking(l, l.plane[i]);
+  const int units = s.layout.entries / UNIT, bytes = s.layout.bytes;  // of a block
+  const int in_all = m.units, columns = m.columns;
+  const Eight flip = each(s.layout.flip);
   uint8_t cut[256];  // the last block of a row, filled up with zeros
-  for (int u = 0; u < m.units; u++, to += sizes[CODES]) {
-    const int64_t at = (int64_t)(u / units) * l.bytes;
-    const int unit = u % units, left = m.columns - u * UNIT;
+  for (int u = 0; u < in_all; u++, to += sizes[CODES]) {
+    const int64_t at = (int64_t)(u / units) * bytes;
+    const int unit = u % units, left = columns - u * UNIT;
+    const bool whole = at + bytes <= s.bytes;
     for (int r = 0; r < ROWS; r++) {
       Eight code[4] = {};
       if (r < rows) {
         const uint8_t* block = s.rows + r * s.ld + at;
         __builtin_prefetch(block + AHEAD);
-        if (at + l.bytes > s.bytes) {
+        if (!whole) {
           memset(cut, 0, sizeof cut);
           memcpy(cut, block, s.bytes - at);
           block = cut;
         }
-        for (int i = 0; i < l.planes; i++)
-          unpack[i](block + l.plane[i].at, l.plane[i], unit, code);
-        if (l.flip)
-          for (Eight& x : code) x ^= each(l.flip);
+        codes(block, unit, code);
+        if (flip)
+          for (Eight& x : code) x ^= flip;
         // What lies beyond the last column is nothing, whatever is stored there.
         if (left < UNIT) memset((uint8_t*)code + left, 0, UNIT - left);
       }
@@ -145,14 +140,77 @@ template <int CODES> static void pack_rows(const Stored& s, int rows, const Matr
   }
 }
 
+// Streams of four bits: pairs of codes are stored as they are packed.
+static void pack_pairs(const Stored s, int rows, const Matrix& m, uint8_t* to) {
+  const int in_all = m.units, columns = m.columns, bytes = s.layout.bytes;
+  const uint32_t flip = s.layout.flip * 0x11111111u, halves = 0x0f0f0f0f;
+  const bool swapped = s.layout.high_first;
+  for (int u = 0; u < in_all; u++, to += 512) {
+    const int left = columns - u * UNIT;
+    const int64_t at = (int64_t)u * bytes, here = std::min<int64_t>(bytes, s.bytes - at);
+    for (int r = 0; r < ROWS; r++) {
+      uint32_t pairs[4] = {};
+      if (r < rows) {
+        const uint8_t* block = s.rows + r * s.ld + at;
+        __builtin_prefetch(block + AHEAD);
+        if (here == bytes) memcpy(pairs, block, sizeof pairs);
+        else memcpy(pairs, block, here);
+        for (uint32_t& x : pairs) {
+          if (swapped) x = (x & halves) << 4 | (x >> 4 & halves);
+          x ^= flip;
+        }
+        for (int i = left; i < UNIT; i++) pairs[i / 8] &= ~(15u << i % 8 * 4);
+      }
+      for (int d = 0; d < 4; d++) memcpy(to + d * 128 + r * 4, pairs + d, 4);
+    }
+  }
+}
+
+static bool is(const Plane& plane, int bits, int run) {
+  return plane.bits == bits && plane.run == run;
+}
+
+// The layouts of most of what there is are worth code of their own.
+template <int CODES>
+static void pack_by(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
+  const Layout& l = s.layout;
+  const Plane one = l.plane[0], two = l.plane[1];
+  const bool alone = l.planes == 1;
+  const auto with = [&](auto codes) { pack_rows<CODES>(s, codes, rows, m, to); };
+  if (CODES == U4 && alone && is(one, 4, 16))
+    return with([at = one.at](const uint8_t* b, int v, Eight* code) {
+      run_bits<16, 4>(b + at, Plane{}, v, code);
+    });
+  if (CODES == U4 && alone && is(one, 4, 32))
+    return with([at = one.at](const uint8_t* b, int v, Eight* code) {
+      run_bits<32, 4>(b + at, Plane{}, v, code);
+    });
+  if (CODES == U4 && l.planes == 1 && is(one, 4, 0) && l.bytes == 16)
+    return pack_pairs(s, rows, m, to);
+  if (CODES == U8 && alone && is(one, 8, 0))
+    return with([at = one.at](const uint8_t* b, int v, Eight* code) {
+      memcpy(code, b + at + v * UNIT, UNIT);
+    });
+  if (CODES == U6 && l.planes == 2 && is(one, 4, 64) && is(two, 2, 32))
+    return with([at = one.at, above = two.at](const uint8_t* b, int v, Eight* code) {
+      run_bits<64, 4>(b + at, Plane{}, v, code);
+      run_bits<32, 2>(b + above, Plane{0, 0, 0, 4}, v, code);
+    });
+  const Unpack first = unpacking(one), second = l.planes == 2 ? unpacking(two) : nullptr;
+  with([=](const uint8_t* b, int v, Eight* code) {
+    first(b + one.at, one, v, code);
+    if (second) second(b + two.at, two, v, code);
+  });
+}
+
 static void pack_block(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
   switch (m.codes) {
-    case U8: return pack_rows<U8>(s, rows, m, to);
-    case U2: return pack_rows<U2>(s, rows, m, to);
-    case U3: return pack_rows<U3>(s, rows, m, to);
-    case U5: return pack_rows<U5>(s, rows, m, to);
-    case U6: return pack_rows<U6>(s, rows, m, to);
-    default: return pack_rows<U4>(s, rows, m, to);
+    case U8: return pack_by<U8>(s, rows, m, to);
+    case U2: return pack_by<U2>(s, rows, m, to);
+    case U3: return pack_by<U3>(s, rows, m, to);
+    case U5: return pack_by<U5>(s, rows, m, to);
+    case U6: return pack_by<U6>(s, rows, m, to);
+    default: return pack_by<U4>(s, rows, m, to);
   }
 }
 
@@ -191,11 +249,4 @@ void cabochon_pack_scales(const Matrix* m, int64_t at, const uint8_t* from, int6
   });
 }
 
-// Ask for large pages; worth 6 % in decoding.
-void cabochon_advise(void* data, int64_t size) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 4096, first = ((uintptr_t)data + page - 1) / page * page;
-  madvise((void*)first, (uintptr_t)data + size - first, MADV_HUGEPAGE);
-#endif
-}
 }

@@ -1,0 +1,57 @@
+"""Weights move into large pages while they are multiplied with, and stay what they are."""
+
+from __future__ import annotations
+
+import platform
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cabochon.kernels.choose import Kernels
+from cabochon.kernels.library import library
+from cabochon.kernels.packed import PackedWeight
+from cabochon.kernels.pages import enlarge
+from cabochon.nn.gguf_blocks import BlockWeight
+
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LINUX = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+LARGE = 2 << 20
+
+
+def large_bytes(tensor: torch.Tensor) -> int:
+    """Of the mapping in which `tensor` lies, how much is in large pages."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= tensor.data_ptr() < int(span[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+@pytest.mark.skipif(library() is None, reason="there was no C++ compiler at installation")
+@pytest.mark.skipif(
+    platform.system() != "Linux" or LINUX < (6, 1), reason="this system makes no large pages later"
+)
+@pytest.mark.skipif(
+    not ENABLED.is_file() or "[never]" in ENABLED.read_text(), reason="large pages are turned off"
+)
+def test_weights_move_into_large_pages_and_stay_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (8192, 2048 // 32 * 18), dtype=torch.uint8, generator=generator)
+    blocks[:, 1::18] &= 0x3F  # scales are finite
+    packed = Kernels(library(), "int8").for_weight(BlockWeight(blocks, "Q4_0", in_features=2048))
+    assert isinstance(packed, PackedWeight)
+    x = torch.randn(2, 2048, generator=generator)
+    before, dense = packed.linear(x), packed.dense(torch.float32)
+    enlarge(nn.ModuleList([packed]), library())
+    end = time.monotonic() + 30
+    while large_bytes(packed.data) < packed.data.nbytes - 2 * LARGE and time.monotonic() < end:
+        assert torch.equal(packed.linear(x), before)
+    assert large_bytes(packed.data) >= packed.data.nbytes - 2 * LARGE
+    assert torch.equal(packed.linear(x), before)
+    assert torch.equal(packed.dense(torch.float32), dense)
