@@ -4,7 +4,7 @@ A damaged copy of a fixture ends in one of three ways: an error for users that n
 model that is the sound one to the bit, since what was changed means nothing; or, where the change
 is one that a file may have, a report that says something it does not say of the sound file.
 
-`CABOCHON_CASES=10000` tries more than the fixed sample.
+`CABOCHON_CASES=10000` tries so many instead of a fixed sample, and every way at every fixture.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from checkpoints import config_of
 from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, files, folders
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from cabochon.errors import CabochonError
+from cabochon.load.certify import certify
 from cabochon.load.execute import execute, tensors_of
 from cabochon.load.report import plan_checkpoint
 
@@ -96,23 +96,69 @@ often = settings(
     st.integers(0, 2**32 - 1),
 )
 def test_a_damaged_folder_never_loads_in_silence(wound: str, source: Path, seed: int) -> None:
-    with TemporaryDirectory() as room:
-        copy = Copy(source, Path(room) / source.name)
-        try:
-            words = WOUNDS[wound](copy, random.Random(seed))
-        except Unfit:
-            reject()
-        judge(copy.folder, source, words)
+    try:
+        damage_folder(wound, source, seed)
+    except Unfit:
+        reject()
 
 
-def test_symmetric_codes_read_by_the_other_version_are_noted(tmp_path: Path) -> None:
+def fixture(name: str) -> Path:
+    return next(folder for folder in folders() if folder.name == name)
+
+
+V1, V2 = {"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}
+NOT_SYMMETRIC, BESIDE_ZERO = (
+    "although config.json says sym: true",
+    "one step beside zero on average",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "words"),
+    [
+        ("e2b-gptq4", V2, NOT_SYMMETRIC),
+        ("e2b-gptq4", {**V2, "sym": False}, "one beside the middle"),
+        ("e2b-gptq8", {**V2, "sym": False}, "one beside the middle"),
+        ("e2b-gptq4-v2", {**V1, "sym": True}, NOT_SYMMETRIC),
+        ("e2b-gptq4-v2", V1, BESIDE_ZERO),
+        ("e2b-gptq2-v2", V1, BESIDE_ZERO),
+        (
+            "e2b-round2-asym",
+            {"packing_format": "auto_round:auto_gptq"},
+            BESIDE_ZERO,
+        ),
+    ],
+)
+def test_zero_points_read_by_the_other_version_are_noted(
+    tmp_path: Path, name: str, said: dict[str, object], words: str
+) -> None:
     """GPTQ's first version stores a zero point less one: 7 for 8, which the second takes for 7."""
-    found = {folder.name: folder for folder in folders()}
-    copy = Copy(found["e2b-round4"], tmp_path / "e2b-round4")
-    other = config_of(found["e2b-gptq4-v2"])["quantization_config"]
-    copy.config(lambda config: config.__setitem__("quantization_config", other))
-    judge(copy.folder, found["e2b-round4"], ())
-    assert any("one beside the middle" in word for word in load(copy.folder)[1])
+    copy = Copy(fixture(name), tmp_path / name)
+    copy.config(lambda config: config["quantization_config"].update(said))
+    judge(copy.folder, fixture(name), ())
+    assert any(words in word for word in load(copy.folder)[1])
+    assert not any(words in word for word in original(fixture(name))[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("31b-awq", "model.vision_tower.patch_embedder.position_embedding_table"),
+        ("12b-round-awq", "model.language_model.norm.weight"),
+        ("e2b-awq", "model.embed_vision.embedding_projection.weight"),
+    ],
+)
+def test_one_parameter_told_as_the_other_half_is_noted(
+    tmp_path: Path, name: str, tensor: str
+) -> None:
+    """These say float16 of themselves, and keep in bfloat16 what is not quantized."""
+    copy = Copy(fixture(name), tmp_path / name)
+    tensors = copy.read()
+    (stored,) = [stored for stored in tensors if stored.name == tensor]
+    stored.dtype = "F16"
+    copy.write(tensors)
+    judge(copy.folder, fixture(name), ())
+    assert any(word.startswith(f"{tensor}: stored as F16") for word in load(copy.folder)[1])
 
 
 @settings(often, max_examples=CASES // 2 or 60)
@@ -122,6 +168,42 @@ def test_symmetric_codes_read_by_the_other_version_are_noted(tmp_path: Path) -> 
     st.integers(0, 2**32 - 1),
 )
 def test_a_damaged_gguf_file_never_loads_in_silence(wound: str, source: Path, seed: int) -> None:
+    damage_file(wound, source, seed)
+
+
+every = pytest.mark.skipif(not CASES, reason="minutes: with CABOCHON_CASES")
+
+
+@every
+@pytest.mark.parametrize("wound", WOUNDS)
+def test_every_folder_damaged_in_each_way(wound: str) -> None:
+    for seed, source in enumerate(folders()):
+        with suppress(Unfit):
+            damage_folder(wound, source, seed)
+
+
+@every
+@pytest.mark.parametrize("wound", GGUF_WOUNDS)
+def test_every_gguf_file_damaged_in_each_way(wound: str) -> None:
+    for seed, source in enumerate(files()):
+        damage_file(wound, source, seed)
+
+
+def test_what_is_sound_does_not_look_damaged() -> None:
+    for source in (*folders(), *files()):
+        plan = plan_checkpoint(source).plan
+        assert plan is not None
+        assert certify(plan).notes == (), source.name
+
+
+def damage_folder(wound: str, source: Path, seed: int) -> None:
+    with TemporaryDirectory() as room:
+        copy = Copy(source, Path(room) / source.name)
+        words = WOUNDS[wound](copy, random.Random(seed))
+        judge(copy.folder, source, words)
+
+
+def damage_file(wound: str, source: Path, seed: int) -> None:
     """A byte of metadata may say another thing that a file may say: a word, a name, a token."""
     with TemporaryDirectory() as room:
         copy = Gguf(source, Path(room) / "damaged")

@@ -14,6 +14,7 @@ from cabochon.load.findings import Finding, findings
 from cabochon.load.fingerprint import SHORT
 from cabochon.load.kv_scales import CacheScale, told
 
+MANY = 3  # are enough to say what is usual
 FAR = 256  # times a median: no quantizer's scales spread so far, and a damaged exponent's bit does
 
 
@@ -37,6 +38,8 @@ class SiteStatistics:
     parts: int = 1  # stored one by one, such as experts
     far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
     shifted_zeros: bool = False  # its zero points are all the same, one beside the middle code
+    unclaimed_zeros: bool = False  # they are not all the middle, and symmetric codes are claimed
+    offset: float = 0.0  # how far codes of few bits are from their zero points on average, in steps
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,10 +97,14 @@ class Certificate:
         return "\n".join([*lines, *(line for note in self.notes for line in note.lines())])
 
 
-_SHIFTED = (
-    "all zero points lie one beside the middle of the codes: so do those of symmetric codes that"
-    " are read by the convention of another version of GPTQ's format"
+_AS_IF = "as if they were read by the convention of another version of GPTQ's format"
+_SHIFTED = f"all zero points lie one beside the middle of the codes, {_AS_IF}"
+_UNCLAIMED = (
+    "zero points are not all the middle of the codes, although config.json says sym: true,"
+    f" {_AS_IF}"
 )
+_OFFSET = f"entries lie about one step beside zero on average, as in most others, {_AS_IF}"
+_BESIDE = 0.5  # steps: half of what versions are apart
 
 
 def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
@@ -108,14 +115,26 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
         if site.far_scales:
             times = site.largest_scale / site.median_scale
             yield "", site.name, 1, f"the largest scale is {times:.0f} times the median of them"
-        if site.shifted_zeros:
+        if site.unclaimed_zeros:
+            yield "", site.name, 1, _UNCLAIMED
+        elif site.shifted_zeros:
             yield "", site.name, 1, _SHIFTED
         if site.far_parts:
             parts = f"{site.far_parts} of its {site.parts} parts"
             yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
         if site.seen and not site.largest:
             yield "", site.name, 1, "every entry that was looked at is zero"
+    yield from _beside_zero(sites)
     yield from _strangers(sites)
+
+
+def _beside_zero(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
+    """Weights lie about zero. One matrix's may not; those of most matrices do."""
+    coded = [site for site in sites if site.offset]
+    if len(coded) >= MANY and abs(statistics.median(site.offset for site in coded)) >= _BESIDE:
+        for site in coded:
+            if abs(site.offset) >= _BESIDE and not site.unclaimed_zeros | site.shifted_zeros:
+                yield "", site.name, 1, _OFFSET
 
 
 def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
@@ -159,7 +178,7 @@ def _levels(site: SiteStatistics, group: Sequence[SiteStatistics]) -> Iterator[s
 def _usual(values: Sequence[float]) -> float:
     """Their median; 0 of too few to tell."""
     alive = [value for value in values if value]
-    return statistics.median(alive) if len(alive) >= 3 else 0.0
+    return statistics.median(alive) if len(alive) >= MANY else 0.0
 
 
 def _far(value: float, usual: float) -> bool:
@@ -191,6 +210,8 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             levels={leaf: statistics.median(p.levels[leaf] for p in found) for leaf in leaves},
             parts=len(found),
             shifted_zeros=all(part.shifted_zeros for part in found),
+            unclaimed_zeros=any(part.unclaimed_zeros for part in found),
+            offset=statistics.fmean(part.offset for part in found),
             far_parts=sum(
                 _far(part.median_scale, scale) or _far(part.largest, entry) for part in found
             ),

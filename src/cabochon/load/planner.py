@@ -82,8 +82,6 @@ def build_plan(
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
-    found = oddities(raw, sites, placed.parameters.values())
-    notes += [Note(oddity.where, oddity.detail) for oddity in found]
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
     problems += [*placed.problems, *parameter_problems, *_unused(inside, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
@@ -91,7 +89,10 @@ def build_plan(
         contradicted = contradictions(config, placed.stored)
         where = "config.json" if checkpoint.gguf is None else "metadata"
         problems = [*(Problem("CONFIG", where, str(c)) for c in contradicted), *problems]
-    if checkpoint.gguf is not None:
+    if checkpoint.gguf is None:
+        found = oddities(raw, sites, placed.parameters.values())
+        notes += [Note(oddity.where, oddity.detail) for oddity in found]
+    else:
         notes += _gguf_notes(checkpoint.gguf)
         names = GgufNames(config)
         problems = [replace(problem, where=names.stored(problem.where)) for problem in problems]
