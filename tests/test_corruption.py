@@ -161,6 +161,15 @@ def test_one_parameter_told_as_the_other_half_is_noted(
     assert any(word.startswith(f"{tensor}: stored as F16") for word in load(copy.folder)[1])
 
 
+def test_biases_that_half_of_the_experts_parts_lost_are_noted(tmp_path: Path) -> None:
+    copy = Copy(fixture("26b-mlx4"), tmp_path / "26b-mlx4")
+    tensors = copy.read()
+    (gates, *_) = [t for t in tensors if t.name.endswith("switch_glu.gate_proj.biases")]
+    gates.data = bytes(len(gates.data))
+    copy.write(tensors)
+    judge(copy.folder, fixture("26b-mlx4"), ())
+
+
 @settings(often, max_examples=CASES // 2 or 60)
 @given(
     st.sampled_from(sorted(GGUF_WOUNDS)),

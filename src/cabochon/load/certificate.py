@@ -36,7 +36,8 @@ class SiteStatistics:
     # how large its scales, biases and fixed scales of activations are, by leaf: medians
     levels: Mapping[str, float] = field(default_factory=dict)
     parts: int = 1  # stored one by one, such as experts
-    far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
+    # whose scales or entries are beyond FAR medians of the parts', or zero as others' are not
+    far_parts: int = 0
     shifted_zeros: bool = False  # its zero points are all the same, one beside the middle code
     unclaimed_zeros: bool = False  # they are not all the middle, and symmetric codes are claimed
     offset: float = 0.0  # how far codes of few bits are from their zero points on average, in steps
@@ -195,6 +196,7 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
         scale = _usual([part.median_scale for part in found])
         entry = _usual([part.largest for part in found])
         leaves = found[0].levels
+        alive = {leaf for leaf in leaves if any(part.levels[leaf] for part in found)}
         yield SiteStatistics(
             name=name,
             scheme=found[0].scheme,
@@ -213,6 +215,9 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             unclaimed_zeros=any(part.unclaimed_zeros for part in found),
             offset=statistics.fmean(part.offset for part in found),
             far_parts=sum(
-                _far(part.median_scale, scale) or _far(part.largest, entry) for part in found
+                _far(part.median_scale, scale)
+                or _far(part.largest, entry)
+                or not all(part.levels[leaf] for leaf in alive)
+                for part in found
             ),
         )
