@@ -24,6 +24,7 @@ import torch
 from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, files, folders
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from thin import fixture
 
 from cabochon.errors import CabochonError
 from cabochon.load.certify import certify
@@ -100,10 +101,6 @@ def test_a_damaged_folder_never_loads_in_silence(wound: str, source: Path, seed:
         damage_folder(wound, source, seed)
     except Unfit:
         reject()
-
-
-def fixture(name: str) -> Path:
-    return next(folder for folder in folders() if folder.name == name)
 
 
 V1, V2 = {"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}
