@@ -167,6 +167,16 @@ def test_biases_that_half_of_the_experts_parts_lost_are_noted(tmp_path: Path) ->
     judge(copy.folder, fixture("26b-mlx4"), ())
 
 
+def test_a_smoothing_that_is_lost_where_no_other_layer_is_the_same_is_noted(tmp_path: Path) -> None:
+    """The other two of these layers have no values of their own."""
+    name = "12b-modelopt-w4a16-awq"
+    copy = Copy(fixture(name), tmp_path / name)
+    lost = "model.language_model.layers.1.self_attn.o_proj.pre_quant_scale"
+    copy.write([tensor for tensor in copy.read() if tensor.name != lost])
+    judge(copy.folder, fixture(name), ())
+    assert any("2 of 3 matrices of the same name" in word for word in load(copy.folder)[1])
+
+
 @settings(often, max_examples=CASES // 2 or 60)
 @given(
     st.sampled_from(sorted(GGUF_WOUNDS)),
@@ -203,6 +213,7 @@ def test_what_is_sound_does_not_look_damaged() -> None:
 
 
 def damage_folder(wound: str, source: Path, seed: int) -> None:
+    print(f"{wound} of {source.name} by {seed}")
     with TemporaryDirectory() as room:
         copy = Copy(source, Path(room) / source.name)
         words = WOUNDS[wound](copy, random.Random(seed))
@@ -211,6 +222,7 @@ def damage_folder(wound: str, source: Path, seed: int) -> None:
 
 def damage_file(wound: str, source: Path, seed: int) -> None:
     """A byte of metadata may say another thing that a file may say: a word, a name, a token."""
+    print(f"{wound} of {source.name} by {seed}")
     with TemporaryDirectory() as room:
         copy = Gguf(source, Path(room) / "damaged")
         GGUF_WOUNDS[wound](copy, random.Random(seed))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _SMOOTHING = "pre_quant_scale"
 _NUMBER = re.compile(r"\d+")
+# The norm before them may take it over.
+_AFTER_NORMS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj")
 
 
 def half_given(reads: Iterable[SiteRead], claims: Mapping[str, Claim]) -> Iterator[tuple[str, str]]:
@@ -42,6 +44,17 @@ def half_given(reads: Iterable[SiteRead], claims: Mapping[str, Claim]) -> Iterat
     for (place, *_), members in places.items():
         without = [read for read in members if _SMOOTHING not in read.stored]
         yield from _told(without, members, _SMOOTHING, f"matrices in the same place ({place})")
+
+
+def unlike_others(reads: Iterable[SiteRead]) -> Iterator[tuple[str, str]]:
+    """The same of matrices beside others than theirs, which a producer may treat otherwise."""
+    names: dict[str, list[SiteRead]] = {}
+    for read in reads:
+        if not isinstance(read.scheme, Dense) and not read.site.name.endswith(_AFTER_NORMS):
+            names.setdefault(_NUMBER.sub("*", read.site.name), []).append(read)
+    for name, members in names.items():
+        without = [read for read in members if _SMOOTHING not in read.stored]
+        yield from _told(without, members, _SMOOTHING, f"matrices of the same name ({name})")
 
 
 def _parent(read: SiteRead) -> str:

@@ -20,7 +20,7 @@ from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
 from cabochon.load.names import KV_DTYPES, KV_SCALES, Named, absences, canonical, drops, locate
 from cabochon.load.oddities import oddities
-from cabochon.load.optional import half_given
+from cabochon.load.optional import half_given, unlike_others
 from cabochon.load.plan import Dropped, LoadPlan, Note, ParameterRead, Problem, SiteRead
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Tree, needed
@@ -198,6 +198,7 @@ def _resolve_all(
                 continue
             reads.append(SiteRead(site, verdict.scheme, stored, part, verdict.activations, how))
     problems += [Problem("SCHEME", *found) for found in half_given(reads, claims)]
+    notes += [Note(*found) for found in unlike_others(reads)]
     return reads, notes, problems
 
 
