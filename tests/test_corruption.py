@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, files, folders
@@ -135,6 +136,24 @@ def test_zero_points_read_by_the_other_version_are_noted(
     judge(copy.folder, fixture(name), ())
     assert any(words in word for word in load(copy.folder)[1])
     assert not any(words in word for word in original(fixture(name))[1])
+
+
+def test_fine_steps_beside_zero_are_noted(tmp_path: Path) -> None:
+    """In asymmetric codes of 8 bits a step is a fiftieth of what entries are apart."""
+    copy, chance = Copy(fixture("e2b-gptq8"), tmp_path / "e2b-gptq8"), np.random.default_rng(1)
+    tensors = copy.read()
+    stored = {tensor.name: tensor for tensor in tensors}
+    for tensor in (tensor for tensor in tensors if tensor.name.endswith(".qzeros")):
+        zeros = chance.integers(118, 139, len(tensor.data))  # one of each row
+        codes = stored[tensor.name.replace("qzeros", "qweight")]
+        words = np.frombuffer(codes.data, np.uint8).reshape(-1, len(zeros), 4)
+        moved = np.clip(words + (zeros - 128)[None, :, None], 0, 255)
+        tensor.data, codes.data = zeros.astype(np.uint8).tobytes(), moved.astype(np.uint8).tobytes()
+    copy.write(tensors)
+    copy.config(lambda config: config["quantization_config"].update(V2, sym=False))
+    assert not any(BESIDE_ZERO in word for word in load(copy.folder)[1])
+    copy.config(lambda config: config["quantization_config"].update(V1))
+    assert any(BESIDE_ZERO in word for word in load(copy.folder)[1])
 
 
 @pytest.mark.parametrize(

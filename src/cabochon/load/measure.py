@@ -33,7 +33,6 @@ _ENTRIES = 1 << 20  # turned into floats at a time
 _WORDS = 1 << 13  # of eight bytes: what one sum is of
 _PLACES = np.arange(1, 2 * _WORDS, 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # odd, all
 _SUMS = 1 << 9  # that one thread makes
-_COARSE = 4  # bits: of finer codes, the mean of a matrix may well lie a step from zero
 
 # What slots hold that is neither the matrix nor its codes, and multiplies or is added.
 _NUMBERS = {"scales", "float8 scales", "scale", "scale or none", "divisor", "factor"}
@@ -152,9 +151,7 @@ def _shifted(weight: PackedIntWeight) -> bool:
 
 
 def _offset(weight: PackedIntWeight) -> float:
-    """How far codes are from their zero points, on average of a few rows; 0 of fine steps."""
-    if weight.bits > _COARSE:
-        return 0.0
+    """How far codes are from their zero points, on average of a few rows, in steps."""
     assert weight.zeros is not None
     some = slice(None, None, max(1, weight.out_features * weight.in_features // _FEW))
     steps = PackedIntWeight(
