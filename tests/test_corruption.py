@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, files, folders
+from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, as_bytes, files, floats, folders
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from thin import fixture
@@ -184,6 +184,18 @@ def test_biases_that_half_of_the_experts_parts_lost_are_noted(tmp_path: Path) ->
     gates.data = bytes(len(gates.data))
     copy.write(tensors)
     judge(copy.folder, fixture("26b-mlx4"), ())
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight_scale_2"])
+def test_scales_of_the_only_one_of_its_name_that_is_quantized(tmp_path: Path, leaf: str) -> None:
+    """Both multiply what the other divides: entries stay as large as they were."""
+    name = "12b-modelopt-w4a8-awq"
+    copy = Copy(fixture(name), tmp_path / name)
+    tensors = copy.read()
+    (scale,) = [t for t in tensors if t.name.endswith(f"layers.1.self_attn.v_proj.{leaf}")]
+    scale.data = as_bytes(scale, floats(scale) * 1000)
+    copy.write(tensors)
+    judge(copy.folder, fixture(name), ())
 
 
 def test_a_smoothing_that_is_lost_where_no_other_layer_is_the_same_is_noted(tmp_path: Path) -> None:

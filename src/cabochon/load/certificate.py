@@ -158,7 +158,7 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
     for group in alike.values():
         entry = _usual([site.largest for site in group])
         for site in group:
-            found = list(_levels(site, group if len(group) > 1 else _stored_alike(site, sites)))
+            found = list(_levels(site, _peers(site, group, sites)))
             yield from (("", site.name, 1, text) for text in found)
             usual = entry if len(group) > 1 else everywhere
             if not found and _far(site.largest, usual):
@@ -166,8 +166,12 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
                 yield "", site.name, 1, f"its largest entry is {times} what others have"
 
 
-def _stored_alike(site: SiteStatistics, sites: Sequence[SiteStatistics]) -> list[SiteStatistics]:
-    return [other for other in sites if other.scheme == site.scheme]
+def _peers(
+    site: SiteStatistics, group: Sequence[SiteStatistics], sites: Sequence[SiteStatistics]
+) -> list[SiteStatistics]:
+    """Those of `group` with numbers such as its own; without any, all that are stored as it is."""
+    alike = [other for other in group if other.levels.keys() == site.levels.keys()]
+    return alike if len(alike) > 1 else [other for other in sites if other.scheme == site.scheme]
 
 
 def _levels(site: SiteStatistics, group: Sequence[SiteStatistics]) -> Iterator[str]:
