@@ -162,19 +162,18 @@ def test_fine_steps_beside_zero_are_noted(tmp_path: Path) -> None:
         ("31b-awq", "model.vision_tower.patch_embedder.position_embedding_table"),
         ("12b-round-awq", "model.language_model.norm.weight"),
         ("e2b-awq", "model.embed_vision.embedding_projection.weight"),
+        ("e2b-mobile", "model.language_model.embed_tokens_per_layer.weight_scale"),
     ],
 )
-def test_one_parameter_told_as_the_other_half_is_noted(
-    tmp_path: Path, name: str, tensor: str
-) -> None:
-    """These say float16 of themselves, and keep in bfloat16 what is not quantized."""
+def test_one_tensor_told_as_the_other_half_is_noted(tmp_path: Path, name: str, tensor: str) -> None:
+    """AWQ files say float16 of themselves, and keep in bfloat16 what is not quantized."""
     copy = Copy(fixture(name), tmp_path / name)
     tensors = copy.read()
     (stored,) = [stored for stored in tensors if stored.name == tensor]
     stored.dtype = "F16"
     copy.write(tensors)
     judge(copy.folder, fixture(name), ())
-    assert any(word.startswith(f"{tensor}: stored as F16") for word in load(copy.folder)[1])
+    assert any(tensor in word and "F16" in word for word in load(copy.folder)[1])
 
 
 def test_biases_that_half_of_the_experts_parts_lost_are_noted(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cabochon.checkpoint.headers import TensorMeta
@@ -33,7 +33,7 @@ def oddities(
     slots = ((read, slot) for read in sites for slot in read.scheme.slots)
     dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
     yield from _other_halves(raw, [*dense, *parameters])
-    yield from _odd_halves(sites)
+    yield from _odd_halves(sites, beside={meta.name for meta in dense})
     yield from _odd_groups(sites)
 
 
@@ -56,14 +56,14 @@ def _rare_half(stored: Iterable[TensorMeta]) -> str | None:
     return counts[1][0]
 
 
-def _odd_halves(sites: Iterable[SiteRead]) -> Iterator[Oddity]:
-    """Scales and the like: the others of their name know."""
-    leaves: dict[tuple[str, str], list[TensorMeta]] = {}
+def _odd_halves(sites: Iterable[SiteRead], *, beside: Collection[str]) -> Iterator[Oddity]:
+    """Scales and the like: the others of their name know, in whatever bits their matrices are."""
+    leaves: dict[str, list[TensorMeta]] = {}
     for read in sites:
         for leaf, meta in read.stored.items():
-            if meta.dtype in _HALVES:
-                leaves.setdefault((read.scheme.name, leaf), []).append(meta)
-    for (_, leaf), metas in leaves.items():
+            if meta.dtype in _HALVES and meta.name not in beside:
+                leaves.setdefault(leaf, []).append(meta)
+    for leaf, metas in leaves.items():
         rare = _rare_half(metas)
         for meta in (meta for meta in metas if meta.dtype == rare):
             yield Oddity(meta.name, f"{leaf} is {rare}, where nearly all others' is not")
