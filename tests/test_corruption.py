@@ -197,14 +197,24 @@ def test_scales_of_the_only_one_of_its_name_that_is_quantized(tmp_path: Path, le
     judge(copy.folder, fixture(name), ())
 
 
-def test_a_smoothing_that_is_lost_where_no_other_layer_is_the_same_is_noted(tmp_path: Path) -> None:
-    """The other two of these layers have no values of their own."""
-    name = "12b-modelopt-w4a16-awq"
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        # In the other layers that have an output, values are not projected.
+        ("12b-modelopt-w4a16-awq", "layers.1.self_attn.o_proj"),
+        # The only queries beside which there are no keys, whose norm would take it over.
+        ("e2b-modelopt-w4a8-awq", "layers.5.self_attn.q_proj"),
+        ("e2b-modelopt-w4a8-awq", "per_layer_model_projection"),
+    ],
+)
+def test_a_smoothing_that_is_lost_where_nothing_else_is_the_same_is_noted(
+    tmp_path: Path, name: str, module: str
+) -> None:
     copy = Copy(fixture(name), tmp_path / name)
-    lost = "model.language_model.layers.1.self_attn.o_proj.pre_quant_scale"
+    lost = f"model.language_model.{module}.pre_quant_scale"
     copy.write([tensor for tensor in copy.read() if tensor.name != lost])
     judge(copy.folder, fixture(name), ())
-    assert any("2 of 3 matrices of the same name" in word for word in load(copy.folder)[1])
+    assert any("no norm takes over" in word for word in load(copy.folder)[1])
 
 
 @settings(often, max_examples=CASES // 2 or 60)
