@@ -43,7 +43,7 @@ def half_given(reads: Sequence[SiteRead], claims: Mapping[str, Claim]) -> Iterat
 
 
 def unlike_others(reads: Sequence[SiteRead]) -> Iterator[tuple[str, str]]:
-    """The same of matrices in no such group, which a producer may well treat each in its own way."""
+    """The same of matrices in no such group, which a producer may treat each in its own way."""
     beside = _beside(reads)
     alike: dict[Scheme, list[SiteRead]] = {}
     for read in reads:
