@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from stored import FIXTURES, Config, Tensors, config_of, tensors_of, write
+from thin import fixture
 from torch import Tensor
 
 from cabochon.checkpoint.folder import TORCH_NAMES, Checkpoint
@@ -21,10 +20,9 @@ from cabochon.load.plan import LoadPlan
 from cabochon.load.planner import build_plan
 from cabochon.load.report import Report, plan_checkpoint
 
-FIXTURES = Path(__file__).parent / "fixtures"
 DENSE = FIXTURES / "e2b-bf16"
 QUANTIZED = tuple(
-    FIXTURES / name
+    fixture(name)
     for name in (
         "e2b-w4a16",
         "e2b-w4a16-asym",
@@ -37,29 +35,9 @@ QUANTIZED = tuple(
         "31b-w4a16",
     )
 )
-NVFP4 = (FIXTURES / "e2b-nvfp4a16", FIXTURES / "26b-nvfp4a16")
+NVFP4 = (fixture("e2b-nvfp4a16"), fixture("26b-nvfp4a16"))
 W4A16 = QUANTIZED[0]
 ASYMMETRIC = QUANTIZED[1]
-
-Tensors = dict[str, Tensor]
-Config = dict[str, Any]
-
-
-def tensors_of(folder: Path) -> Tensors:
-    return load_file(folder / "model.safetensors")
-
-
-def config_of(folder: Path) -> Config:
-    config: Config = json.loads((folder / "config.json").read_text())
-    return config
-
-
-def write(folder: Path, tensors: Tensors, config: Config) -> Path:
-    """A checkpoint of `tensors` and `config` alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def altered(

@@ -5,12 +5,10 @@ Files are taken apart and written by hand, since libraries do not write what mus
 
 from __future__ import annotations
 
-import atexit
 import json
 import random
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +17,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-import thin
 from checkpoints import FIXTURES, config_of
+from thin import THIN, fixture
 
 from cabochon.load.report import inspect_checkpoint
 
@@ -437,13 +435,8 @@ GGUF_WOUNDS: Mapping[str, GgufWound] = {
 @cache
 def folders() -> tuple[Path, ...]:
     """Every fixture of safetensors; what is kept thin is made whole."""
-    room = Path(tempfile.mkdtemp(prefix="cabochon-"))
-    atexit.register(shutil.rmtree, room, ignore_errors=True)
-    found = {path.parent for path in FIXTURES.rglob(WEIGHTS)}
-    return tuple(
-        thin.whole(folder.name, room / folder.name) if folder.parent == thin.THIN else folder
-        for folder in sorted(found)
-    )
+    found = sorted(path.parent for path in FIXTURES.rglob(WEIGHTS))
+    return tuple(fixture(path.name) if path.parent == THIN else path for path in found)
 
 
 def files() -> tuple[Path, ...]:

@@ -14,6 +14,7 @@ from checkpoints import DENSE, FIXTURES, W4A16, Tensors, altered, tensors_of
 from command import cabochon
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from thin import fixture
 
 from cabochon.verify.comparison import Comparison, compare_checkpoints
 from cabochon.verify.weights import SiteSigns
@@ -56,7 +57,7 @@ def test_a_file_lost_nothing_against_itself() -> None:
 
 @pytest.mark.parametrize("name", ["e2b-w4a16-embed", "26b-w4a16", "31b-bnb-nf4"])
 def test_large_matrices_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    path, original = FIXTURES / name, FIXTURES / f"{name[:3]}-bf16"
+    path, original = fixture(name), FIXTURES / f"{name[:3]}-bf16"
     whole = compare_checkpoints(path, original).as_dict()
     monkeypatch.setattr("cabochon.load.in_file.LARGE", 0)
     monkeypatch.setattr("cabochon.load.in_file.PIECE_BYTES", 1 << 10)
@@ -110,7 +111,7 @@ def test_dead_groups_and_crowded_ends_are_remarked_without_an_original(tmp_path:
 
 def test_more_bits_lose_less() -> None:
     def least(name: str) -> float:
-        worst = compare_checkpoints(FIXTURES / name, DENSE).worst[0].loss
+        worst = compare_checkpoints(fixture(name), DENSE).worst[0].loss
         assert worst is not None
         return worst.distance.decibels
 

@@ -10,6 +10,7 @@ from checkpoints import FIXTURES, Config, altered, load_model
 from ct import Claims, decompress, decompressed, modules_of, oracle
 from guided import same_logits
 from spread import within_its_own
+from thin import fixture
 from upstream import reference, same_answers
 
 from cabochon import LLM
@@ -35,7 +36,7 @@ MADE = {
     "31b-w8a8-static": {"int8 channel, inputs int8 static asymmetric"},
 }
 SCHEMES = {"e2b-w8a8": ["int8 channel"], "26b-nvfp4": ["nvfp4"]}
-FOLDERS = [pytest.param(FIXTURES / name, id=name) for name in MADE]
+FOLDERS = [pytest.param(fixture(name), id=name) for name in MADE]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -70,7 +71,7 @@ def test_answers_left_to_themselves(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["e2b-w8a8", "26b-nvfp4"])
 def test_weights_only_ignores_the_recipe_for_activations(name: str, tmp_path: Path) -> None:
-    folder = FIXTURES / name
+    folder = fixture(name)
     model = reference(folder, decompressed(folder), tmp_path)
     same_answers(folder, model, weights_only=True, count=4)
     report = plan_checkpoint(folder, weights_only=True)
@@ -84,7 +85,7 @@ def test_weights_load_without_a_recipe_that_is_not_known(tmp_path: Path) -> None
         (group,) = config["quantization_config"]["config_groups"].values()
         group["input_activations"]["num_bits"] = 6
 
-    folder = altered(tmp_path, FIXTURES / "e2b-w8a8", config=six)
+    folder = altered(tmp_path, fixture("e2b-w8a8"), config=six)
     text = inspect_checkpoint(folder).text()
     assert "input_activations of 6-bit int are not supported by this version" in text
     assert "--weights-only does without" in text
@@ -92,7 +93,7 @@ def test_weights_load_without_a_recipe_that_is_not_known(tmp_path: Path) -> None
 
 
 def test_a_recipe_that_no_matrix_follows_is_not_said_to_be_in_force(tmp_path: Path) -> None:
-    quantized = read_json_object(FIXTURES / "e2b-w8a8" / "config.json")["quantization_config"]
+    quantized = read_json_object(fixture("e2b-w8a8") / "config.json")["quantization_config"]
 
     def claim(config: Config) -> None:
         config["quantization_config"] = quantized
@@ -100,5 +101,5 @@ def test_a_recipe_that_no_matrix_follows_is_not_said_to_be_in_force(tmp_path: Pa
     report = inspect_checkpoint(altered(tmp_path, FIXTURES / "e2b-bf16", config=claim))
     assert report.loads
     assert report.activations == "not quantized"
-    told = inspect_checkpoint(FIXTURES / "e2b-w8a8").activations
+    told = inspect_checkpoint(fixture("e2b-w8a8")).activations
     assert told == "int8 per token, as the recipe says; --weights-only leaves it out"

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from scipy.stats import binomtest
+from thin import fixture
 
 from cabochon.engine.request import Prompt, SamplingParams
 from cabochon.errors import UnreadableError
@@ -250,7 +251,7 @@ def test_texts_are_compared_window_by_window(tmp_path: Path) -> None:
     text.write_text("one two three four five six seven. " * 80)
     out = tmp_path / "out.json"
     options = ("--task", "perplexity", "--data", text, "--limit", "2", "--json", out)
-    done = cabochon("eval", DENSE, FIXTURES / "e2b-w8a16", *options)
+    done = cabochon("eval", DENSE, fixture("e2b-w8a16"), *options)
     assert done.returncode == 0, done.stderr
     assert [len(model["losses"]) for model in json.loads(out.read_text())["models"]] == [2, 2]
     assert "loss against the first" in done.stdout

@@ -14,7 +14,6 @@ import pytest
 import torch
 from checkpoints import (
     DENSE,
-    FIXTURES,
     NVFP4,
     QUANTIZED,
     W4A16,
@@ -24,6 +23,7 @@ from checkpoints import (
     plan_of,
     tensors_of,
 )
+from thin import fixture
 
 import cabochon.load
 from cabochon.engine.cache import CachePlan
@@ -46,7 +46,7 @@ def lose_scales(tensors: Tensors) -> None:
 
 
 def test_the_json_of_a_checkpoint_that_loads() -> None:
-    report = inspect_checkpoint(FIXTURES / "e2b-w4a16-head").as_dict()
+    report = inspect_checkpoint(fixture("e2b-w4a16-head")).as_dict()
     assert report == json.loads(json.dumps(report))
     assert report["verdict"] == "loads"
     assert report["architecture"] == "Gemma4ForConditionalGeneration"
@@ -197,7 +197,7 @@ def test_what_stays_in_high_precision_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16"])
 def test_the_forecast_is_what_the_cache_then_finds(folder: str, name: str) -> None:
     """For budgets that hold all of the model's context, some of it, and none."""
-    plan = plan_of(FIXTURES / folder)
+    plan = plan_of(fixture(folder))
     weights = Forecast.of(plan, 0).weights
     assert weights >= plan.nbytes
     found = set()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thin import fixture
 from torch import Tensor
 
 from cabochon import LLM, SamplingParams
@@ -45,7 +46,7 @@ def test_a_layer_in_one_call_computes_what_its_modules_do(name: str, isa: str) -
     before = kernels.isa
     kernels.choose(isa)
     try:
-        with LLM(FIXTURES / name, activations="int16", kv_dtype="float32") as llm:
+        with LLM(fixture(name), activations="int16", kv_dtype="float32") as llm:
             text = llm.runner.model.model.language_model
             assert len(text.fused) == len(text.layers)
             one, other = logits(llm, fused=True), logits(llm, fused=False)
@@ -79,7 +80,7 @@ def test_layers_with_experts_do_so_one_by_one(name: str) -> None:
 
         return call
 
-    with LLM(FIXTURES / name, activations="int16", kv_dtype="float32") as llm:
+    with LLM(fixture(name), activations="int16", kv_dtype="float32") as llm:
         text = llm.runner.model.model.language_model
         assert len(text.fused) == len(text.layers)
         text.together = None
@@ -97,10 +98,10 @@ def test_layers_with_experts_do_so_one_by_one(name: str) -> None:
 @pytest.mark.parametrize("name", ["e2b-w4a16-asym", "e2b-nvfp4a16"])
 def test_rounded_activations_stay_close_to_float32(name: str) -> None:
     """These models are random, and react to rounding more than trained ones do."""
-    with LLM(FIXTURES / name, dtype="float32") as llm:
+    with LLM(fixture(name), dtype="float32") as llm:
         exact = llm.logits(TOKENS)
     for activations, limit in (("int8", 0.1), ("int16", 0.02)):
-        with LLM(FIXTURES / name, activations=activations) as llm:
+        with LLM(fixture(name), activations=activations) as llm:
             assert (llm.logits(TOKENS) - exact).norm() < limit * exact.norm()
 
 

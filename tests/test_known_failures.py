@@ -12,12 +12,13 @@ import pytest
 import torch
 from checkpoints import FIXTURES, Config, Tensors, tensors_of
 from known import Known
+from thin import fixture
 
 E2B, E2B_DENSE = FIXTURES / "e2b-w4a16", FIXTURES / "e2b-bf16"
-UNIFIED, UNIFIED_DENSE = FIXTURES / "12b-w4a16", FIXTURES / "12b-bf16"
+UNIFIED, UNIFIED_DENSE = fixture("12b-w4a16"), FIXTURES / "12b-bf16"
 MOE, MOE_DENSE = FIXTURES / "26b-w4a16", FIXTURES / "26b-bf16"
 LARGE = FIXTURES / "31b-w4a16"
-FP8 = FIXTURES / "26b-fp8-all"  # a recipe without an ignore list
+FP8 = fixture("26b-fp8-all")  # a recipe without an ignore list
 
 TEXT = "model.language_model"
 LAYER = f"{TEXT}.layers.0"

@@ -24,15 +24,16 @@ from compressed_tensors.compressors.pack_quantized import PackedQuantizationComp
 from compressed_tensors.quantization import preset_name_to_scheme
 from known import Known
 from test_schemes import check, compressed, upstream
+from thin import fixture
 
 from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.scheme import Site
 
 MOE = FIXTURES / "26b-w4a16"
-MOE_NVFP4 = FIXTURES / "26b-nvfp4"
-MIXED = FIXTURES / "12b-mixed"
-FP8 = FIXTURES / "26b-fp8-all"
-MOBILE = FIXTURES / "e2b-mobile"
+MOE_NVFP4 = fixture("26b-nvfp4")
+MIXED = fixture("12b-mixed")
+FP8 = fixture("26b-fp8-all")
+MOBILE = fixture("e2b-mobile")
 FP8_HEAD = preset_name_to_scheme("FP8_DYNAMIC", ["lm_head"])
 TEXT = "model.language_model"
 
@@ -192,11 +193,11 @@ KNOWN = (
     Known(
         "compressed-tensors 0.6",
         "scales of the KV cache as output_scale of k_proj and v_proj",
-        FIXTURES / "31b-fp8-static",
+        fixture("31b-fp8-static"),
         cached("k_proj.output_scale"),
         noted=("scales of a quantized KV cache",),
     ),
-    Known("vLLM #39407", "FP8 in blocks of 128", FIXTURES / "31b-fp8-block"),
+    Known("vLLM #39407", "FP8 in blocks of 128", fixture("31b-fp8-block")),
     Known(
         "vLLM #43440, #44340",
         "Google's mobile recipe: 2, 4 and 8 bits, ends rounded, scales of the KV cache",
@@ -204,8 +205,8 @@ KNOWN = (
         cached("k_cache_scale", "v_cache_scale"),
         noted=("scales of a quantized KV cache",),
     ),
-    Known("vLLM #45535", "packed tables, one of which is the head", FIXTURES / "e2b-w4a16-embed"),
-    Known("vLLM #37291", "a packed head", FIXTURES / "e2b-w4a16-head"),
+    Known("vLLM #45535", "packed tables, one of which is the head", fixture("e2b-w4a16-embed")),
+    Known("vLLM #37291", "a packed head", fixture("e2b-w4a16-head")),
     Known("SGLang #35228", "an FP8 head by a pattern", DENSE, fp8_head, claiming_the_head),
     Known(
         "SGLang #35228",
@@ -233,16 +234,16 @@ KNOWN = (
     Known(
         "tpu-inference #2236",
         "the format at the top alone",
-        FIXTURES / "26b-mxfp4",
+        fixture("26b-mxfp4"),
         config=format_at_the_top,
     ),
     Known(
         "tpu-inference #2236",
         "the format in the groups alone",
-        FIXTURES / "26b-mxfp4",
+        fixture("26b-mxfp4"),
         config=format_in_the_groups,
     ),
-    Known("tpu-inference #2236", "no format at all", FIXTURES / "26b-mxfp4", config=no_format),
+    Known("tpu-inference #2236", "no format at all", fixture("26b-mxfp4"), config=no_format),
     Known(
         "compressed-tensors",
         "a sparsity_config over tensors that are not sparse",
@@ -252,8 +253,8 @@ KNOWN = (
         ),
         noted=("sparsity_config says format",),
     ),
-    Known("mlx-lm", "zero points, which it takes no file to have", FIXTURES / "e2b-w4a16-asym"),
-    Known("mlx-lm", "8 bits, which it takes for 4", FIXTURES / "e2b-w8a16"),
+    Known("mlx-lm", "zero points, which it takes no file to have", fixture("e2b-w4a16-asym")),
+    Known("mlx-lm", "8 bits, which it takes for 4", fixture("e2b-w8a16")),
     Known("compressed-tensors 0.6", "compression_config", QUANTIZED[0], config=older_key),
 )
 

@@ -30,6 +30,7 @@ from media import film
 from PIL import Image
 from serving import data_url, picture_bytes, say, serving, show, strict_client
 from test_quantized import decompressed
+from thin import fixture
 from transformers import AutoTokenizer
 from transformers.audio_utils import load_audio
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
@@ -67,7 +68,7 @@ def served() -> Iterator[Callable[[str], Served]]:
 
     def serve(name: str) -> Served:
         if name not in open_:
-            llm = LLM(FIXTURES / name, dtype="float32")
+            llm = LLM(fixture(name), dtype="float32")
             context = serving(llm)
             open_[name] = (context, Served(llm, context.__enter__()))
         return open_[name][1]
@@ -89,9 +90,9 @@ def oracle(
     def load(name: str) -> Any:
         if name.endswith("-bf16"):
             return references(name.removesuffix("-bf16"))
-        config = config_of(FIXTURES / name)
+        config = config_of(fixture(name))
         del config["quantization_config"]
-        dense = {n: t.float() for n, t in decompressed(FIXTURES / name).items()}
+        dense = {n: t.float() for n, t in decompressed(fixture(name)).items()}
         folder = write(tmp_path_factory.mktemp(name), dense, config)
         return AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
@@ -110,7 +111,7 @@ class Expected(NamedTuple):
 
 def prompt_text(name: str, content: list[dict[str, str]], media: dict[str, list[str]]) -> str:
     """Upstream's prompt for a user's `content`, with what each medium of it is replaced by."""
-    text: str = AutoTokenizer.from_pretrained(FIXTURES / name).apply_chat_template(
+    text: str = AutoTokenizer.from_pretrained(fixture(name)).apply_chat_template(
         user(*content), tokenize=False, add_generation_prompt=True
     )
     for kind, replacements in media.items():
@@ -124,7 +125,7 @@ def prompt_text(name: str, content: list[dict[str, str]], media: dict[str, list[
 @torch.inference_mode()
 def upstream(model: Any, name: str, text: str, **media: Any) -> Expected:
     """What transformers answers to a prompt whose media are expanded."""
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / name)
+    tokenizer = AutoTokenizer.from_pretrained(fixture(name))
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     kinds = [model.config.image_token_id, model.config.video_token_id, model.config.audio_token_id]
     inputs = {
@@ -145,7 +146,7 @@ def sounds_upstream(name: str, waves: list[Any]) -> tuple[list[str], dict[str, A
     """What stands for the waves in a prompt, and what the model takes of them."""
     member = name.partition("-")[0]
     features = EXTRACTORS[member]()(waves, return_tensors="pt")
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / name)
+    tokenizer = AutoTokenizer.from_pretrained(fixture(name))
     replace = PROCESSORS[member].replace_audio_token
     return [replace(tokenizer, features, i) for i in range(len(waves))], dict(features)
 
@@ -243,7 +244,7 @@ def test_media_and_texts_alternate_as_upstream_takes_them(
     images = Gemma4ImageProcessorPil(max_soft_tokens=70)(
         [Image.open(BytesIO(data)) for data in pictures], return_tensors="pt"
     )
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / name)
+    tokenizer = AutoTokenizer.from_pretrained(fixture(name))
     shown = [Gemma4Processor.replace_image_token(tokenizer, images, i) for i in range(3)]
     audible, features = sounds_upstream(name, [heard(data) for data in files])
     content = [
@@ -298,7 +299,7 @@ def test_a_video_is_seen_as_upstream_sees_it(
         "num_soft_tokens_per_video": [height * width // 48**2],
         "video_metadata": [metadata],
     }
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / name)
+    tokenizer = AutoTokenizer.from_pretrained(fixture(name))
     tokenizer.video_token = "<|video|>"
     replacement = Gemma4Processor.replace_video_token(tokenizer, described, 0)
     content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
@@ -332,7 +333,7 @@ def test_a_model_that_sees_and_does_not_hear(
     images = Gemma4ImageProcessorPil(max_soft_tokens=70)(
         [Image.open(BytesIO(red))], return_tensors="pt"
     )
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / name)
+    tokenizer = AutoTokenizer.from_pretrained(fixture(name))
     shown = Gemma4Processor.replace_image_token(tokenizer, images, 0)
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     text = prompt_text(name, content, {"image": [shown]})

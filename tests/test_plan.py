@@ -12,7 +12,6 @@ import torch
 from checkpoints import (
     ASYMMETRIC,
     DENSE,
-    FIXTURES,
     QUANTIZED,
     W4A16,
     altered,
@@ -22,6 +21,7 @@ from checkpoints import (
     tensors_of,
     write,
 )
+from thin import fixture
 from transformers import AutoConfig, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
 
 from cabochon.checkpoint.folder import Checkpoint
@@ -132,7 +132,7 @@ WRAPPERS: Mapping[str, Mapping[str, str]] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("source", [W4A16, FIXTURES / "e2b-w4a16-head"], ids=["tied", "head"])
+@pytest.mark.parametrize("source", [W4A16, fixture("e2b-w4a16-head")], ids=["tied", "head"])
 def test_wrappers_are_spellings_of_the_same_places(source: Path, wrapper: str) -> None:
     rows = WRAPPERS[wrapper]
 

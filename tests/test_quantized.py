@@ -18,6 +18,7 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from conftest import FIXTURES, noise
 from reference import greedy, logits, relative_error
+from thin import THIN
 from torch.nn.functional import cosine_similarity
 
 from cabochon import LLM, SamplingParams
@@ -109,5 +110,10 @@ def test_answers_are_those_of_upstreams_decompression(
 
 
 def test_the_fixtures_are_all_here() -> None:
-    found = {folder.name for folder in FIXTURES.glob("*-*[48]a16*")}
+    found = {folder.name for kept in (FIXTURES, THIN) for folder in kept.glob("???-[wn]*[48]a16*")}
     assert found == {folder.name for folder in (*QUANTIZED, *NVFP4)}
+
+
+def test_the_fixtures_are_small() -> None:
+    """Every clone has them; `thin.py` leaves out of a new one what another holds already."""
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 40_000_000

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE, FIXTURES, QUANTIZED, config_of, load_model, plan_of, tensors_of
+from checkpoints import DENSE, QUANTIZED, config_of, load_model, plan_of, tensors_of
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thin import fixture
 from torch import Tensor
 
 from cabochon.nn.packed_int import PackedIntWeight
@@ -170,7 +171,7 @@ def test_rules_match_as_upstream_matches_them() -> None:
     from compressed_tensors.utils.match import is_match, match_targets
     from transformers import AutoConfig, Gemma4ForConditionalGeneration
 
-    folder = FIXTURES / "e2b-w4a16-embed"
+    folder = fixture("e2b-w4a16-embed")
     raw = config_of(folder)
     config = raw["quantization_config"]
     with torch.device("meta"):

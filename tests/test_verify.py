@@ -14,6 +14,7 @@ from checkpoints import FIXTURES, Tensors, altered, tensors_of
 from command import cabochon
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from ct_writer import compress
+from thin import fixture
 from torch import nn
 
 from cabochon.engine.request import Prompt
@@ -32,7 +33,7 @@ from cabochon.verify.probes import probes
 from cabochon.verify.truth import kernels_tell_the_truth
 from cabochon.verify.verification import Subject, verify
 
-E2B, HEAD, MOE = (FIXTURES / name for name in ("e2b-w4a16", "e2b-w4a16-head", "26b-w4a16"))
+E2B, HEAD, MOE = map(fixture, ("e2b-w4a16", "e2b-w4a16-head", "26b-w4a16"))
 LAYER = "model.language_model.layers.1"
 GATE, UP = f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"
 KEYS = f"{LAYER}.self_attn.k_proj"
@@ -183,10 +184,10 @@ def test_modules_tell_what_weights_cannot(fault: str) -> None:
 
 @pytest.mark.parametrize("name", ["e2b-w4a16", "e2b-w8a16", "12b-w4a16", "26b-w4a16", "31b-w4a16"])
 def test_what_is_sound_passes(name: str) -> None:
-    subject, original = Subject(FIXTURES / name), Subject(dense(FIXTURES / name))
+    subject, original = Subject(fixture(name)), Subject(dense(fixture(name)))
     assert not weights_against(original.plan, subject.plan, None).faults
     models = Models(original.model, subject.model, subject.plan)
-    found = modules_against(models, {"text": shown(dense(FIXTURES / name))["text"]})
+    found = modules_against(models, {"text": shown(dense(fixture(name)))["text"]})
     assert not found.faults
     assert found.data["first"] is None
 

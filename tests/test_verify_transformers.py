@@ -15,6 +15,7 @@ import torch
 from checkpoints import FIXTURES
 from command import ENVIRONMENT, cabochon
 from conftest import MEMBERS
+from thin import fixture
 from torch import nn
 
 from cabochon.config.types import PictureSight
@@ -51,7 +52,7 @@ def filled(subject: Subject) -> Any:
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_what_is_sound_passes(member: str) -> None:
-    subject = Subject(FIXTURES / f"{member}-w4a16")
+    subject = Subject(fixture(f"{member}-w4a16"))
     found = beside(filled(subject), subject)
     assert not found.faults
     assert len(found.data["ends"]) == SENSES[member]
@@ -235,7 +236,7 @@ def test_vllm_40534_47217_pictures_are_seen_forwards_in_sliding_layers_alone(
 
 def test_activations_are_not_rounded_here() -> None:
     """transformers' model of decoded weights rounds nothing; a recipe that does is no fault."""
-    found = verify(FIXTURES / "e2b-w8a8", reference="transformers")
+    found = verify(fixture("e2b-w8a8"), reference="transformers")
     assert found.report.recipe
     assert [stage.name for stage in found.stages if stage.verdict == "passed"][-1] == "transformers"
     assert found.passed

@@ -6,22 +6,25 @@ What it copied is put back from the source, so that tests see the file as it was
 
     python tests/thin.py FOLDER...
 
-thins what producers wrote to `FOLDER` (named `member-anything`, with `decoded.json` in it) and
-checks that nothing is lost.
+thins what producers wrote to `FOLDER` (named `member-anything`, with `decoded.json` in it, unless
+their reader is here to decode it again) and checks that nothing is lost.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
-from checkpoints import FIXTURES, Tensors, config_of, tensors_of, write
 from safetensors.torch import save_file
+from stored import FIXTURES, Tensors, config_of, tensors_of, write
 from torch import Tensor
 
 THIN = FIXTURES / "thin"
@@ -73,6 +76,19 @@ def whole(name: str, folder: Path) -> Path:
     for beside in (thin / name for name in BESIDE if (thin / name).exists()):
         shutil.copy(beside, folder)
     return write(folder, restored(thin, tensors_of(thin)), config_of(thin))
+
+
+@cache
+def fixture(name: str) -> Path:
+    """The checkpoint `name`, to be read: where it lies, or, of a thin one, a copy made whole."""
+    return whole(name, _room() / name) if (THIN / name).exists() else FIXTURES / name
+
+
+@cache
+def _room() -> Path:
+    room = Path(tempfile.mkdtemp(prefix="cabochon-"))
+    atexit.register(shutil.rmtree, room, ignore_errors=True)
+    return room
 
 
 def decoded(name: str) -> dict[str, tuple[torch.dtype, str]]:

@@ -14,6 +14,7 @@ from cabochon.load.findings import Finding, findings
 from cabochon.load.fingerprint import SHORT
 from cabochon.load.kv_scales import CacheScale, told
 
+MANY = 3  # are enough to say what is usual
 FAR = 256  # times a median: no quantizer's scales spread so far, and a damaged exponent's bit does
 
 
@@ -35,8 +36,11 @@ class SiteStatistics:
     # how large its scales, biases and fixed scales of activations are, by leaf: medians
     levels: Mapping[str, float] = field(default_factory=dict)
     parts: int = 1  # stored one by one, such as experts
-    far_parts: int = 0  # whose scales or entries are beyond FAR medians of the parts'
+    # whose scales or entries are beyond FAR medians of the parts', or zero as others' are not
+    far_parts: int = 0
     shifted_zeros: bool = False  # its zero points are all the same, one beside the middle code
+    unclaimed_zeros: bool = False  # they are not all the middle, and symmetric codes are claimed
+    offset: float = 0.0  # how far codes are from their zero points on average, in steps
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,10 +98,14 @@ class Certificate:
         return "\n".join([*lines, *(line for note in self.notes for line in note.lines())])
 
 
-_SHIFTED = (
-    "all zero points lie one beside the middle of the codes: so do those of symmetric codes that"
-    " are read by the convention of another version of GPTQ's format"
+_AS_IF = "as if they were read by the convention of another version of GPTQ's format"
+_SHIFTED = f"all zero points lie one beside the middle of the codes, {_AS_IF}"
+_UNCLAIMED = (
+    "zero points are not all the middle of the codes, although config.json says sym: true,"
+    f" {_AS_IF}"
 )
+_OFFSET = f"here and elsewhere, entries lie about one step beside zero on average, {_AS_IF}"
+_BESIDE = 0.5  # steps: half of what versions are apart
 
 
 def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
@@ -108,14 +116,34 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
         if site.far_scales:
             times = site.largest_scale / site.median_scale
             yield "", site.name, 1, f"the largest scale is {times:.0f} times the median of them"
-        if site.shifted_zeros:
+        if site.unclaimed_zeros:
+            yield "", site.name, 1, _UNCLAIMED
+        elif site.shifted_zeros:
             yield "", site.name, 1, _SHIFTED
         if site.far_parts:
             parts = f"{site.far_parts} of its {site.parts} parts"
             yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
         if site.seen and not site.largest:
             yield "", site.name, 1, "every entry that was looked at is zero"
+    yield from _beside_zero(sites)
     yield from _strangers(sites)
+
+
+def _beside_zero(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
+    """Weights lie about zero. One matrix's may not; those of most matrices do, and all together.
+
+    Versions of GPTQ's format are one step apart, whatever its size. That is much of what entries of
+    4 bits are apart, and little of 8; but the more entries are averaged, the less they stray.
+    """
+    coded = [site for site in sites if site.offset]
+    if len(coded) < MANY:
+        return
+    usual = statistics.median(site.offset for site in coded)
+    mean = statistics.fmean((s.offset for s in coded), weights=[s.seen for s in coded])
+    if min(usual, mean) >= _BESIDE or max(usual, mean) <= -_BESIDE:
+        for site in coded:
+            if not site.unclaimed_zeros | site.shifted_zeros:
+                yield "", site.name, 1, _OFFSET
 
 
 def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, str]]:
@@ -130,7 +158,7 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
     for group in alike.values():
         entry = _usual([site.largest for site in group])
         for site in group:
-            found = list(_levels(site, group if len(group) > 1 else _stored_alike(site, sites)))
+            found = list(_levels(site, _peers(site, group, sites)))
             yield from (("", site.name, 1, text) for text in found)
             usual = entry if len(group) > 1 else everywhere
             if not found and _far(site.largest, usual):
@@ -138,8 +166,12 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
                 yield "", site.name, 1, f"its largest entry is {times} what others have"
 
 
-def _stored_alike(site: SiteStatistics, sites: Sequence[SiteStatistics]) -> list[SiteStatistics]:
-    return [other for other in sites if other.scheme == site.scheme]
+def _peers(
+    site: SiteStatistics, group: Sequence[SiteStatistics], sites: Sequence[SiteStatistics]
+) -> list[SiteStatistics]:
+    """Those of `group` with numbers such as its own; without any, all that are stored as it is."""
+    alike = [other for other in group if other.levels.keys() == site.levels.keys()]
+    return alike if len(alike) > 1 else [other for other in sites if other.scheme == site.scheme]
 
 
 def _levels(site: SiteStatistics, group: Sequence[SiteStatistics]) -> Iterator[str]:
@@ -159,7 +191,7 @@ def _levels(site: SiteStatistics, group: Sequence[SiteStatistics]) -> Iterator[s
 def _usual(values: Sequence[float]) -> float:
     """Their median; 0 of too few to tell."""
     alive = [value for value in values if value]
-    return statistics.median(alive) if len(alive) >= 3 else 0.0
+    return statistics.median(alive) if len(alive) >= MANY else 0.0
 
 
 def _far(value: float, usual: float) -> bool:
@@ -176,6 +208,7 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
         scale = _usual([part.median_scale for part in found])
         entry = _usual([part.largest for part in found])
         leaves = found[0].levels
+        alive = {leaf for leaf in leaves if any(part.levels[leaf] for part in found)}
         yield SiteStatistics(
             name=name,
             scheme=found[0].scheme,
@@ -191,7 +224,12 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             levels={leaf: statistics.median(p.levels[leaf] for p in found) for leaf in leaves},
             parts=len(found),
             shifted_zeros=all(part.shifted_zeros for part in found),
+            unclaimed_zeros=any(part.unclaimed_zeros for part in found),
+            offset=statistics.fmean(part.offset for part in found),
             far_parts=sum(
-                _far(part.median_scale, scale) or _far(part.largest, entry) for part in found
+                _far(part.median_scale, scale)
+                or _far(part.largest, entry)
+                or not all(part.levels[leaf] for leaf in alive)
+                for part in found
             ),
         )

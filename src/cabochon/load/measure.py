@@ -17,6 +17,7 @@ from cabochon.load.plan import LoadPlan, SiteRead
 from cabochon.nn.look import NOTHING, Look, plainly
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
+from cabochon.quant.gptq import Gptq
 
 # Of a quantized matrix that are looked at, unless all are: runs of rows, and entries of a run. One
 # thread turns so few into floats. Waking others, as indexing by a tensor would, takes a third of a
@@ -65,6 +66,7 @@ class Measure:
         else:
             seen, most, none = self._entries(weight)
         scales = _scales(read, stored, looked)
+        coded = _with_zero_points(weight)
         statistics = SiteStatistics(
             name=site.name,
             scheme=read.stored_as,
@@ -78,7 +80,9 @@ class Measure:
             median_scale=scales.median,
             far_scales=scales.largest > FAR * scales.median > 0,
             levels=_levels(read, stored),
-            shifted_zeros=_shifted(weight),
+            shifted_zeros=coded is not None and _shifted(coded),
+            unclaimed_zeros=coded is not None and _claimed_symmetric(read),
+            offset=0.0 if coded is None else _offset(coded),
         )
         self._sites.setdefault(site.name, []).append(statistics)
 
@@ -119,14 +123,37 @@ def _scales(read: SiteRead, stored: Mapping[str, Tensor], looked: Mapping[str, L
     return Scales(0, 0, 0.0, 0.0)
 
 
-def _shifted(weight: Weight) -> bool:
+def _with_zero_points(weight: Weight) -> PackedIntWeight | None:
+    coded = (part for part in weight.modules() if isinstance(part, PackedIntWeight))
+    return next((part for part in coded if part.zeros is not None), None)
+
+
+def _claimed_symmetric(read: SiteRead) -> bool:
+    """GPTQ's layout stores zero points all the same; those of symmetric codes are not kept."""
+    return isinstance(read.scheme, Gptq) and read.scheme.symmetric
+
+
+def _shifted(weight: PackedIntWeight) -> bool:
     """Whether all zero points are the same, and one more or less than the middle of the codes."""
-    for part in weight.modules():
-        if isinstance(part, PackedIntWeight) and part.zeros is not None:
-            first = int(part.zeros.flatten()[0])
-            beside = abs(first - (1 << (part.bits - 1))) == 1
-            return beside and bool((part.zeros == first).all())
-    return False
+    assert weight.zeros is not None
+    first = int(weight.zeros.flatten()[0])
+    beside = abs(first - (1 << (weight.bits - 1))) == 1
+    return beside and bool((weight.zeros == first).all())
+
+
+def _offset(weight: PackedIntWeight) -> float:
+    """How far codes are from their zero points, on average of a few rows, in steps."""
+    assert weight.zeros is not None
+    some = slice(None, None, max(1, weight.out_features * weight.in_features // _FEW))
+    steps = PackedIntWeight(
+        weight.words[some],
+        torch.ones_like(weight.scales[some]),
+        weight.zeros[some],
+        in_features=weight.in_features,
+        bits=weight.bits,
+        group=weight.group,
+    )
+    return float(steps.dense(torch.float32).mean())
 
 
 def _levels(read: SiteRead, stored: Mapping[str, Tensor]) -> dict[str, float]:

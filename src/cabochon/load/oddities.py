@@ -1,10 +1,13 @@
-"""What headers may say and hardly ever mean: noted, since only their maker knows."""
+"""What headers may say and hardly ever mean: noted, since only their maker knows.
+
+Those of GGUF files are none of these: their makers choose the type of each tensor for itself.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cabochon.checkpoint.headers import TensorMeta
@@ -30,31 +33,40 @@ def oddities(
     slots = ((read, slot) for read in sites for slot in read.scheme.slots)
     dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
     yield from _other_halves(raw, [*dense, *parameters])
-    yield from _odd_halves(sites)
+    yield from _odd_halves(sites, beside={meta.name for meta in dense})
     yield from _odd_groups(sites)
 
 
-def _other_halves(raw: Mapping[str, Any], stored: Iterable[TensorMeta]) -> Iterator[Oddity]:
-    """Only the configuration knows which of the two was meant."""
+def _other_halves(raw: Mapping[str, Any], stored: Sequence[TensorMeta]) -> Iterator[Oddity]:
+    """Only the configuration knows which of the two was meant, or, where it errs, all others."""
     said = raw.get("dtype") or raw.get("torch_dtype")
     other = {"bfloat16": "F16", "float16": "BF16"}.get(str(said))
+    rare = _rare_half(stored)
     for meta in stored:
         if meta.dtype == other:
             yield Oddity(meta.name, f"stored as {other}, although config.json's dtype is {said}")
+        elif meta.dtype == rare:
+            yield Oddity(meta.name, f"stored as {rare}, unlike nearly all others")
 
 
-def _odd_halves(sites: Iterable[SiteRead]) -> Iterator[Oddity]:
-    """Scales and the like: the others of their name know."""
-    leaves: dict[tuple[str, str], list[TensorMeta]] = {}
+def _rare_half(stored: Iterable[TensorMeta]) -> str | None:
+    counts = Counter(meta.dtype for meta in stored if meta.dtype in _HALVES).most_common()
+    if len(counts) < 2 or counts[0][1] < FEW * counts[1][1]:
+        return None
+    return counts[1][0]
+
+
+def _odd_halves(sites: Iterable[SiteRead], *, beside: Collection[str]) -> Iterator[Oddity]:
+    """Scales and the like: the others of their name know, in whatever bits their matrices are."""
+    leaves: dict[str, list[TensorMeta]] = {}
     for read in sites:
         for leaf, meta in read.stored.items():
-            if meta.dtype in _HALVES:
-                leaves.setdefault((read.scheme.name, leaf), []).append(meta)
-    for (_, leaf), metas in leaves.items():
-        (usual, most), *rare = Counter(meta.dtype for meta in metas).most_common()
-        if rare and most >= FEW * rare[0][1]:
-            for meta in (meta for meta in metas if meta.dtype != usual):
-                yield Oddity(meta.name, f"{leaf} is {meta.dtype}, where others' is {usual}")
+            if meta.dtype in _HALVES and meta.name not in beside:
+                leaves.setdefault(leaf, []).append(meta)
+    for leaf, metas in leaves.items():
+        rare = _rare_half(metas)
+        for meta in (meta for meta in metas if meta.dtype == rare):
+            yield Oddity(meta.name, f"{leaf} is {rare}, where nearly all others' is not")
 
 
 def _odd_groups(sites: Sequence[SiteRead]) -> Iterator[Oddity]:

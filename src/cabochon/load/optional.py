@@ -6,13 +6,14 @@ Without one of them a matrix still fits a scheme, and would be another matrix in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim
+from cabochon.quant.modelopt_schemes import Smoothed
 from cabochon.quant.packed_int import PackedInt
-from cabochon.quant.scheme import Dense
+from cabochon.quant.scheme import Dense, Scheme
 
 if TYPE_CHECKING:
     from cabochon.load.plan import SiteRead
@@ -21,14 +22,11 @@ _SMOOTHING = "pre_quant_scale"
 _NUMBER = re.compile(r"\d+")
 
 
-def half_given(reads: Iterable[SiteRead], claims: Mapping[str, Claim]) -> Iterator[tuple[str, str]]:
+def half_given(reads: Sequence[SiteRead], claims: Mapping[str, Claim]) -> Iterator[tuple[str, str]]:
     """The names of matrices that lack what others of their group have, and what that is."""
     rules: dict[str, list[SiteRead]] = {}
     places: dict[tuple[str, ...], list[SiteRead]] = {}
-    reads = list(reads)
-    beside: dict[str, list[str]] = {}
-    for read in reads:
-        beside.setdefault(_parent(read), []).append(read.site.name.rpartition(".")[2])
+    beside = _beside(reads)
     for read in reads:
         if isinstance(read.scheme, PackedInt | ByteCodes):
             rules.setdefault(claims[read.site.name].rule, []).append(read)
@@ -42,6 +40,36 @@ def half_given(reads: Iterable[SiteRead], claims: Mapping[str, Claim]) -> Iterat
     for (place, *_), members in places.items():
         without = [read for read in members if _SMOOTHING not in read.stored]
         yield from _told(without, members, _SMOOTHING, f"matrices in the same place ({place})")
+
+
+def unlike_others(reads: Sequence[SiteRead]) -> Iterator[tuple[str, str]]:
+    """The same of matrices in no such group, which a producer may treat each in its own way."""
+    beside = _beside(reads)
+    alike: dict[Scheme, list[SiteRead]] = {}
+    for read in reads:
+        if not isinstance(read.scheme, Dense) and not _taken_over(read, beside):
+            scheme = read.scheme.inner if isinstance(read.scheme, Smoothed) else read.scheme
+            alike.setdefault(scheme, []).append(read)
+    for scheme, members in alike.items():
+        without = [read for read in members if _SMOOTHING not in read.stored]
+        who = f"matrices in {scheme.name} whose smoothing no norm takes over"
+        yield from _told(without, members, _SMOOTHING, who)
+
+
+def _taken_over(read: SiteRead, beside: Mapping[str, list[str]]) -> bool:
+    """Whether the norm before a matrix may hold its smoothing."""
+    leaf = read.site.name.rpartition(".")[2]
+    if leaf == "q_proj":
+        return "k_proj" in beside[_parent(read)]
+    return leaf in ("k_proj", "v_proj", "gate_proj", "up_proj", "gate_up_proj")
+
+
+def _beside(reads: Sequence[SiteRead]) -> Mapping[str, list[str]]:
+    """What each module has of matrices."""
+    found: dict[str, list[str]] = {}
+    for read in reads:
+        found.setdefault(_parent(read), []).append(read.site.name.rpartition(".")[2])
+    return found
 
 
 def _parent(read: SiteRead) -> str:

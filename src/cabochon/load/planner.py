@@ -20,7 +20,7 @@ from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
 from cabochon.load.names import KV_DTYPES, KV_SCALES, Named, absences, canonical, drops, locate
 from cabochon.load.oddities import oddities
-from cabochon.load.optional import half_given
+from cabochon.load.optional import half_given, unlike_others
 from cabochon.load.plan import Dropped, LoadPlan, Note, ParameterRead, Problem, SiteRead
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Tree, needed
@@ -82,8 +82,6 @@ def build_plan(
     parameters, parameter_problems = _match_parameters(tree, placed)
     modules = {name.rpartition(".")[0] for name in checkpoint.tensors}
     notes += _rule_notes(rules, tree, modules)
-    found = oddities(raw, sites, placed.parameters.values())
-    notes += [Note(oddity.where, oddity.detail) for oddity in found]
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
     problems += [*placed.problems, *parameter_problems, *_unused(inside, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
@@ -91,7 +89,10 @@ def build_plan(
         contradicted = contradictions(config, placed.stored)
         where = "config.json" if checkpoint.gguf is None else "metadata"
         problems = [*(Problem("CONFIG", where, str(c)) for c in contradicted), *problems]
-    if checkpoint.gguf is not None:
+    if checkpoint.gguf is None:
+        found = oddities(raw, sites, placed.parameters.values())
+        notes += [Note(oddity.where, oddity.detail) for oddity in found]
+    else:
         notes += _gguf_notes(checkpoint.gguf)
         names = GgufNames(config)
         problems = [replace(problem, where=names.stored(problem.where)) for problem in problems]
@@ -197,6 +198,7 @@ def _resolve_all(
                 continue
             reads.append(SiteRead(site, verdict.scheme, stored, part, verdict.activations, how))
     problems += [Problem("SCHEME", *found) for found in half_given(reads, claims)]
+    notes += [Note(*found) for found in unlike_others(reads)]
     return reads, notes, problems
 
 

@@ -7,7 +7,7 @@ Nothing but the configuration tells the two apart.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from cabochon.checkpoint.headers import TensorMeta
@@ -37,6 +37,8 @@ class Gptq:
     version: Version  # of zero points
     ordered: bool = False  # `g_idx`, the group of each column, must be there
     padded: bool = False  # codes fill the last group, though columns do not
+    # Claimed of all zero points: each is the middle code. They are stored and read all the same.
+    symmetric: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -131,10 +133,11 @@ def _claim(rule: str, key: str, config: Mapping[str, Any], form: str) -> Claim:
 
 
 def scheme_of(config: Mapping[str, Any], key: str, version: Version) -> Gptq:
-    """The scheme that `bits`, `group_size` and `desc_act` describe."""
+    """The scheme that `bits`, `group_size`, `desc_act` and `sym` describe."""
     bits, group = integer(config, "bits", key), integer(config, "group_size", key)
     if bits not in WIDTHS:
         raise ConfigError(f"config.json: {key}.bits is {bits!r}, expected one of {WIDTHS}")
     if group is not None and group <= 0:
         group = None
-    return Gptq(bits, group, version, ordered=config.get("desc_act") is True)
+    ordered, symmetric = (config.get(name) is True for name in ("desc_act", "sym"))
+    return Gptq(bits, group, version, ordered=ordered, symmetric=symmetric)
