@@ -6,13 +6,17 @@ compressed-tensors' own formula.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from checkpoints import Config, Tensors, altered
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import (
     calculate_qparams,
@@ -21,7 +25,8 @@ from compressed_tensors.quantization.utils import (
 )
 from torch import Tensor, nn
 
-TARGET = r"re:.*language_model\.layers\..*(_proj|per_layer_input_gate|per_layer_projection)$"
+LAYERS = r"re:.*language_model\.layers\..*(_proj|per_layer_input_gate|per_layer_projection)$"
+Packing = Literal["now", "0.17", "0.17, reordered"]
 INPUTS = 8.0  # the largest activation, where a recipe wants it calibrated
 
 
@@ -40,12 +45,22 @@ def compress(weight: Tensor, scheme: QuantizationScheme) -> Tensors:
     if not arguments.symmetric:
         state["weight_zero_point"] = zero
     made: Tensors = BaseCompressor.get_value_from_registry(form_of(scheme)).compress(state, scheme)
-    inputs = scheme.input_activations
-    if inputs is not None and inputs.strategy == "tensor_group":
-        made["input_global_scale"] = torch.tensor([448 * 6 / INPUTS])
-    elif inputs is not None and not inputs.dynamic:
-        made["input_scale"] = torch.tensor([INPUTS / 127])
+    for end in ("input", "output"):
+        made |= calibrated(end, getattr(scheme, f"{end}_activations"))
     return made
+
+
+def calibrated(end: str, arguments: QuantizationArgs | None) -> Tensors:
+    """What is stored of the activations that go in, or come out."""
+    if arguments is not None and arguments.strategy == "tensor_group":
+        return {f"{end}_global_scale": torch.tensor([448 * 6 / INPUTS])}
+    if arguments is None or arguments.dynamic:
+        return {}
+    if not arguments.symmetric:  # rather more below zero than above
+        zero = torch.tensor([20], dtype=torch.int8)
+        return {f"{end}_scale": torch.tensor([INPUTS / 148]), f"{end}_zero_point": zero}
+    largest = 448 if arguments.type == "float" else 127
+    return {f"{end}_scale": torch.tensor([INPUTS / largest])}
 
 
 def extremes(weight: Tensor, arguments: QuantizationArgs) -> tuple[Tensor, Tensor]:
@@ -67,27 +82,92 @@ def form_of(scheme: QuantizationScheme) -> str:
     return str(getattr(form, "value", form))
 
 
-def encode(folder: Path, source: Path, scheme: QuantizationScheme) -> Path:
-    """The checkpoint in `source`, the linear layers of whose text model are in `scheme`."""
+def older(weight: Tensor, scheme: QuantizationScheme, reordered: bool) -> Tensors:
+    """The same as versions before 0.18 stored it: of the integers of the present one."""
+    arguments = scheme.weights
+    assert arguments is not None
+    bits, order = arguments.num_bits, order_of(weight, reordered)
+    made = compress(weight[:, order], scheme)
+    codes = unpack_from_int32(made["weight_packed"], bits, weight.shape)[:, order.argsort()]
+    made["weight_packed"] = padded(codes, bits)
+    if "weight_zero_point" in made:
+        shape = made["weight_scale"].shape
+        zeros = unpack_from_int32(made["weight_zero_point"], bits, shape, packed_dim=0)
+        made["weight_zero_point"] = padded(zeros.T, bits).T
+    if reordered:
+        made["weight_g_idx"] = (order.argsort() // arguments.group_size).int()
+    return made
+
+
+def order_of(weight: Tensor, reordered: bool) -> Tensor:
+    """The order in which columns of `weight` are grouped."""
+    columns = weight.shape[1]
+    if not reordered:
+        return torch.arange(columns)
+    return torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+
+
+def padded(codes: Tensor, bits: int) -> Tensor:
+    """Signed integers `[rows, n]` in words, each of which holds as many as go into it whole."""
+    each = 32 // bits
+    unsigned = codes.long() + (1 << bits - 1)
+    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[1] % each))
+    shifts = torch.arange(0, each * bits, bits)
+    words = (unsigned.unflatten(1, (-1, each)) << shifts).sum(dim=2)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
+
+
+def encode(
+    folder: Path,
+    source: Path,
+    groups: Mapping[str, QuantizationScheme],
+    packing: Packing = "now",
+) -> Path:
+    """The checkpoint in `source`, its matrices in the schemes of the groups that they belong to."""
+
+    used: dict[str, QuantizationScheme] = {}
+    reordered = packing == "0.17, reordered"
+    store = compress if packing == "now" else partial(older, reordered=reordered)
 
     def tensors(stored: Tensors) -> None:
-        for name in [n for n in stored if "language_model.layers." in n]:
+        if "lm_head" in groups:
+            table = stored["model.language_model.embed_tokens.weight"]
+            stored["lm_head.weight"] = table.clone()
+        for name in list(stored):
             for module, weight in matrices(name, stored[name]):
-                stored.pop(name, None)
-                made = compress(weight, scheme)
-                stored.update({f"{module}.{leaf}": tensor for leaf, tensor in made.items()})
+                for target in [target for target in groups if belongs(module, target)]:
+                    used[target] = groups[target]
+                    stored.pop(name, None)
+                    made = store(weight, used[target])
+                    stored.update({f"{module}.{leaf}": tensor for leaf, tensor in made.items()})
 
     def config(described: Config) -> None:
-        group = scheme.model_dump(mode="json") | {"targets": [TARGET], "format": form_of(scheme)}
+        said = {
+            f"group_{number}": scheme.model_dump(mode="json")
+            | {"targets": [target], "format": form_of(scheme)}
+            for number, (target, scheme) in enumerate(used.items())
+        }
+        for group in said.values() if reordered else ():
+            group["weights"]["actorder"] = "group"
+        forms = {group["format"] for group in said.values()}
         described["quantization_config"] = {
             "quant_method": "compressed-tensors",
-            "format": form_of(scheme),
-            "config_groups": {"group_0": group},
-            "ignore": ["lm_head"],
-            "version": "0.20.0",
+            "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+            "config_groups": said,
+            "ignore": [] if "lm_head" in groups else ["lm_head"],
+            "version": "0.20.0" if packing == "now" else "0.17.0",
         }
+        if "lm_head" in groups:
+            described["tie_word_embeddings"] = False
+            described["text_config"]["tie_word_embeddings"] = False
 
     return altered(folder, source, tensors, config)
+
+
+def belongs(module: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), module) is not None
+    return module == target
 
 
 def matrices(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ import google
 import torch
 from corruption import files, folders
 from known import Known
+from written import everything
 
 from cabochon.kernels.packed import unsupported
 from cabochon.load.execute import build_weight
@@ -33,13 +34,13 @@ Made by `python tests/formats.py`; a test holds it to what the tests hold.
 
 ## Layouts that were loaded
 
-Every row was written by its producer's own software and is read in the tests: each matrix is what
-the producer's own decoder makes of it, and logits are those of transformers on decoded weights.
-"Kernel" is what multiplies where the kernels are built; PyTorch is the exact path.
-
-Beside these, tests have the producers write bitsandbytes (NF4, FP4, double quantization, other
-storage dtypes, LLM.int8), fine-grained FP8, torchao, Google's own format and the rest of
-compressed-tensors' formats for all four architectures while they run.
+Every row was written by its producer's own software, in part while the tests run, and is read in
+the tests on each model that is named: each matrix is what the producer's own decoder makes of it,
+and logits are those of transformers on decoded weights, at a cosine of 0.9999 or, where activations
+are rounded, as near as [models.md](models.md#what-is-verified) says. Two are written by the tests:
+Google's own format, whose converter is not public and which transformers reads, and what
+compressed-tensors packed before 0.18 ("padded", "reordered"), of which files that 0.17 wrote say
+how. "Kernel" is what multiplies where the kernels are built; PyTorch is the exact path.
 """
 
 KNOWN_HEAD = """
@@ -76,11 +77,12 @@ def _layouts() -> Iterator[str]:
     yield "| producer | stored as | models | verdict | kernel |"
     yield "|---|---|---|---|---|"
     rows: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
-    for path in (*folders(), *files()):
+    for path in (*folders(), *files(), *everything()):
         report = plan_checkpoint(path)
         assert report.plan is not None
+        producer, _, _ = report.producer.name.partition(" 0.")  # whatever its version
         for read in first_of_each(report.plan.sites):
-            key = (report.producer.name, read.stored_as)
+            key = (producer, read.stored_as)
             members, kernels = rows.setdefault(key, (set(), set()))
             members.add(_member(path))
             kernels.add(_kernel(build_weight(read, torch.float32)))

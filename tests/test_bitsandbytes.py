@@ -25,69 +25,33 @@ from checkpoints import (
     plan_of,
     tensors_of,
 )
-from conftest import FIXTURES
+from conftest import FIXTURES, MEMBERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schemes import check
 from torch import Tensor
 from upstream import reference, same_answers
+from written import BITSANDBYTES, written
 
 from cabochon.errors import LoadError
 from cabochon.load.report import inspect_checkpoint
 from cabochon.quant.bitsandbytes import TABLES, Bnb4, LlmInt8, candidates
 from cabochon.quant.scheme import Site, differences
 
-KINDS: dict[str, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4-double": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_quant_storage": torch.bfloat16,
-    },
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "int8": {"load_in_8bit": True},
-}
 SCHEMES = {
     "nf4": Bnb4("nf4"),
     "nf4-double": Bnb4("nf4", double=True, storage="BF16"),
     "fp4": Bnb4("fp4"),
+    "fp4-double": Bnb4("fp4", double=True),
     "int8": LlmInt8(),
 }
 GATE = "model.language_model.layers.1.mlp.gate_proj"
 STATE = f"{GATE}.weight.quant_state.bitsandbytes__nf4"
 
-Make = Callable[[str, str], Path]
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def made(member: str, kind: str) -> Path:
     """A checkpoint of a member, quantized and saved by transformers and bitsandbytes."""
-    folders: dict[tuple[str, str], Path] = {}
-
-    def make(member: str, kind: str) -> Path:
-        if (member, kind) not in folders:
-            folders[member, kind] = save(member, kind, tmp_path_factory.mktemp(f"{member}-{kind}"))
-        return folders[member, kind]
-
-    return make
-
-
-def save(member: str, kind: str, folder: Path) -> Path:
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-    source = FIXTURES / f"{member}-bf16"
-    model = AutoModelForImageTextToText.from_pretrained(
-        source,
-        dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(**KINDS[kind]),
-        device_map="cpu",
-    )
-    model.save_pretrained(folder)
-    for path in source.iterdir():
-        if not (folder / path.name).exists():
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return written(f"bitsandbytes {kind}", member)
 
 
 def upstream(stored: Tensors) -> Tensor:
@@ -119,12 +83,9 @@ def dense(folder: Path) -> Tensors:
     return stored | read
 
 
-# Every kind on one architecture, and each other architecture in a kind of its own.
-MADE = [*(("e2b", kind) for kind in KINDS), ("12b", "fp4"), ("26b", "int8"), ("31b", "nf4")]
-
-
-@pytest.mark.parametrize(("member", "kind"), MADE)
-def test_every_matrix_equals_upstreams_decoding(made: Make, member: str, kind: str) -> None:
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_every_matrix_equals_upstreams_decoding(member: str, kind: str) -> None:
     folder = made(member, kind)
     model, report = load_model(folder, dtype=torch.float32)
     assert report.plan is not None
@@ -137,21 +98,20 @@ def test_every_matrix_equals_upstreams_decoding(made: Make, member: str, kind: s
             check(model.get_submodule(read.site.name).weight, expected)
 
 
-@pytest.mark.parametrize(("member", "kind"), MADE[1:2] + MADE[4:])
-def test_answers_are_those_of_upstreams_decoding(
-    made: Make, tmp_path: Path, member: str, kind: str
-) -> None:
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_answers_are_those_of_upstreams_decoding(tmp_path: Path, member: str, kind: str) -> None:
     folder = made(member, kind)
-    same_answers(folder, reference(folder, dense(folder), tmp_path))
+    same_answers(folder, reference(folder, dense(folder), tmp_path), count=4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_claims_are_what_is_stored(made: Make, kind: str) -> None:
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_claims_are_what_is_stored(kind: str) -> None:
     notes = plan_of(made("e2b", kind)).notes
     assert ["activations, but" in note.detail for note in notes] == [True] * (kind == "int8")
 
 
-def test_experts_stay_dense(made: Make) -> None:
+def test_experts_stay_dense() -> None:
     """bitsandbytes replaces linear layers, and experts are none."""
     recipe, *notes = sorted(plan_of(made("26b", "int8")).notes, key=lambda note: len(note.where))
     assert "here they are not rounded" in recipe.detail
@@ -272,9 +232,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensors], object]]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_that_headers_do_not_show_is_refused_by_name(
-    made: Make, tmp_path: Path, case: str
-) -> None:
+def test_damage_that_headers_do_not_show_is_refused_by_name(tmp_path: Path, case: str) -> None:
     kind, change = DAMAGE[case]
     folder = altered(tmp_path, made("e2b", kind), change)
     assert inspect_checkpoint(folder).loads
@@ -308,7 +266,7 @@ MISFITS: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_tensors_that_do_not_fit_are_refused_by_name(made: Make, tmp_path: Path, case: str) -> None:
+def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path: Path, case: str) -> None:
     kind, change, wanted = MISFITS[case]
     report = inspect_checkpoint(altered(tmp_path, made("e2b", kind), change))
     assert not report.loads
@@ -316,7 +274,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(made: Make, tmp_path: Path,
     assert wanted in report.text()
 
 
-def test_modules_left_dense_are_loaded_dense(tmp_path: Path, made: Make) -> None:
+def test_modules_left_dense_are_loaded_dense(tmp_path: Path) -> None:
     """Unsloth's dynamic files leave what loses most in bfloat16, and name it."""
     whole = tensors_of(FIXTURES / "e2b-bf16")
 
@@ -340,7 +298,7 @@ LAYER = "model.language_model.layers.1.mlp."
 NAMED = [f"{LAYER}{part}_proj" for part in ("gate", "up", "down")]
 
 
-def test_a_head_of_four_bits(tmp_path: Path, made: Make) -> None:
+def test_a_head_of_four_bits(tmp_path: Path) -> None:
     """An LM head that is stored quantized is used as it is, whatever lists say of it."""
     torch.manual_seed(0)
     rows, width = tensors_of(FIXTURES / "e2b-bf16")[

@@ -13,17 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
-import google
 import pytest
 import test_bitsandbytes
 import test_ct_formats
-import test_fp8
-import test_torchao
 import torch
-from checkpoints import FIXTURES, Tensors, altered, plan_of
+from checkpoints import Tensors, plan_of
 from corruption import files, folders
+from ct_formats import FORMATS
 from formats import first_of_each
 from torch import Tensor
+from written import WAYS, written
 
 from cabochon.checkpoint.folder import read_tensor
 from cabochon.load.plan import SiteRead
@@ -120,22 +119,15 @@ def test_in_every_fixture() -> None:
     assert missed == []
 
 
-def test_in_googles_own_format(tmp_path: Path) -> None:
-    schemes, missed = unseen(of(google.checkpoint(tmp_path)))
+def test_in_googles_own_format() -> None:
+    schemes, missed = unseen(of(written("gemma", "e2b")))
     assert len(schemes) == 4
     assert missed == []
 
 
-@pytest.mark.parametrize("kind", test_torchao.KINDS)
-def test_in_torchaos(tmp_path: Path, kind: str) -> None:
-    assert unseen(of(test_torchao.save("31b", kind, tmp_path)))[1] == []
-
-
-@pytest.mark.parametrize("block", [test_fp8.BLOCK, None], ids=str)
-def test_in_blocks_of_fp8(tmp_path: Path, block: list[int] | None) -> None:
-    source = FIXTURES / "31b-bf16"
-    folder = altered(tmp_path, source, test_fp8.converted(block), test_fp8.described(block))
-    assert unseen(of(folder))[1] == []
+@pytest.mark.parametrize("way", [way for way in WAYS if way.startswith(("torchao", "fp8"))])
+def test_in_what_transformers_writes(way: str) -> None:
+    assert unseen(of(written(way, "31b")))[1] == []
 
 
 def test_in_bitsandbytes() -> None:
@@ -160,12 +152,12 @@ def test_in_bitsandbytes() -> None:
 
 def test_in_every_format_of_compressed_tensors() -> None:
     def made() -> Iterator[tuple[str, Stored]]:
-        for name, (claimed, scheme, _) in test_ct_formats.FORMATS.items():
+        for name, (claimed, scheme, _) in FORMATS.items():
             stored, site = test_ct_formats.gate(claimed)
             yield name, (scheme, site, stored)
 
     schemes, missed = unseen(made())
-    assert schemes == test_ct_formats.FORMATS.keys()
+    assert schemes == FORMATS.keys()
     assert missed == []
 
 

@@ -8,120 +8,78 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FIXTURES, Tensors, load_model
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationScheme,
-    preset_name_to_scheme,
-)
+from checkpoints import Tensors, load_model
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from conftest import MEMBERS
-from ct import Claims, decompress, decompressed_into, modules_of, rounding
-from ct_writer import compress, encode, form_of
+from ct import Claims, decompress, decompressed_into, modules_of, oracle, rounding
+from ct_formats import ALONE, FORMATS, MIXED, scheme
+from ct_writer import compress, form_of
 from guided import same_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spread import within_its_own
 from test_schemes import check
+from written import written
 
+from cabochon import LLM
 from cabochon.checkpoint.headers import TensorMeta
+from cabochon.load.plan import LoadPlan
 from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.compressed_tensors import candidates, rules
-from cabochon.quant.microscaled import Mxfp4
-from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.scheme import Scheme, Site, differences
 
 References = Callable[[str], Any]
 
 
-def scheme(
-    form: str | None = None, inputs: str | None = None, **weights: Any
-) -> QuantizationScheme:
-    given = None if inputs is None else preset_name_to_scheme(inputs, ["Linear"]).input_activations
-    arguments = QuantizationArgs(**weights)
-    return QuantizationScheme(
-        targets=["Linear"], weights=arguments, input_activations=given, format=form
-    )
-
-
-# Upstream's words, the scheme that they mean here, and what is done to inputs.
-FORMATS: dict[str, tuple[QuantizationScheme, Scheme, str | None]] = {
-    "W2A16": (
-        scheme(num_bits=2, strategy="group", group_size=32),
-        PackedInt(2, 32, True),
-        None,
-    ),
-    "W3A16 asymmetric": (
-        scheme(num_bits=3, strategy="group", group_size=32, symmetric=False),
-        PackedInt(3, 32, False),
-        None,
-    ),
-    "W6A16 channel": (
-        scheme(num_bits=6, strategy="channel"),
-        PackedInt(6, None, True),
-        None,
-    ),
-    "W8A8": (
-        preset_name_to_scheme("W8A8", ["Linear"]),
-        ByteCodes("int8", (1, None)),
-        "int8 per token",
-    ),
-    "W4A8 in bytes": (
-        scheme(inputs="W8A8", num_bits=4, strategy="group", group_size=32),
-        ByteCodes("int8", (1, 32)),
-        "int8 per token",
-    ),
-    "FP8 block, cut short": (
-        scheme(
-            inputs="FP8_DYNAMIC",
-            num_bits=8,
-            type="float",
-            strategy="block",
-            block_structure=[40, 24],
-        ),
-        ByteCodes("fp8", (40, 24)),
-        "fp8 per token",
-    ),
-    "FP8 tensor": (
-        scheme(inputs="FP8_DYNAMIC", num_bits=8, type="float", strategy="tensor"),
-        ByteCodes("fp8", (None, None)),
-        "fp8 per token",
-    ),
-    "MXFP4A16": (preset_name_to_scheme("MXFP4A16", ["Linear"]), Mxfp4(), None),
-    "MXFP8": (
-        preset_name_to_scheme("MXFP8", ["Linear"]),
-        ByteCodes("mxfp8", (1, 32)),
-        "fp8 g32 e8m0",
-    ),
-    "naive, asymmetric": (
-        scheme("naive-quantized", num_bits=8, strategy="group", group_size=32, symmetric=False),
-        ByteCodes("int8", (1, 32), symmetric=False),
-        None,
-    ),
-}
+def check_matrices(folder: Path) -> LoadPlan:
+    """Every matrix that is quantized is what upstream decompresses."""
+    model, report = load_model(folder, dtype=torch.float32)
+    assert not report.notes
+    claims, modules = Claims(folder), modules_of(folder)
+    for read in report.plan.sites:
+        if read.scheme.name != "bf16":
+            module = next(iter(read.stored.values())).name.rpartition(".")[0]
+            weight = model.get_submodule(read.site.name).weight
+            found = (weight if read.part is None else weight.parts[read.part]).dense(torch.float32)
+            theirs = decompress(modules.pop(module), claims.scheme(module)).float()
+            assert torch.equal(found, theirs), module
+    assert not modules
+    return report.plan
 
 
 @pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_on_every_architecture(
-    references: References, tmp_path: Path, name: str, member: str
-) -> None:
-    claimed, expected, inputs = FORMATS[name]
-    folder = encode(tmp_path, FIXTURES / f"{member}-bf16", claimed)
-    model, report = load_model(folder, dtype=torch.float32)
-    assert not report.notes
-    reads = [read for read in report.plan.sites if read.scheme.name != "bf16"]
+@pytest.mark.parametrize("name", ALONE)
+def test_every_format_on_every_architecture(references: References, name: str, member: str) -> None:
+    _, expected, inputs = FORMATS[name]
+    folder = written(f"compressed-tensors {name}", member)
+    plan = check_matrices(folder)
+    reads = [read for read in plan.sites if read.scheme.name != "bf16"]
     assert {read.scheme for read in reads} == {expected}
     assert {r.activations and r.activations.name for r in reads} == {inputs}
-    claims, modules = Claims(folder), modules_of(folder)
-    for read in reads:
-        module = next(iter(read.stored.values())).name.rpartition(".")[0]
-        weight = model.get_submodule(read.site.name).weight
-        found = (weight if read.part is None else weight.parts[read.part]).dense(torch.float32)
-        theirs = decompress(modules.pop(module), claims.scheme(module)).float()
-        assert torch.equal(found, theirs), module
-    assert not modules
-    if inputs is not None or member == MEMBERS[len(name) % len(MEMBERS)]:
-        model = rounding(decompressed_into(references(member), folder), folder)
+    model = rounding(decompressed_into(references(member), folder), folder)
+    same_logits(folder, model, picture=False)
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("name", MIXED)
+def test_several_formats_in_one_file(
+    references: References, tmp_path: Path, name: str, member: str
+) -> None:
+    folder = written(f"compressed-tensors {name}", member)
+    plan = check_matrices(folder)
+    assert {read.stored_as for read in plan.sites} == {"bf16", *MIXED[name][1]}
+    assert plan.has_head == (name == "a head")
+    if name in ("tables", "a head"):
+        same_logits(folder, oracle(folder, tmp_path))
+        return
+    model = rounding(decompressed_into(references(member), folder), folder)
+    if name != "ends":
         same_logits(folder, model, picture=False)
+        return
+    with LLM(folder, dtype="float32") as llm:  # what comes out of a layer cannot be guided
+        prompt = llm.prompts.raw([2, 4, *range(300, 340), 5], ())
+        ours = llm.logits(list(prompt.tokens), ())
+    within_its_own(ours, model, prompt)
 
 
 @settings(max_examples=60, deadline=None)
@@ -167,7 +125,7 @@ def test_a_silent_configuration_leaves_it_to_the_tensors(name: str) -> None:
     metas = {
         leaf: TensorMeta(leaf, DTYPES[tensor.dtype], tuple(tensor.shape), Path("w"), (0, 0))
         for leaf, tensor in stored.items()
-        if not leaf.startswith("input")
+        if not leaf.startswith(("input", "output"))
     }
     fitting = [s for s in candidates(site, metas) if not differences(s, metas, site)]
     assert expected in fitting

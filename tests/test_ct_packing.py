@@ -10,9 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE, FIXTURES, Config, Tensors, altered, load_model, plan_of
+from checkpoints import (
+    DENSE,
+    FIXTURES,
+    Config,
+    Tensors,
+    altered,
+    load_model,
+    plan_of,
+    tensors_of,
+)
+from conftest import MEMBERS
+from ct import decompress
+from ct_formats import OLDER
+from ct_writer import belongs, compress, matrices, order_of, padded
+from dequantized import check_answers
 from safetensors.torch import load_file
 from test_schemes import check, compressed, upstream
+from torch import Tensor
+from written import written
 
 from cabochon.errors import LoadError
 from cabochon.quant.compressed_tensors import rules
@@ -175,3 +191,50 @@ def test_the_wrong_packing_is_another_matrix() -> None:
         wrong = PackedInt(bits, 32, True)
         assert stored["weight_packed"].shape[1] == SITE.extent(right.width)
         assert stored["weight_packed"].shape[1] != SITE.extent(wrong.width)
+
+
+def unpadded(words: Tensor, bits: int, count: int) -> Tensor:
+    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
+    codes = words[:, :, None] >> shifts & (1 << bits) - 1
+    return codes.flatten(1)[:, :count] - (1 << bits - 1)
+
+
+@pytest.mark.parametrize("name", [case for case in CASES if case[0] in "3567"])
+def test_the_older_packing_is_written_as_old_versions_wrote_it(name: str) -> None:
+    stored, bits = case(name), int(name[0])
+    codes = unpadded(stored["weight_packed"], bits, SITE.in_features)
+    assert torch.equal(padded(codes, bits), stored["weight_packed"])
+    groups = stored.get("weight_g_idx", torch.arange(SITE.in_features) // 32).long()
+    zeros = torch.zeros(SITE.out_features, 2)
+    if "weight_zero_point" in stored:
+        zeros = unpadded(stored["weight_zero_point"].T, bits, SITE.out_features).T
+        assert torch.equal(padded(zeros.T, bits).T, stored["weight_zero_point"])
+    scales = stored["weight_scale"]
+    dense = (codes - zeros[:, groups]).to(scales.dtype) * scales[:, groups]
+    assert torch.equal(dense, stored["dense"])
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("name", OLDER)
+def test_the_older_packing_on_every_architecture(tmp_path: Path, name: str, member: str) -> None:
+    """Each matrix is what upstream makes of the same integers in its present packing."""
+    groups, packing = OLDER[name]
+    reordered = packing == "0.17, reordered"
+    folder, source = written(f"compressed-tensors {name}", member), FIXTURES / f"{member}-bf16"
+    model, report = load_model(folder, dtype=torch.float32)
+    packed = [read for read in report.plan.sites if read.scheme.bits < 16]
+    assert {read.scheme for read in packed} == {
+        PackedInt(bits, 32, "asymmetric" not in name, padded=True, reordered=reordered)
+        for bits in (3, 5, 6, 7)
+    }
+    assert not report.notes
+    dense = dict(m for n, t in tensors_of(source).items() for m in matrices(n, t))
+    for read in packed:
+        module = read.stored["weight_packed"].name.rpartition(".")[0]
+        (scheme,) = (scheme for target, scheme in groups.items() if belongs(module, target))
+        order = order_of(dense[module], reordered)
+        theirs = decompress(compress(dense[module][:, order], scheme), scheme)
+        weight = model.get_submodule(read.site.name).weight
+        found = (weight if read.part is None else weight.parts[read.part]).dense(torch.float32)
+        assert torch.equal(found, theirs[:, order.argsort()].float()), module
+    check_answers(folder, source, tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import thin
 import torch
 from checkpoints import altered, plan_of
+from conftest import MEMBERS
 from dequantized import check_answers, check_matrices
 from known import load, refusal
 
@@ -24,6 +25,11 @@ SCHEMES = {
     "e2b-gptq8": {"gptq v1 int8 channel"},
     "e2b-gptq-dynamic": {"gptq v1 int4 g32", "gptq v1 int8 g16"},
 }
+# Every width on every architecture: v1 with columns in another order, v2 with zero points.
+WIDTHS = ("int2 g32", "int3 g32", "int4 g32", "int8 g16", "int8 channel")
+for member in MEMBERS:
+    SCHEMES[f"{member}-gptq-few"] = {f"gptq v1 {width}" for width in WIDTHS}
+    SCHEMES[f"{member}-gptq-few-v2"] = {f"gptq v2 {width}" for width in WIDTHS}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -32,12 +38,12 @@ def test_matrices_are_gptqmodels(name: str, tmp_path: Path) -> None:
     found = check_matrices(name, folder)
     assert {read.scheme.name for read in plan_of(folder).sites} == {"bf16", *SCHEMES[name]}
     reordered = [weight for weight in found.values() if isinstance(weight, Permuted)]
-    assert bool(reordered) == (name == "e2b-gptq4-act")
+    assert bool(reordered) == (name == "e2b-gptq4-act" or name.endswith("-few"))
     notes = [note.detail for note in inspect_checkpoint(folder).notes]
     assert all("all others of its kind" in note for note in notes), notes
 
 
-@pytest.mark.parametrize("name", [*FOURS, "e2b-gptq4-act", "e2b-gptq3"])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_answers(name: str, tmp_path: Path) -> None:
     folder = thin.whole(name, tmp_path / "made")
     check_answers(folder, thin.source_of(thin.THIN / name), tmp_path)

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE
 from corruption import files, folders
-from ct_writer import encode
 from formats import first_of_each
-from test_ct_formats import FORMATS
+from written import WAYS, written
 
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import library
@@ -29,9 +27,9 @@ def test_of_every_fixture(path: Path) -> None:
     check(plan)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_of_every_format_of_compressed_tensors(tmp_path: Path, name: str) -> None:
-    plan = plan_checkpoint(encode(tmp_path, DENSE, FORMATS[name][0])).plan
+@pytest.mark.parametrize("way", WAYS)
+def test_of_all_that_is_written(way: str) -> None:
+    plan = plan_checkpoint(written(way, "e2b")).plan
     assert plan is not None
     check(plan)
 

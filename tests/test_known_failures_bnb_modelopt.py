@@ -12,8 +12,8 @@ import torch
 from checkpoints import FIXTURES, Config, Tensors, tensors_of
 from formats import whole_of
 from known import Known
-from test_fp8 import BLOCK, converted, described
 from thin import THIN
+from written import fp8_config, fp8_tensors
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.quant.modelopt_schemes import RowPairs
@@ -213,8 +213,11 @@ KNOWN = (
         "tpu-inference #3072",
         "FP8 by block, its weight_scale_inv lost",
         FIXTURES / "31b-bf16",
-        tensors=lambda t: (converted(BLOCK)(t), without("1.mlp.down_proj.weight_scale_inv")(t)),
-        config=described(BLOCK),
+        tensors=lambda t: (
+            fp8_tensors((16, 32))(t),
+            without("1.mlp.down_proj.weight_scale_inv")(t),
+        ),
+        config=fp8_config((16, 32)),
         refused=("layers.1.mlp.down_proj", "weight_scale_inv is missing"),
     ),
 )

@@ -34,6 +34,9 @@ SCHEMES = {
     "e2b-mlx-nvfp4": {"mlx nvfp4"},
     "26b-mlx-mxfp8": {"mlx mxfp8", "mlx int8 g64"},
 }
+# Every mode on the other architectures, in experts too.
+FEW = ("12b-mlx-few", "26b-mlx-few", "31b-mlx-few")
+SCHEMES |= {name: SCHEMES["e2b-mlx-mixed"] - {"mlx int4 g32"} | {"mlx nvfp4"} for name in FEW}
 LAYER = "language_model.model.layers.0"
 UP = f"{LAYER}.mlp.up_proj"
 CONV = "audio_tower.subsample_conv_projection.layer1.conv.weight"
@@ -49,7 +52,7 @@ def test_matrices_are_mlxs(name: str, tmp_path: Path) -> None:
     assert not report.notes, report.text()
 
 
-@pytest.mark.parametrize("name", [*FOURS, "e2b-mlx-mixed", "26b-mlx-mxfp8", "e2b-mlx-nvfp4"])
+@pytest.mark.parametrize("name", SCHEMES)
 def test_answers(name: str, tmp_path: Path) -> None:
     folder = thin.whole(name, tmp_path / "made")
     check_answers(folder, thin.source_of(thin.THIN / name), tmp_path)

@@ -32,7 +32,8 @@ from cabochon.quant.scheme import Site
 
 WHOLE = sorted(path.name for path in (FIXTURES / "modelopt").iterdir())
 # Without what they share with their sources; of most of them only half of the layers is quantized.
-# ModelOpt (0.47.0) itself fails to export AWQ and SVDQuant of a mixture of experts.
+# ModelOpt (0.47.0) itself fails to export AWQ and SVDQuant of a mixture of experts; those of
+# 26B-A4B are made without the step that fails (`make_modelopt.py`).
 KEPT_THIN = sorted(path.name for path in thin.THIN.glob("*-modelopt-*"))
 MADE = [*WHOLE, *KEPT_THIN]
 TOKENS = [2, 4, *range(300, 340), 5]
@@ -115,7 +116,7 @@ def test_answers_are_those_of_modelopts_arithmetic(folder: Path) -> None:
         expected = file.get_tensor("logits").float()
         worst, mean = file.get_tensor("spread").tolist()
     with LLM(folder, dtype="float32") as llm:
-        found = llm.logits(TOKENS, [])
+        found = llm.logits(TOKENS, [])[-len(expected) :]
     # Sums in another order move an activation in its last bits, one in a million is rounded to the
     # other side then, and all that follows moves with it: ModelOpt's arithmetic is as far from
     # itself.

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from conftest import MEMBERS
-from ct_writer import encode
+from ct_writer import LAYERS, encode
 from wide import FOLDER, original
 
 from cabochon.verify.verification import Verification, verify
@@ -43,8 +43,10 @@ def quantized(source: Path, member: str, kind: str, room: Path) -> Path:
     if kind == "nf4":
         return nf4(source, room)
     if kind == "w4a16":
-        return encode(room, source, QuantizationScheme(targets=["Linear"], weights=GROUPS))
-    return encode(room, source, preset_name_to_scheme(PRESETS[kind], ["Linear"]))
+        scheme = QuantizationScheme(targets=["Linear"], weights=GROUPS)
+    else:
+        scheme = preset_name_to_scheme(PRESETS[kind], ["Linear"])
+    return encode(room, source, {LAYERS: scheme})
 
 
 def nf4(source: Path, room: Path) -> Path:

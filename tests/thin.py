@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -55,17 +56,34 @@ def spelling(folder: Path) -> Callable[[str], str]:
     return saved_again if folder.name.startswith("12b-gptq") else str
 
 
+def spelled(folder: Path) -> Tensors:
+    """The source's tensors as the producer of `folder` names them, dense experts taken apart."""
+    spell, found = spelling(folder), Tensors()
+    for name, tensor in tensors_of(source_of(folder)).items():
+        module, inside, leaf = spell(name).rpartition(".experts.")
+        kinds = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        parts = zip(kinds, tensor.chunk(len(kinds), dim=1), strict=True) if inside else ()
+        if inside and spell is mlx:
+            made = {f"{module}.experts.switch_glu.{kind}.weight": part for kind, part in parts}
+        elif inside and re.search("-modelopt-|-round-", folder.name):
+            made = {f"{module}.experts.{number}.{kind}.weight": one
+                    for kind, part in parts for number, one in enumerate(part)}  # fmt: skip
+        else:
+            made = {spell(name): tensor}
+        found |= made
+    return found
+
+
 def restored(folder: Path, kept: Tensors) -> Tensors:
     """`kept` and, of the source, what belongs to no module that has anything in `kept`."""
-    spelled = spelling(folder)
     modules = {name.rpartition(".")[0] for name in kept}
-    experts = {name.partition(".experts.")[0] for name in kept if ".experts." in name}
+    unfolded = {name.partition(".experts.")[0] for name in kept if ".experts." in name}
     found = dict(kept)
-    for name, tensor in tensors_of(source_of(folder)).items():
-        full = spelled(name)
-        layer, inside, _ = full.partition(".experts.")
-        if full.rpartition(".")[0] not in modules and not (inside and layer in experts):
-            found[full] = tensor
+    for name, tensor in spelled(folder).items():
+        layer, _, leaf = name.partition(".experts.")
+        one_by_one = leaf in ("gate_up_proj", "down_proj") and layer in unfolded
+        if name.rpartition(".")[0] not in modules and not one_by_one:
+            found[name] = tensor
     return found
 
 
@@ -109,9 +127,8 @@ def same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def thin(folder: Path) -> None:
-    made, source = tensors_of(folder), tensors_of(source_of(folder))
-    spelled = {spelling(folder)(name): tensor for name, tensor in source.items()}
-    copied = {n for n, t in spelled.items() if n in made and same(made[n], t)}
+    made = tensors_of(folder)
+    copied = {n for n, t in spelled(folder).items() if n in made and same(made[n], t)}
     kept = {name: tensor for name, tensor in made.items() if name not in copied}
     again = restored(folder, kept)
     kept |= {name: made[name] for name in copied if name not in again}

@@ -89,6 +89,9 @@ class DynamicRounding(nn.Module):
         scales: what the scales are rounded to themselves.
         whole: float32 `[1]`, what scales are multiplied with before they are rounded, and divided
             by afterwards.
+        multiplied: with a scale's reciprocal, not divided by it, and rounded before the zero point
+            is added, as torchao does: the largest entry of a token lies half way between two
+            numbers, so that its last bit counts.
     """
 
     def __init__(
@@ -99,14 +102,17 @@ class DynamicRounding(nn.Module):
         symmetric: bool = True,
         scales: Scales = "float",
         whole: Tensor | None = None,
+        multiplied: bool = False,
     ) -> None:
         assert symmetric or numbers.startswith("int")
+        assert not multiplied or numbers.startswith("int")
         assert whole is None or whole.shape == (1,)
         super().__init__()
         self.numbers = numbers
         self.group = group
         self.symmetric = symmetric
         self.scales = scales
+        self.multiplied = multiplied
         self.register_buffer("whole", whole)
 
     whole: Tensor | None
@@ -128,11 +134,14 @@ class DynamicRounding(nn.Module):
         low, high = low.clamp(max=0), high.clamp(min=0)  # zero is always among the numbers
         if self.symmetric:
             scale = self._scale(torch.maximum(-low, high), span)
-            return (span.nearest(x / scale) * scale).to(x.dtype)
+            return (span.nearest(self._steps(x, scale)) * scale).to(x.dtype)
         scale = (high - low) / (span.high - span.low)
         zero = (span.low - low / scale).nan_to_num(span.low).clamp(span.low, span.high).round()
         scale = _without_zeros(scale, torch.finfo(scale.dtype).eps)
-        return (span.nearest(x / scale + zero) - zero) * scale
+        return (span.nearest(self._steps(x, scale) + zero) - zero) * scale
+
+    def _steps(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * (1 / scale)).round() if self.multiplied else x / scale
 
     def _scale(self, largest: Tensor, span: _Range) -> Tensor:
         if self.scales == "e8m0":

@@ -78,6 +78,7 @@ class Dynamic:
     scales: Scales = "float"  # what they are rounded to themselves
     whole: str | None = None  # the leaf of what they are multiplied with first, and divided by
     reciprocal: bool = False  # the other way round
+    multiplied: bool = False  # with a scale's reciprocal, as torchao does, instead of divided by it
 
     @property
     def name(self) -> str:
@@ -97,7 +98,12 @@ class Dynamic:
             whole = stored[self.whole].reshape(1)
             whole = 1 / whole if self.reciprocal else whole
         return DynamicRounding(
-            self.numbers, self.group, symmetric=self.symmetric, scales=self.scales, whole=whole
+            self.numbers,
+            self.group,
+            symmetric=self.symmetric,
+            scales=self.scales,
+            whole=whole,
+            multiplied=self.multiplied,
         )
 
 

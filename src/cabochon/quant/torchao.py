@@ -109,7 +109,7 @@ def _rounding(kind: str, data: Mapping[str, Any]) -> Rounded | None:
             return None
         if said != "int8_asym_per_token":
             raise _UnsupportedError(f"{kind} with activations {said!r}")
-        return Rounded(Dynamic("int8", symmetric=False))
+        return Rounded(Dynamic("int8", symmetric=False, multiplied=True))
     said = data["act_quant_kwargs"]
     if said is None:
         return None
@@ -120,4 +120,5 @@ def _rounding(kind: str, data: Mapping[str, Any]) -> Rounded | None:
         return Rounded(Dynamic("fp8"))
     if options.get("reduce_range"):
         raise _UnsupportedError(f"{kind} with activations of a reduced range")
-    return Rounded(Dynamic("int8", symmetric=options["mapping_type"]["_data"] == "SYMMETRIC"))
+    symmetric = options["mapping_type"]["_data"] == "SYMMETRIC"
+    return Rounded(Dynamic("int8", symmetric=symmetric, multiplied=True))
