@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from thin import fixture
 
 from cabochon import LLM, SamplingParams
 from cabochon.engine.cache import PAGE
@@ -20,7 +20,7 @@ CIRCLE = [2, *(300 + i % 5 for i in range(40))]
 
 
 def loaded(name: str, draft_tokens: int | None, **options: int) -> LLM:
-    return LLM(FIXTURES / name, draft_tokens=draft_tokens, **options)  # type: ignore[arg-type]
+    return LLM(fixture(name), draft_tokens=draft_tokens, **options)  # type: ignore[arg-type]
 
 
 def written(llm: LLM, prompt: list[int], **params: object) -> Completion:
@@ -31,7 +31,7 @@ def written(llm: LLM, prompt: list[int], **params: object) -> Completion:
 @pytest.mark.parametrize("activations", ["int8", "int16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_beside_guesses_are_those_alone_to_the_bit(name: str, activations: str) -> None:
-    with LLM(FIXTURES / name, activations=activations) as llm:  # type: ignore[arg-type]
+    with LLM(fixture(name), activations=activations) as llm:  # type: ignore[arg-type]
         assert llm.engine.scheduler.draft_tokens == DRAFT_TOKENS
         prompt = [2, *np.random.default_rng(1).integers(280, 380, 60).tolist()]
         found = []

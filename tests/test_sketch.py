@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from thin import fixture
 from torch import Tensor
 
 from cabochon import LLM, SamplingParams
@@ -119,7 +119,7 @@ def test_which_heads_have_one() -> None:
 @pytest.fixture(params=["e2b-w4a16", "12b-w4a16", "26b-w4a16", "e2b-bf16"])
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LLM]]:
     """A model whose head has a sketch, and the same one without."""
-    folder = FIXTURES / request.param
+    folder = fixture(request.param)
     with LLM(folder) as plain:
         monkeypatch.setattr(sketch, "LEAST", 0)
         with LLM(folder) as sketched:
