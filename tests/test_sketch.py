@@ -14,6 +14,7 @@ from cabochon import LLM, SamplingParams
 from cabochon.kernels import sketch
 from cabochon.kernels.library import Library, library
 from cabochon.kernels.sketch import SketchedHead, sketchable
+from cabochon.nn.shortlist import Products
 from cabochon.nn.weight import DenseWeight, StoredFloats
 
 KERNELS = library()
@@ -87,7 +88,7 @@ def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: in
         head = SketchedHead(kernels, DenseWeight(data))
         for x in inputs():
             whole = head.linear(x).numpy()
-            shortlist = head.shortlist(x)
+            shortlist = head.shortlist(x, float)
             for row in range(len(x)):
                 for mask in (None, allowed):
                     ids, products = shortlist.largest(row, count, never, mask)
@@ -103,7 +104,7 @@ def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: in
 
 def test_few_are_looked_at(kernels: Library) -> None:
     data = dict(matrices(torch.bfloat16))["ordinary"]
-    shortlist = SketchedHead(kernels, DenseWeight(data)).shortlist(next(inputs()))
+    shortlist = SketchedHead(kernels, DenseWeight(data)).shortlist(next(inputs()), float)
     assert all(len(shortlist.largest(row, 1, [], None)[0]) < ROWS // 100 for row in range(5))
 
 
@@ -158,3 +159,20 @@ def test_requests_of_both_kinds_go_together(pair: list[LLM]) -> None:
         return [[(d.tokens, d.logprobs) for d in stream] for stream in streams]
 
     assert told(pair[0]) == told(pair[1])
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0, 400.0, 3000.0])
+def test_what_the_soft_cap_makes_equal_is_not_lost(tiny: LLM, scale: float) -> None:
+    """Near its ends it rounds different products to one logit, of which the first is taken."""
+    model = tiny.runner.model
+    assert model.config.text.softcap
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(20):
+        products = torch.randn(1, 500, generator=generator) * scale
+        capped = model.cap(products)[0].numpy()
+        for count in (1, 5, 64):
+            ids, found = Products(products.clone(), model.floor).largest(0, count, [], None)
+            least = np.sort(capped)[-count]
+            assert set(np.flatnonzero(capped >= least)) <= set(ids.tolist())
+            assert np.array_equal(model.cap(torch.from_numpy(found)).numpy(), capped[ids])
+            assert len(ids) < 2 * count + 5 or scale > 50

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cabochon.engine.sampler import Allowed, Choices, Logits
 from cabochon.gemma4.model import Gemma4
-from cabochon.nn.weight import Shortlist
+from cabochon.nn.shortlist import Shortlist
 
 
 class Prediction(Protocol):
@@ -58,15 +58,13 @@ class Likeliest:
 
 def predictions(model: Gemma4, hidden: Tensor, few: Sequence[bool]) -> list[Prediction]:
     """Of each row of `hidden [rows, hidden_size]`; where `few` says so, of the likeliest tokens."""
+    made: dict[int, Prediction] = {}
     short = [row for row, little in enumerate(few) if little]
-    shortlist = model.shortlist(hidden[short]) if short else None
-    if shortlist is None:
-        return [Whole(logits) for logits in model.logits(hidden)]
-    finite = hidden.isfinite().all(dim=-1).tolist()
-    made: dict[int, Prediction] = {
-        row: Likeliest(model, shortlist, place, finite=finite[row])
-        for place, row in enumerate(short)
-    }
+    if short:
+        shortlist = model.shortlist(hidden[short])
+        finite = hidden.isfinite().all(dim=-1).tolist()
+        for place, row in enumerate(short):
+            made[row] = Likeliest(model, shortlist, place, finite=finite[row])
     whole = [row for row in range(len(few)) if row not in made]
     if whole:
         logits = model.logits(hidden[whole])

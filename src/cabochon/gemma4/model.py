@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,9 @@ from cabochon.gemma4.text import TextModel
 from cabochon.gemma4.vision import VisionTower
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.linear import Linear
-from cabochon.nn.weight import Shortlist
+from cabochon.nn.shortlist import Shortlist
+
+_ROUNDING = 1e-6  # of tanh in float32, generously
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +91,18 @@ class Gemma4(nn.Module):
         )
         return self.cap(head(hidden).float())
 
-    def shortlist(self, hidden: Tensor) -> Shortlist | None:
-        """A way to the largest logits, before the soft-cap, that does not compute all of them."""
+    def shortlist(self, hidden: Tensor) -> Shortlist:
+        """The largest logits of each row, before the soft-cap."""
         head = self.lm_head if self.has_head else self.model.language_model.embed_tokens
-        return head.weight.shortlist(hidden)
+        return head.weight.shortlist(hidden, self.floor)
+
+    def floor(self, logit: float) -> float:
+        """The least logit that the soft-cap may make equal to this one: it rounds at its ends."""
+        cap = self.config.text.softcap
+        if cap is None or not math.isfinite(logit):
+            return logit
+        share = math.tanh(logit / cap) - _ROUNDING
+        return cap * math.atanh(share) if share > -1 else -math.inf
 
     def cap(self, logits: Tensor) -> Tensor:
         cap = self.config.text.softcap

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Library, address, threads
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.layout import Layout
+from cabochon.nn.shortlist import Allowed, Floor, Ids, Numbers, kth_largest, reaching, usable
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
 GROUP = 64  # csrc/sketch.h
@@ -61,10 +61,10 @@ class SketchedHead(FloatsWeight):
 
     margins: Tensor  # [out_features], of products with an input of norm 1
 
-    def shortlist(self, x: Tensor) -> Candidates:
-        return Candidates(self, x)
+    def shortlist(self, x: Tensor, floor: Floor) -> Candidates:
+        return Candidates(self, x, floor)
 
-    def products(self, x: Tensor, ids: npt.NDArray[np.int64]) -> Tensor:
+    def products(self, x: Tensor, ids: Ids) -> Tensor:
         """Those of one input `[in_features]` with the rows `ids`, as `linear` has them."""
         y = torch.empty(len(ids))
         count, chosen = len(ids), ids.ctypes.data
@@ -77,21 +77,18 @@ class SketchedHead(FloatsWeight):
 class Candidates:
     """The products of `x [rows, in_features]` as the sketch has them, to be looked into."""
 
-    def __init__(self, head: SketchedHead, x: Tensor) -> None:
+    def __init__(self, head: SketchedHead, x: Tensor, floor: Floor) -> None:
         self._head = head
+        self._floor = floor
         self._x = x.float().contiguous()
         self._near = head.sketch.linear(self._x).numpy()
         self._norms = torch.linalg.vector_norm(self._x, dim=-1).tolist()
         self._margins = head.margins.numpy()
 
     def largest(
-        self, row: int, count: int, never: Sequence[int], allowed: npt.NDArray[np.bool_] | None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        near = self._near[row]
-        near[list(never)] = -np.inf
-        if allowed is not None:
-            near = np.where(allowed, near, -np.inf)
+        self, row: int, count: int, never: Sequence[int], allowed: Allowed | None
+    ) -> tuple[Ids, Numbers]:
+        near = usable(self._near[row], never, allowed)
         margins = self._margins * np.float32(self._norms[row] * _SLACK)
-        enough = np.partition(near - margins, -count)[-count]
-        ids = np.flatnonzero((near + margins >= enough) & (near > -np.inf))
+        ids = reaching(near + margins, self._floor(kth_largest(near - margins, count)))
         return ids, self._head.products(self._x[row], ids).numpy()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cabochon.nn.layout import Layout
+from cabochon.nn.shortlist import Floor, Products, Shortlist
 
 TILE_BYTES = 8 << 20  # of a tile turned into the compute dtype, so that no dense copy ever exists
 
@@ -60,19 +58,6 @@ class StoredFloats:
     rounded: torch.dtype = torch.float32  # what products with scales are rounded to
 
 
-class Shortlist(Protocol):
-    """Products whose largest are known, and the others only about."""
-
-    def largest(
-        self, row: int, count: int, never: Sequence[int], allowed: npt.NDArray[np.bool_] | None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Columns in rising order, and their products exactly as `linear` has them.
-
-        Among them are the `count` largest and whatever equals them, of those that are `allowed`,
-        or of all but `never` some.
-        """
-
-
 class Weight(nn.Module):
     """A matrix of logical shape `[out_features, in_features]`.
 
@@ -96,9 +81,9 @@ class Weight(nn.Module):
         """The rows `ids` (any shape) in `dtype`: `[*ids.shape, in_features]`."""
         raise NotImplementedError
 
-    def shortlist(self, x: Tensor) -> Shortlist | None:
-        """`x @ W.T` for those who want the largest products alone; None: by `linear`, as ever."""
-        return None
+    def shortlist(self, x: Tensor, floor: Floor) -> Shortlist:
+        """`x @ W.T` for those who want the largest products of each row alone."""
+        return Products(self.linear(x), floor)
 
     def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """`x @ W[start:stop].T`: `[..., in_features]` to `[..., stop - start]`, in `x`'s dtype."""
