@@ -45,7 +45,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
 
-DRAFT_TOKENS = 6  # with one that is certain fewer than attention computes in another order
+DRAFT_TOKENS = 15  # with one that is certain fewer than attention computes in another order
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
@@ -103,7 +103,7 @@ class LLM:
         picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
             checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
         draft_tokens: Tokens guessed from what a text repeats and checked in one step, among all
-            requests; 0 for none. None is 6 where answers are the same to the bit, else 0.
+            requests; 0 for none. None is 15 where answers are the same to the bit, else 0.
         weights_only: Leave activations as they are where a recipe quantizes them.
         debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
