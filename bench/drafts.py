@@ -1,28 +1,38 @@
 """How many tokens a step draws when guesses are looked up, on texts that people wrote.
 
-    python bench/drafts.py [REPOSITORY] [--most 6]
+    python bench/drafts.py [REPOSITORY] [--most 15] [--model MODEL]
 
 Three kinds of answers, token by token as they stand (no model writes them): the new version of a
 file after a prompt that holds the old one, from the history of a git repository; the second half of
 a page of its documentation after the first; and the second half of a file of code. The tokenizer is
 a BPE of 32,768 tokens, trained on Python's own library.
+
+With a model, its answers are drawn with as many guesses in each step, and as many right ones, as in
+the text of each kind that is in the middle: what it says itself does not matter for its speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from cabochon import LLM, SamplingParams
+from cabochon.engine import engine
 from cabochon.engine.drafts import Drafter
+from cabochon.llm import DRAFT_TOKENS
 
-ROWS = 8  # texts shorter than so many tokens say nothing
+LEAST = 8  # texts shorter than so many tokens say nothing
 EDITS = 120
+LENGTH, ROUNDS = 300, 3  # of what a model says
 
 
 def train() -> Tokenizer:
@@ -72,10 +82,13 @@ def halves(repository: Path, *endings: str) -> Iterator[tuple[str, str]]:
             yield text[: len(text) // 2], text[len(text) // 2 :]
 
 
-def draw(prompt: list[int], answer: list[int], most: int) -> tuple[int, int]:
-    """Steps that an answer takes, and the rows that they compute."""
+Trace = list[tuple[int, int]]  # of each step: guesses, and right ones
+
+
+def follow(prompt: list[int], answer: list[int], most: int) -> Trace:
+    """The steps that draw `answer`."""
     drafter, tokens = Drafter(), [*prompt, answer[0]]
-    steps = rows = done = 1
+    trace, done = [(0, 0)], 1
     while done < len(answer):
         guesses = drafter.guess(tokens, min(most, len(answer) - done - 1))
         right = 0
@@ -85,33 +98,79 @@ def draw(prompt: list[int], answer: list[int], most: int) -> tuple[int, int]:
             drafter.judge(len(guesses), right)
         tokens += answer[done : done + right + 1]
         done += right + 1
-        steps, rows = steps + 1, rows + 1 + len(guesses)
-    return steps, rows
+        trace.append((len(guesses), right))
+    return trace
+
+
+class Replay:
+    """A drafter that guesses as right and as wrong as in `trace`, knowing the answer."""
+
+    def __init__(self, trace: Trace, prompt: int, answer: Sequence[int]) -> None:
+        self._steps = iter(trace)
+        self._prompt, self._answer = prompt, answer
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        guessed, right = next(self._steps, (0, 0))
+        at = len(tokens) - self._prompt
+        true = list(self._answer[at : at + right])
+        wrong = [self._answer[at + right] ^ 1] if at + right < len(self._answer) else []
+        return [*true, *wrong * (guessed - right)][:most]
+
+    def judge(self, guessed: int, right: int) -> None:
+        pass
+
+
+def replay(llm: LLM, trace: Trace) -> tuple[float, float]:
+    """Tokens a second with such guesses, and without any."""
+    length = min(LENGTH, sum(right + 1 for _, right in trace))
+    prompt = [2, *(random.Random(0).randrange(1000, 200_000) for _ in range(511))]
+    params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+    answer: tuple[int, ...] = ()
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    for guessing in (False, *[False, True] * ROUNDS):  # the first says what the answer is
+        steps = trace[1:] if guessing else []
+        engine.Drafter = partial(Replay, steps, len(prompt), answer)  # type: ignore[misc]
+        clock, tokens = [], []
+        for delta in llm.stream(llm.prompts.raw(prompt), params):
+            tokens += delta.tokens
+            clock.append(time.perf_counter())
+        assert not answer or answer == tuple(tokens), "guesses change nothing"
+        answer = tuple(tokens)
+        speeds[guessing].append((len(tokens) - 1) / (clock[-1] - clock[0]))
+    return statistics.median(speeds[True]), statistics.median(speeds[False][1:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("repository", nargs="?", type=Path, default=Path(__file__).parents[1])
-    parser.add_argument("--most", type=int, default=6, help="guesses a step")
+    parser.add_argument("--most", type=int, default=DRAFT_TOKENS, help="guesses a step")
+    parser.add_argument("--model", help="whose speed is measured")
     args = parser.parse_args()
     tokenizer = train()
+    llm = LLM(args.model, max_context=2048, draft_tokens=args.most) if args.model else None
     for name, texts in (
         ("a file with a change", edits(args.repository)),
         ("the second half of a page", halves(args.repository, ".md")),
         ("the second half of a file of code", halves(args.repository, ".py")),
     ):
-        gains, total, steps, rows = [], 0, 0, 0
+        traces = []
         for prompt, answer in texts:
             one, other = tokenizer.encode(prompt).ids, tokenizer.encode(answer).ids
-            if min(len(one), len(other)) < ROWS:
-                continue
-            took, computed = draw(one, other, args.most)
-            gains.append(len(other) / took)
-            total, steps, rows = total + len(other), steps + took, rows + computed
+            if min(len(one), len(other)) >= LEAST:
+                traces.append(follow(one, other, args.most))
+        total = sum(right + 1 for trace in traces for _, right in trace)
+        steps = sum(map(len, traces))
+        rows = sum(guessed + 1 for trace in traces for guessed, _ in trace)
         print(
-            f"{name}: {len(gains)} texts, {total:,} tokens, {total / steps:.2f} a step (median text"
-            f" {statistics.median(gains):.2f}), {rows / steps:.2f} rows a step"
+            f"{name}: {len(traces)} texts, {total:,} tokens, {total / steps:.2f} a step,"
+            f" {rows / steps:.2f} rows a step",
+            flush=True,
         )
+        if llm is not None:
+            long = [trace for trace in traces if sum(r + 1 for _, r in trace) >= LENGTH]
+            long.sort(key=lambda trace: sum(r + 1 for _, r in trace) / len(trace))
+            fast, plain = replay(llm, long[len(long) // 2])
+            print(f"  {fast:.1f} tokens/s, {plain:.1f} without guesses: {fast / plain:.2f} times")
 
 
 if __name__ == "__main__":

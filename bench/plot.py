@@ -19,6 +19,7 @@ import matplotlib
 
 matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "cabochon"  # the same figures make the same file
+matplotlib.rcParams["svg.fonttype"] = "none"
 from matplotlib import pyplot  # noqa: E402
 
 Rates = Sequence[Mapping[str, Any]]
@@ -36,6 +37,7 @@ def draw(
     points = sorted((rate[x], y(rate)) for rate in rates)
     axes.plot(*zip(*points, strict=True), marker="o", label=texts.pop("label", None))
     axes.set(**texts)
+    axes.autoscale()
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

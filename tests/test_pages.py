@@ -48,7 +48,8 @@ def test_weights_move_into_large_pages_and_stay_the_same() -> None:
     assert isinstance(packed, PackedWeight)
     x = torch.randn(2, 2048, generator=generator)
     before, dense = packed.linear(x), packed.dense(torch.float32)
-    enlarge(nn.ModuleList([packed]), library())
+    model = nn.ModuleList([packed])  # whose life the thread does not prolong
+    enlarge(model, library())
     end = time.monotonic() + 30
     while large_bytes(packed.data) < packed.data.nbytes - 2 * LARGE and time.monotonic() < end:
         assert torch.equal(packed.linear(x), before)

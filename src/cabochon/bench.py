@@ -145,9 +145,12 @@ _rooms: list[torch.Tensor] = []
 
 
 def _room() -> torch.Tensor:
-    """What is read; written once, so that it is memory and not one page of zeros."""
+    """What is read, in large pages as weights are; written, or it would be one page of zeros."""
     if not _rooms:
         _rooms.append(torch.ones(_READ, dtype=torch.uint8))
+        kernels = library()
+        if kernels is not None:
+            kernels.enlarge(_rooms[0].data_ptr(), _READ)
     return _rooms[0]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +46,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
 
-DRAFT_TOKENS = 6  # with one that is certain fewer than attention computes in another order
+DRAFT_TOKENS = 15  # with one that is certain fewer than attention computes in another order
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
@@ -80,7 +81,7 @@ class _Text(NamedTuple):
 
     prompts: Prompts
     generation: GenerationDefaults
-    longest_step: int
+    longest_step: int  # tokens of one sequence computed at once
     cache: CachePlan
 
 
@@ -103,7 +104,7 @@ class LLM:
         picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
             checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
         draft_tokens: Tokens guessed from what a text repeats and checked in one step, among all
-            requests; 0 for none. None is 6 where answers are the same to the bit, else 0.
+            requests; 0 for none. None is 15 where answers are the same to the bit, else 0.
         weights_only: Leave activations as they are where a recipe quantizes them.
         debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
@@ -133,17 +134,17 @@ class LLM:
         debug_nan: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        sizes = {
-            "threads": threads,
-            "kv_cache_bytes": kv_cache_bytes,
-            "max_batch": max_batch,
-            "prefill_chunk": prefill_chunk,
-            "max_context": max_context,
-        }
-        choices = {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype}
-        _check_options(choices, sizes)
-        if draft_tokens is not None and draft_tokens < 0:
-            raise CabochonError(f"draft_tokens is {draft_tokens}, expected 0 or more")
+        _check_options(
+            {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype},
+            {
+                "threads": (threads, 1),
+                "kv_cache_bytes": (kv_cache_bytes, 1),
+                "max_batch": (max_batch, 1),
+                "prefill_chunk": (prefill_chunk, 1),
+                "max_context": (max_context, 1),
+                "draft_tokens": (draft_tokens, 0),
+            },
+        )
         source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
         self.name = source.name
         if threads is not None:
@@ -155,20 +156,17 @@ class LLM:
         self.config: Gemma4Config = plan.config
         memory = _memory_for(plan, source.path)
         self.prefill_chunk = prefill_chunk
-
-        def read_text() -> _Text:
-            prompts, generation = open_text(self.report)
-            if picture_tokens is not None:
-                prompts.limit_pictures(picture_tokens)
-            # A picture that must stay whole may make a step longer than the chunk.
-            step = max(prefill_chunk, prompts.longest_picture)
-            budget, text = kv_cache_bytes or memory // 8, self.config.text
-            cache = CachePlan.fit(text, numbers.kept, budget, max_batch, step, max_context)
-            return _Text(prompts, generation, step, cache)
-
+        fit = partial(
+            CachePlan.fit,
+            self.config.text,
+            numbers.kept,
+            kv_cache_bytes or memory // 8,
+            max_batch,
+            max_context=max_context,
+        )
         self.kernels = Kernels(library(), numbers.activations)
         with ThreadPoolExecutor(1) as aside:  # to make a tokenizer takes as long as to read weights
-            text = aside.submit(read_text)
+            text = aside.submit(_read_text, self.report, picture_tokens, prefill_chunk, fit)
             told = _or_error_of(text, progress)
             gemma, self.certificate = _load(plan, numbers.compute, self.kernels, told)
         self.prompts, generation, self._longest_step, cache = text.result()
@@ -295,6 +293,20 @@ def open_text(report: Report) -> tuple[Prompts, GenerationDefaults]:
     return prompts, GenerationDefaults.of_gguf(gguf.metadata, prompts.tokenizer)
 
 
+def _read_text(
+    report: Report,
+    picture_tokens: int | None,
+    prefill_chunk: int,
+    fit: Callable[[int], CachePlan],
+) -> _Text:
+    prompts, generation = open_text(report)
+    if picture_tokens is not None:
+        prompts.limit_pictures(picture_tokens)
+    # A picture that must stay whole may make a step longer than the chunk.
+    step = max(prefill_chunk, prompts.longest_picture)
+    return _Text(prompts, generation, step, fit(step))
+
+
 def _memory_for(plan: LoadPlan, path: Path) -> int:
     """Bytes of this machine's memory, which hold the weights at the least.
 
@@ -355,14 +367,15 @@ def _load(plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progre
     return loaded
 
 
-def _check_options(choices: Mapping[str, str], sizes: Mapping[str, int | None]) -> None:
+def _check_options(choices: Mapping[str, str], sizes: Mapping[str, tuple[int | None, int]]) -> None:
+    """Each of `choices` is one that there is, each of `sizes` at least so large if it is set."""
     for name, choice in choices.items():
         if choice not in _CHOICES[name]:
             expected = ", ".join(_CHOICES[name])
             raise CabochonError(f"{name} is {choice!r}, expected one of {expected}")
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise CabochonError(f"{name} is {size}, expected at least 1")
+    for name, (size, least) in sizes.items():
+        if size is not None and size < least:
+            raise CabochonError(f"{name} is {size}, expected at least {least}")
 
 
 def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[AnyPrompt]:

@@ -116,7 +116,7 @@ class EngineSettings(BaseModel):
         ge=0,
         le=63,
         description="Tokens guessed from what a text repeats and checked in one step, among all"
-        " requests; 6 without it where that changes no bit of an answer, else 0",
+        " requests; 15 without it where that changes no bit of an answer, else 0",
     )
     weights_only: bool = Field(
         False, description="Leave activations as they are where a recipe quantizes them"

@@ -62,7 +62,7 @@ def execute(
     model = blank(plan)
     measure = Measure(thorough=thorough, look=look)
     reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
-    done = 0
+    done, total = 0, plan.nbytes
     parts: dict[str, dict[int, Weight]] = {}
     ahead = ReadAhead()
     for read in sorted(reads, key=_position):
@@ -80,7 +80,7 @@ def execute(
             fill_parameter(model, read, dtype, measure)
             done += read.tensor.nbytes
         if progress is not None:
-            progress(done, plan.nbytes)
+            progress(done, total)
     for name, stored in parts.items():
         fill_site(model, name, Stack([stored[part] for part in sorted(stored)]))
     check_bounds(model)

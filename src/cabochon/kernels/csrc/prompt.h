@@ -15,7 +15,7 @@ constexpr int TALL = 2, BROAD = 1;
 constexpr int SPAN = BROAD * LANES;
 constexpr int TILE = 48;    // positions
 constexpr int LINES = 128;  // at most
-constexpr int MANY = 8;     // queries of a sequence, to be looked at together
+constexpr int MANY = 32;    // queries of a sequence, to be looked at together
 constexpr float NOTHING = -1e30f;
 
 // to [TALL, SPAN] = or += a [TALL, k] b [k, SPAN]. Entries of `a` lie `row` and `column` apart.
