@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "api.h"
@@ -136,17 +137,23 @@ static void matrices() {
         }
 }
 
+static std::vector<uint8_t> floats(int type, int count) {
+  const int size = type == ROW_E4M3 ? 1 : type == ROW_F32 ? 4 : 2;
+  std::vector<uint8_t> data((size_t)count * size);
+  for (int i = 0; i < count; i++) {
+    if (type == ROW_BF16) ((uint16_t*)data.data())[i] = 0x3c80 + below(0x80) + below(2) * 0x8000;
+    else if (type == ROW_F16) ((uint16_t*)data.data())[i] = half() + below(2) * 0x8000;
+    else if (type == ROW_F32) ((float*)data.data())[i] = normal();
+    else data[i] = below(127) + below(2) * 128;
+  }
+  return data;
+}
+
 static void stored_floats() {
   const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
   for (int type = 0; type < 4; type++) {
-    const int rows = 37, columns = 101, size = type == ROW_E4M3 ? 1 : type == ROW_F32 ? 4 : 2;
-    std::vector<uint8_t> data((size_t)rows * columns * size);
-    for (size_t i = 0; i < data.size() / size; i++) {
-      if (type == ROW_BF16) ((uint16_t*)data.data())[i] = 0x3c80 + below(0x80) + below(2) * 0x8000;
-      else if (type == ROW_F16) ((uint16_t*)data.data())[i] = half() + below(2) * 0x8000;
-      else if (type == ROW_F32) ((float*)data.data())[i] = normal();
-      else data[i] = below(127) + below(2) * 128;
-    }
+    const int rows = 37, columns = 101;
+    const std::vector<uint8_t> data = floats(type, rows * columns);
     const std::vector<float> scales = inputs(10 * 4);
     for (int n : {1, 2, 5}) {
       const std::vector<float> x = inputs(n * columns);
@@ -155,13 +162,41 @@ static void stored_floats() {
       one->times_rows(&m, nullptr, x.data(), columns, n, 0, rows, y.data(), rows, 1);
       other->times_rows(&m, nullptr, x.data(), columns, n, 0, rows, z.data(), rows, 1);
       compare("stored floats " + std::to_string(type), y, z, 1e-4);
+      const std::vector<int64_t> ids{36, 0, 5, 5, 17};
+      one->times_rows(&m, ids.data(), x.data(), columns, n, 0, 5, y.data(), rows, 1);
+      other->times_rows(&m, ids.data(), x.data(), columns, n, 0, 5, z.data(), rows, 1);
+      compare("some stored floats " + std::to_string(type), y, z, 1e-4);
     }
+  }
+}
+
+static void sketches() {
+  const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
+  for (int type = 0; type < 3; type++) {
+    const int rows = 300, columns = 192;
+    const std::vector<uint8_t> data = floats(type, rows * columns);
+    const Rows m{data.data(), nullptr, rows, columns, type, 1, columns};
+    const auto made = [&](const Table* by) {
+      std::vector<uint8_t> codes(rows * columns);
+      std::vector<uint16_t> scales(rows * columns / 64);
+      std::vector<float> left(rows), norms(rows), all;
+      by->sketch(&m, codes.data(), scales.data(), left.data(), norms.data(), 1);
+      all.insert(all.end(), codes.begin(), codes.end());
+      all.insert(all.end(), scales.begin(), scales.end());
+      return std::make_tuple(all, left, norms);
+    };
+    const auto [codes, left, norms] = made(one);
+    const auto [others, others_left, others_norms] = made(other);
+    compare("sketch " + std::to_string(type), codes, others, 0);
+    compare("what a sketch leaves", left, others_left, 1e-4);
+    compare("norms", norms, others_norms, 1e-5);
   }
 }
 
 int main() {
   matrices();
   stored_floats();
+  sketches();
   printf("%d compared, %d failed\n", compared, failures);
   return failures != 0;
 }
