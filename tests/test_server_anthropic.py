@@ -136,6 +136,7 @@ def test_thoughts(client: Anthropic, llm: LLM, monkeypatch: pytest.MonkeyPatch) 
         return logits
 
     monkeypatch.setattr(Sampling, "penalize", wishful)
+    monkeypatch.setattr(Sampling, "count", None)  # it wants all logits
     with client.messages.stream(
         model=DEMO, messages=say("Think."), max_tokens=20,
         thinking={"type": "enabled", "budget_tokens": 6},

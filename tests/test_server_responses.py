@@ -137,6 +137,7 @@ def test_reasoning_is_an_item_of_its_own(
         return logits
 
     monkeypatch.setattr(Sampling, "penalize", wishful)
+    monkeypatch.setattr(Sampling, "count", None)  # it wants all logits
     body = {"input": "Think.", "reasoning": {"effort": "low"}, "max_output_tokens": 30}
     events = events_of(url, body)
     for event in events:
