@@ -176,6 +176,22 @@ def test_one_tensor_told_as_the_other_half_is_noted(tmp_path: Path, name: str, t
     assert any(tensor in word and "F16" in word for word in load(copy.folder)[1])
 
 
+@pytest.mark.parametrize("damage", ["zeroed", "retyped"])
+def test_biases_of_a_matrix_without_peers_are_held_against_it(damage: str, tmp_path: Path) -> None:
+    """Its scales know their dtype, and entries that all have one sign are none of a matrix."""
+    source = {folder.name: folder for folder in folders()}["31b-mlx-few"]
+    copy = Copy(source, tmp_path / source.name)
+    tensors = copy.read()
+    biases = next(t for t in tensors if t.name.endswith("layers.0.self_attn.k_proj.biases"))
+    if damage == "zeroed":
+        biases.data = bytes(len(biases.data))
+    else:
+        biases.dtype = {"BF16": "F16", "F16": "BF16"}[biases.dtype]
+    copy.write(tensors)
+    said = load(copy.folder)[1] - original(source)[1]
+    assert any("k_proj" in word and "biases" in word for word in said), said
+
+
 def test_biases_that_half_of_the_experts_parts_lost_are_noted(tmp_path: Path) -> None:
     copy = Copy(fixture("26b-mlx4"), tmp_path / "26b-mlx4")
     tensors = copy.read()

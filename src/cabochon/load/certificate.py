@@ -123,6 +123,8 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
         if site.far_parts:
             parts = f"{site.far_parts} of its {site.parts} parts"
             yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
+        if site.largest and site.levels.get("biases") == 0:
+            yield "", site.name, 1, "all biases are zero, so that all entries have one sign"
         if site.seen and not site.largest:
             yield "", site.name, 1, "every entry that was looked at is zero"
     yield from _beside_zero(sites)

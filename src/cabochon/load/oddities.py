@@ -34,7 +34,16 @@ def oddities(
     dense = [read.stored[slot.leaf] for read, slot in slots if slot.holds == "matrix"]
     yield from _other_halves(raw, [*dense, *parameters])
     yield from _odd_halves(sites, beside={meta.name for meta in dense})
+    yield from _unlike_their_scales(sites)
     yield from _odd_groups(sites)
+
+
+def _unlike_their_scales(sites: Iterable[SiteRead]) -> Iterator[Oddity]:
+    """MLX makes scales and biases of a matrix together, in one dtype."""
+    for read in sites:
+        scales, biases = read.stored.get("scales"), read.stored.get("biases")
+        if scales and biases and {scales.dtype, biases.dtype} == _HALVES:
+            yield Oddity(biases.name, f"stored as {biases.dtype}, its scales as {scales.dtype}")
 
 
 def _other_halves(raw: Mapping[str, Any], stored: Sequence[TensorMeta]) -> Iterator[Oddity]:
