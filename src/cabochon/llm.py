@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cabochon.checkpoint.source import Source
-from cabochon.config import Gemma4Config
+from cabochon.config import Gemma4Config, beside
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.defaults import GenerationDefaults
 from cabochon.engine.engine import Engine
@@ -25,7 +26,8 @@ from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.scheduler import Scheduled
 from cabochon.engine.stream import Stream
-from cabochon.errors import CabochonError, RequestError, ResourceError
+from cabochon.errors import CabochonError, LoadError, RequestError, ResourceError
+from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.sounds import Wave
 from cabochon.kernels.choose import Kernels
@@ -103,8 +105,10 @@ class LLM:
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
         picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
             checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
-        draft_tokens: Tokens guessed from what a text repeats and checked in one step, among all
-            requests; 0 for none. None is 15 where answers are the same to the bit, else 0.
+        drafter: A small model made to guess for this one, such as `org/name-assistant`.
+        draft_tokens: Tokens guessed from what a text repeats, or by the drafter, and checked in one
+            step, among all requests; 0 for none. None is 15 with a drafter, and where answers are
+            the same to the bit; else 0.
         weights_only: Leave activations as they are where a recipe quantizes them.
         debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
@@ -129,6 +133,7 @@ class LLM:
         prefill_chunk: int = 512,
         max_context: int | None = None,
         picture_tokens: int | None = None,
+        drafter: str | Path | Source | None = None,
         draft_tokens: int | None = None,
         weights_only: bool = False,
         debug_nan: bool = False,
@@ -145,7 +150,7 @@ class LLM:
                 "draft_tokens": (draft_tokens, 0),
             },
         )
-        source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+        source = _source(model, weights_only)
         self.name = source.name
         if threads is not None:
             torch.set_num_threads(threads)
@@ -154,7 +159,8 @@ class LLM:
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config
-        memory = _memory_for(plan, source.path)
+        drafting = None if drafter is None else _plan_drafter(drafter, plan, weights_only)
+        memory = _memory_for([plan, *([drafting] if drafting else [])], source.path)
         self.prefill_chunk = prefill_chunk
         fit = partial(
             CachePlan.fit,
@@ -169,6 +175,7 @@ class LLM:
             text = aside.submit(_read_text, self.report, picture_tokens, prefill_chunk, fit)
             told = _or_error_of(text, progress)
             gemma, self.certificate = _load(plan, numbers.compute, self.kernels, told)
+            assert isinstance(gemma, Gemma4)
         self.prompts, generation, self._longest_step, cache = text.result()
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
@@ -186,7 +193,8 @@ class LLM:
             ends=generation.ends,
             suppressed=generation.suppressed,
             prefill_chunk=prefill_chunk,
-            draft_tokens=_draft_tokens(gemma) if draft_tokens is None else draft_tokens,
+            draft_tokens=_draft_tokens(gemma, drafting) if draft_tokens is None else draft_tokens,
+            drafter=_load_drafter(drafting, numbers, progress) if drafting else None,
         )
 
     @property
@@ -307,28 +315,59 @@ def _read_text(
     return _Text(prompts, generation, step, fit(step))
 
 
-def _memory_for(plan: LoadPlan, path: Path) -> int:
+def _source(model: str | Path | Source | None, weights_only: bool) -> Source:
+    return model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+
+
+def _plan_drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: bool) -> LoadPlan:
+    """How a drafter is loaded that guesses for `target`; read with it in mind, before any weight.
+
+    Raises:
+        UnreadableError, LoadError: it is no drafter that loads, or one of another model.
+    """
+    source = _source(drafter, weights_only)
+    report = plan_checkpoint(
+        source.path, weights_only=weights_only, source=source.shown, as_drafter=True
+    )
+    assert report.plan is not None
+    try:
+        return replace(report.plan, config=beside(report.plan.config, target.config))
+    except LoadError as error:
+        raise LoadError(f"{source.shown}: {error}") from None
+
+
+def _load_drafter(plan: LoadPlan, numbers: _Numbers, progress: Progress | None) -> Drafter:
+    kernels = Kernels(library(), numbers.activations)
+    drafter, _ = _load(plan, numbers.compute, kernels, progress)
+    assert isinstance(drafter, Drafter)
+    return drafter
+
+
+def _memory_for(plans: Sequence[LoadPlan], path: Path) -> int:
     """Bytes of this machine's memory, which hold the weights at the least.
 
     Raises:
         ResourceError: they do not.
     """
     memory = machine_memory()
-    if plan.nbytes > memory:
+    nbytes = sum(plan.nbytes for plan in plans)
+    if nbytes > memory:
         raise ResourceError(
-            f"the weights of {path} take {plan.nbytes / 1e9:.2f} GB of memory, and there are"
+            f"the weights of {path} take {nbytes / 1e9:.2f} GB of memory, and there are"
             f" {memory / 1e9:.2f} GB in all"
         )
     return memory
 
 
-def _draft_tokens(model: Gemma4) -> int:
+def _draft_tokens(model: Gemma4, drafting: LoadPlan | None) -> int:
     """How many guesses are worth their price.
 
     Kernels that round activations compute every column by itself, so that a token's logits are the
-    same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are.
+    same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are, so
+    that there nothing is guessed unless somebody asks for it.
     """
-    return DRAFT_TOKENS if model.model.language_model.together is not None else 0
+    fast = model.model.language_model.together is not None
+    return DRAFT_TOKENS if fast or drafting is not None else 0
 
 
 def _or_error_of(other: Future[Any], progress: Progress | None) -> Progress:
@@ -343,7 +382,9 @@ def _or_error_of(other: Future[Any], progress: Progress | None) -> Progress:
     return told
 
 
-def _load(plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress) -> Loaded:
+def _load(
+    plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress | None
+) -> Loaded:
     """The model, its kernels chosen, said and joined."""
     try:
         loaded = execute(

@@ -246,6 +246,7 @@ def _layers(
             intermediate_size=widths[i],
             window=window if kind == "sliding" else None,
             pictures=sight[kind],
+            shares_kv=sources[i] != i,
             kv_source=sources[i],
         )
         for i, kind in enumerate(kinds)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels import mixtures
@@ -25,7 +26,7 @@ WIDTH = 16  # floats of the widest vectors; sizes must be multiples
 _KEPT = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
-def fuse(model: Gemma4, library: Library | None) -> str:
+def fuse(model: Gemma4 | Drafter, library: Library | None) -> str:
     """Let every layer that can be run in one call; returns what was fused, for people."""
     text = model.model.language_model
     fused: dict[int, FusedLayer] = {}

@@ -64,6 +64,9 @@ class SketchedHead(FloatsWeight):
     def shortlist(self, x: Tensor, floor: Floor) -> Candidates:
         return Candidates(self, x, floor)
 
+    def nearly(self, x: Tensor) -> Tensor:
+        return self.sketch.linear(x)
+
     def products(self, x: Tensor, ids: Ids) -> Tensor:
         """Those of one input `[in_features]` with the rows `ids`, as `linear` has them."""
         y = torch.empty(len(ids))

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from cabochon.checkpoint.folder import read_tensor
 from cabochon.checkpoint.mapped import ReadAhead, map_tensor, pieces
 from cabochon.errors import LoadError
+from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.certificate import Certificate
 from cabochon.load.look import Looked, kind_of, look_at
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.transforms import transform
-from cabochon.load.values import check_finite, check_looked, check_value
+from cabochon.load.values import check_finite, check_looked, check_order, check_value
 from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.look import Look, plainly
@@ -27,8 +28,11 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Prepare = Callable[[Weight, bool], Weight]
 
 
+Model = Gemma4 | Drafter
+
+
 class Loaded(NamedTuple):
-    model: Gemma4
+    model: Model
     certificate: Certificate
 
 
@@ -87,11 +91,12 @@ def execute(
     return Loaded(model.eval(), measure.certificate(plan, _filled(model, plan)))
 
 
-def blank(plan: LoadPlan) -> Gemma4:
+def blank(plan: LoadPlan) -> Model:
     """The model that `plan`, which has no problems, describes, without a weight."""
     assert not plan.problems
+    kind = Gemma4 if plan.config.drafting is None else Drafter
     with torch.device("meta"):
-        model = Gemma4(plan.config, has_head=plan.has_head)
+        model: Model = kind(plan.config, has_head=plan.has_head)
     _assert_same(model, plan)
     return model
 
@@ -111,7 +116,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _assert_same(model: Gemma4, plan: LoadPlan) -> None:
+def _assert_same(model: Model, plan: LoadPlan) -> None:
     """The plan was made from `load.tree`; it must be of the model that was built."""
     modules = dict(model.named_modules())
     built = {name for name, module in modules.items() if isinstance(module, Linear | Embedding)}
@@ -122,7 +127,7 @@ def _assert_same(model: Gemma4, plan: LoadPlan) -> None:
     assert shapes == wanted, sorted(shapes.items() ^ wanted.items())
 
 
-def _filled(model: Gemma4, plan: LoadPlan) -> int:
+def _filled(model: Model, plan: LoadPlan) -> int:
     """How many matrices and parameters there are, none of which may be empty."""
     parameters = dict(tensors_of(model))
     for name, tensor in parameters.items():
@@ -138,7 +143,7 @@ def _position(read: SiteRead | ParameterRead) -> tuple[str, int]:
     return min((str(meta.file), meta.span[0]) for meta in metas)
 
 
-def fill_site(model: Gemma4, name: str, weight: Weight) -> None:
+def fill_site(model: Model, name: str, weight: Weight) -> None:
     module = model.get_submodule(name)
     assert isinstance(module, Linear | Embedding)
     module.weight = weight
@@ -174,14 +179,16 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
 
 
 def fill_parameter(
-    model: Gemma4, read: ParameterRead, dtype: torch.dtype, measure: Measure
+    model: Model, read: ParameterRead, dtype: torch.dtype, measure: Measure
 ) -> None:
     tensor = read_tensor(read.tensor)
     measure.tensor(read.tensor, [tensor])
-    tensor = tensor.float()
+    tensor = tensor.long() if read.parameter.order else tensor.float()
     if read.transform is not None:
         tensor = transform(tensor, read.transform, read.parameter.shape)
-    if not read.parameter.bound:
+    if read.parameter.order:
+        check_order(tensor, read.tensor)
+    elif not read.parameter.bound:
         check_finite(tensor, read.tensor, dtype)
     elif tensor.isnan().any():
         raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
@@ -193,7 +200,7 @@ def fill_parameter(
         setattr(module, leaf, tensor)
 
 
-def check_bounds(model: Gemma4) -> None:
+def check_bounds(model: Model) -> None:
     """`LoadError` if a layer of a tower would let nothing through between its bounds."""
     for name, module in model.named_modules():
         if not isinstance(module, ClippableLinear) or not module.clipped:

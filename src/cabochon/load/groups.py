@@ -36,6 +36,8 @@ _GROUPS = (
     (re.compile(rf"{re.escape(VISION_PROJECTOR)}"), "vision projector"),
     (re.compile(rf"{re.escape(AUDIO)}\..+"), "audio tower"),
     (re.compile(rf"{re.escape(AUDIO_PROJECTOR)}"), "audio projector"),
+    (re.compile(r"(pre|post)_projection"), "drafter's projections"),
+    (re.compile(r"masked_embedding\..+"), "clusters of tokens"),
 )
 _PARAMETERS = "norms and scalars"
 

@@ -40,7 +40,7 @@ class Identity:
         total = sum(entries.values()) + sum(math.prod(p.shape) for p in tree.parameters)
         size = (text.hidden_size, len(text.layers))
         return cls(
-            name=_NAMES.get(size, "a Gemma 4 of another size"),
+            name=_name(config),
             parameters=total,
             tables=tables,
             active=total - tables - _idle(experts, text.experts),
@@ -61,6 +61,15 @@ class Identity:
             "context": self.context,
             "takes": list(self.takes),
         }
+
+
+def _name(config: Gemma4Config) -> str:
+    text, drafting = config.text, config.drafting
+    if drafting is None:
+        return _NAMES.get((text.hidden_size, len(text.layers)), "a Gemma 4 of another size")
+    targets = (name for (hidden, _), name in _NAMES.items() if hidden == drafting.target_size)
+    target = next(targets, f"a Gemma 4 of {drafting.target_size:,}")
+    return f"a drafter, which guesses for {target}"
 
 
 def _idle(entries: int, experts: ExpertsConfig | None) -> int:

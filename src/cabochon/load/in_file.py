@@ -46,6 +46,7 @@ def in_file(
             parts = [hold(build_weight(read, dtype)) for read in matrix.reads]
         stored = parts[0] if matrix.reads[0].part is None else Stack(parts)
         fill_site(model, matrix.name, stored)
+    assert isinstance(model, Gemma4)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cabochon.checkpoint.folder import Checkpoint, Sizes
-from cabochon.config import ForeignArchitecture, kept_layers
+from cabochon.config import DRAFTERS, ForeignArchitecture, kept_layers
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.files import read_json_object
 from cabochon.load.describe import describe
@@ -64,6 +64,10 @@ class Report:
     def kept(self) -> tuple[Kept, ...]:
         """What a sequence keeps of its tokens."""
         return tuple(map(Kept.of, kept_layers(self.plan.config.text))) if self.plan else ()
+
+    @property
+    def is_drafter(self) -> bool:
+        return self.plan is not None and self.plan.config.drafting is not None
 
     @property
     def identity(self) -> Identity | None:
@@ -199,19 +203,32 @@ def inspect_checkpoint(
     )
 
 
-def plan_checkpoint(path: Path, *, weights_only: bool = False, source: str | None = None) -> Report:
+def plan_checkpoint(
+    path: Path, *, weights_only: bool = False, source: str | None = None, as_drafter: bool = False
+) -> Report:
     """The report on a checkpoint that loads, with its plan; what else it needs can be read next.
 
     `source` is what the report calls it; the path without it.
 
     Raises:
         UnreadableError: there is no checkpoint that could be judged, or there are no weights.
-        LoadError: it would not load exactly right; the text is the report.
+        LoadError: it would not load exactly right; the text is the report. Or it is a drafter, or
+            is none, whichever was not meant.
     """
     report = inspect_checkpoint(path, weights_only=weights_only, source=source)
     if not report.loads:
         raise LoadError(report.text())
     report.require_weights()
+    if report.is_drafter and not as_drafter:
+        raise LoadError(
+            f"{report.source} is a drafter, which guesses for a larger model and does not answer by"
+            " itself: name it with --drafter beside that model"
+        )
+    if as_drafter and not report.is_drafter:
+        raise LoadError(
+            f"{report.source} is no drafter but a {report.architecture}; a drafter's architecture"
+            f" is one of {', '.join(sorted(DRAFTERS))}"
+        )
     return report
 
 

@@ -90,7 +90,9 @@ class Subject:
     def model(self) -> Gemma4:
         if self.plan.nbytes > IN_MEMORY:
             return in_file(self.plan, dtype=torch.float32)
-        return execute(self.plan, dtype=torch.float32).model
+        model = execute(self.plan, dtype=torch.float32).model
+        assert isinstance(model, Gemma4)
+        return model
 
     def served(self, kernels: Kernels) -> Gemma4:
         """A model for many steps: as it is served, if what is read in each step has room."""
