@@ -68,9 +68,7 @@ def drafter(member: str) -> Path:
 def reference(folder: Path, member: str) -> Any:
     """transformers' own model of a drafter, in float32."""
     mend()
-    model = _class(member).from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = _class(member).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
 

@@ -18,7 +18,7 @@ class Drafts:
     """Guesses for the sequences of one cache, all together."""
 
     def __init__(self, drafter: Drafter, target: Runner, cache: PagedCache) -> None:
-        self._drafter = drafter
+        self.drafter = drafter
         self._target = target
         self._cache = cache
 
@@ -35,8 +35,8 @@ class Drafts:
         embed = self._target.model.model.language_model.embed_tokens
         made = []
         for _ in range(count):
-            hidden, states = self._drafter(embed(tokens, dtype), states, positions, past)
-            tokens = self._drafter.likeliest(hidden)
+            hidden, states = self.drafter(embed(tokens, dtype), states, positions, past)
+            tokens = self.drafter.likeliest(hidden)
             made.append(tokens)
         guesses: list[list[int]] = torch.stack(made, dim=1).tolist()
         return guesses
@@ -48,9 +48,7 @@ class Past:
     A row sees what the token itself will see there, of which it is the last.
     """
 
-    def __init__(
-        self, cache: PagedCache, tables: Sequence[PageTable], ends: Sequence[int]
-    ) -> None:
+    def __init__(self, cache: PagedCache, tables: Sequence[PageTable], ends: Sequence[int]) -> None:
         self._cache = cache
         self._tables = tables
         self._ends = ends
@@ -83,9 +81,7 @@ class Past:
 
     def narrow(self, rows: Tensor) -> Past:
         chosen = rows.tolist()
-        return Past(
-            self._cache, [self._tables[i] for i in chosen], [self._ends[i] for i in chosen]
-        )
+        return Past(self._cache, [self._tables[i] for i in chosen], [self._ends[i] for i in chosen])
 
     def _first(self, group: int, end: int) -> int:
         window = self._cache.plan.groups[group].window

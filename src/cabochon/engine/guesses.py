@@ -84,7 +84,7 @@ class Guesser:
 
     def __init__(self, most: int, drafts: Drafts | None = None) -> None:
         self.most = most
-        self._drafts = drafts
+        self.drafts = drafts
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> None:
         """Guess for `sequences`, each of which has its latest token left to compute."""
@@ -96,11 +96,11 @@ class Guesser:
             if room <= 0:
                 continue
             sequence.guesses.look_up(sequence.tokens, room)
-            if self._drafts is not None and not sequence.guesses.tokens:
+            if self.drafts is not None and not sequence.guesses.tokens:
                 asked[sequence] = sequence.guesses.draft(room)
         longest = max(asked.values(), default=0)
-        if self._drafts is None or not longest:
+        if self.drafts is None or not longest:
             return
         drafting = [sequence for sequence, count in asked.items() if count]
-        for sequence, tokens in zip(drafting, self._drafts(drafting, longest), strict=True):
+        for sequence, tokens in zip(drafting, self.drafts(drafting, longest), strict=True):
             sequence.guesses.tokens = tokens[: asked[sequence]]

@@ -178,9 +178,7 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
     return weight if read.activations is None else read.activations.around(weight, tensors)
 
 
-def fill_parameter(
-    model: Model, read: ParameterRead, dtype: torch.dtype, measure: Measure
-) -> None:
+def fill_parameter(model: Model, read: ParameterRead, dtype: torch.dtype, measure: Measure) -> None:
     tensor = read_tensor(read.tensor)
     measure.tensor(read.tensor, [tensor])
     tensor = tensor.long() if read.parameter.order else tensor.float()
