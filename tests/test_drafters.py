@@ -13,7 +13,7 @@ import torch
 from checkpoints import altered
 from conftest import FIXTURES, MEMBERS, noise
 from ct import decompressed_into, rounding
-from ct_formats import integers, preset
+from ct_formats import FORMATS, integers, preset
 from ct_writer import encode
 from reference import inputs, relative_error
 from thin import fixture
@@ -31,7 +31,13 @@ from cabochon.load.obtain import inspect_model
 
 References = Callable[[str], Any]
 COUNT = 6  # guesses
-SCHEMES = {"W4A16": integers(4, 16), "NVFP4A16": preset("NVFP4A16"), "W8A8": preset("W8A8")}
+BLOCKS = FORMATS["FP8 block, cut short"][0]
+SCHEMES = {
+    "FP8 block": BLOCKS,
+    "NVFP4A16": preset("NVFP4A16"),
+    "W4A16": integers(4, 16),
+    "W8A8": preset("W8A8"),
+}
 
 
 @pytest.fixture(scope="module", params=MEMBERS)

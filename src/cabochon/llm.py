@@ -156,6 +156,7 @@ class LLM:
             torch.set_num_threads(threads)
         numbers = _Numbers.of(dtype, kv_dtype, activations)
         self.report = plan_checkpoint(source.path, weights_only=weights_only, source=source.shown)
+        self.report.require_model()
         plan = self.report.plan
         assert plan is not None
         self.config: Gemma4Config = plan.config
@@ -326,9 +327,8 @@ def _plan_drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: 
         UnreadableError, LoadError: it is no drafter that loads, or one of another model.
     """
     source = _source(drafter, weights_only)
-    report = plan_checkpoint(
-        source.path, weights_only=weights_only, source=source.shown, as_drafter=True
-    )
+    report = plan_checkpoint(source.path, weights_only=weights_only, source=source.shown)
+    report.require_drafter()
     assert report.plan is not None
     try:
         return replace(report.plan, config=beside(report.plan.config, target.config))

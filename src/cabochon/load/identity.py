@@ -77,5 +77,8 @@ def _idle(entries: int, experts: ExpertsConfig | None) -> int:
 
 
 def _takes(config: Gemma4Config) -> tuple[str, ...]:
+    """A drafter takes what its target has read."""
+    if config.drafting is not None:
+        return ()
     seen = ("pictures", "video") if config.vision is not None else ()
     return ("text", *seen, *(("sound",) if config.audio is not None else ()))

@@ -75,8 +75,13 @@ class Report:
 
     @property
     def forecast(self) -> Forecast | None:
-        """Of the machine that asks. A refused plan does not say what would be read."""
-        return Forecast.of(self.plan, machine_memory()) if self.plan and self.loads else None
+        """Of the machine that asks. A refused plan does not say what would be read.
+
+        A drafter needs what its target needs, and its own weights.
+        """
+        if self.plan is None or not self.loads or self.is_drafter:
+            return None
+        return Forecast.of(self.plan, machine_memory())
 
     @property
     def head(self) -> str:
@@ -118,6 +123,22 @@ class Report:
             raise UnreadableError(
                 f"{self.source} holds headers without their tensors: they can be inspected, not"
                 " loaded"
+            )
+
+    def require_model(self) -> None:
+        """`LoadError` if this is a drafter."""
+        if self.is_drafter:
+            raise LoadError(
+                f"{self.source} is a drafter, which guesses for a larger model and answers nobody"
+                " by itself: name it with --drafter beside that model"
+            )
+
+    def require_drafter(self) -> None:
+        """`LoadError` if this is none."""
+        if not self.is_drafter:
+            raise LoadError(
+                f"{self.source} is no drafter but a {self.architecture}; a drafter's architecture"
+                f" is one of {', '.join(sorted(DRAFTERS))}"
             )
 
     def as_dict(self) -> dict[str, Any]:
@@ -203,32 +224,19 @@ def inspect_checkpoint(
     )
 
 
-def plan_checkpoint(
-    path: Path, *, weights_only: bool = False, source: str | None = None, as_drafter: bool = False
-) -> Report:
+def plan_checkpoint(path: Path, *, weights_only: bool = False, source: str | None = None) -> Report:
     """The report on a checkpoint that loads, with its plan; what else it needs can be read next.
 
     `source` is what the report calls it; the path without it.
 
     Raises:
         UnreadableError: there is no checkpoint that could be judged, or there are no weights.
-        LoadError: it would not load exactly right; the text is the report. Or it is a drafter, or
-            is none, whichever was not meant.
+        LoadError: it would not load exactly right; the text is the report.
     """
     report = inspect_checkpoint(path, weights_only=weights_only, source=source)
     if not report.loads:
         raise LoadError(report.text())
     report.require_weights()
-    if report.is_drafter and not as_drafter:
-        raise LoadError(
-            f"{report.source} is a drafter, which guesses for a larger model and does not answer by"
-            " itself: name it with --drafter beside that model"
-        )
-    if as_drafter and not report.is_drafter:
-        raise LoadError(
-            f"{report.source} is no drafter but a {report.architecture}; a drafter's architecture"
-            f" is one of {', '.join(sorted(DRAFTERS))}"
-        )
     return report
 
 

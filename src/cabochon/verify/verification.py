@@ -83,6 +83,7 @@ class Subject:
     def __init__(self, path: Path, *, weights_only: bool = False) -> None:
         self.path = path
         self.report = plan_checkpoint(path, weights_only=weights_only)
+        self.report.require_model()
         assert self.report.plan is not None
         self.plan = self.report.plan
 
