@@ -104,14 +104,18 @@ def follow(prompt: list[int], answer: list[int], most: int) -> Trace:
 
 
 def imagined(rates: Sequence[float], most: int, length: int) -> Trace:
-    """Steps of a drafter whose guesses, each behind right ones, are right that often."""
-    reach, rng = Reach(), random.Random(1)
+    """Steps of a drafter of whose guesses such shares are right, the first, the second, ...
+
+    Behind the last that is known, shares go on falling as they did.
+    """
+    reach, rng, rates = Reach(), random.Random(1), list(rates)
+    while len(rates) < most:
+        rates.append(rates[-1] * rates[-1] / rates[-2])
     trace, done = [(0, 0)], 1
     while done < length:
         guessed = min(most, reach.now(), length - done - 1)
-        right = 0
-        while right < guessed and rng.random() < rates[min(right, len(rates) - 1)]:
-            right += 1
+        luck = rng.random()
+        right = sum(luck < rate for rate in rates[:guessed])
         if guessed:
             reach.judge(guessed, right)
         done += right + 1

@@ -16,7 +16,7 @@ from cabochon.engine.lookup import LEAST_ALIKE, MOST_ALIKE, Lookup
 from cabochon.engine.request import Completion, Prompt
 from cabochon.llm import DRAFT_TOKENS
 
-MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16")
+MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16", "e2b-bf16", "26b-bf16")
 CIRCLE = [2, *(300 + i % 5 for i in range(40))]
 
 
@@ -26,7 +26,7 @@ def loaded(name: str, draft_tokens: int | None, **options: int) -> LLM:
 
 def written(llm: LLM, prompt: list[int], **params: object) -> Completion:
     asked = SamplingParams(max_tokens=100, ignore_eos=True, **params)  # type: ignore[arg-type]
-    return llm.generate(prompt, asked)[0]
+    return llm.generate(Prompt(tuple(prompt)), asked)[0]
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])

@@ -403,7 +403,7 @@ def _load(
         raise
     level = logging.INFO if kernels.built else logging.WARNING
     logger.log(level, "%s", kernels.describe())
-    logger.info("%s", fuse(loaded.model, library()))
+    logger.info("%s", fuse(loaded.model, library(), exact=kernels.activations == "float32"))
     enlarge(loaded.model, library())
     return loaded
 

@@ -52,6 +52,7 @@ class Past:
         self._cache = cache
         self._tables = tables
         self._ends = ends
+        self._paged: dict[int, tuple[Tensor, ...]] = {}  # pages to high, by group
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         raise AssertionError("a drafter has no keys and values of its own")
@@ -69,15 +70,20 @@ class Past:
 
     def paged(self, layer: int) -> Paged:
         group = self._cache.group_of[layer]
+        if group not in self._paged:
+            self._paged[group] = self._pages_of(group)
+        none = self._paged[group][0][:0].long()
+        return Paged(self._cache.keys[layer], self._cache.values[layer], none, *self._paged[group])
+
+    def _pages_of(self, group: int) -> tuple[Tensor, ...]:
         pages: list[int] = []
         page_at: list[int] = []
         for table, end in zip(self._tables, self._ends, strict=True):
             page_at.append(len(pages))
             pages.extend(table.pages[group][: -(-end // PAGE)])
         low = [self._first(group, end) for end in self._ends]
-        whole = [torch.tensor(x, dtype=torch.int32) for x in (pages, page_at, low, self._ends)]
-        none = torch.empty(0, dtype=torch.int64)
-        return Paged(self._cache.keys[layer], self._cache.values[layer], none, *whole)
+        whole = (pages, page_at, low, self._ends)
+        return tuple(torch.tensor(x, dtype=torch.int32) for x in whole)
 
     def narrow(self, rows: Tensor) -> Past:
         chosen = rows.tolist()

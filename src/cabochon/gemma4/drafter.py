@@ -88,5 +88,5 @@ class Drafter(nn.Module):
         if not hasattr(self, "masked_embedding"):
             return head.weight.nearly(hidden).argmax(dim=-1)
         tokens = self.masked_embedding(hidden)
-        logits = head.weight.rows(tokens, hidden.dtype) @ hidden[..., None]
-        return tokens.gather(1, logits.argmax(dim=1)).squeeze(1)
+        best = head.weight.among(hidden, tokens).argmax(dim=1, keepdim=True)
+        return tokens.gather(1, best).squeeze(1)

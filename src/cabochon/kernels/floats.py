@@ -61,6 +61,24 @@ class FloatsWeight(Weight):
         )
         return y.to(x.dtype).view(*x.shape[:-1], stop - start)
 
+    def among(self, x: Tensor, ids: Tensor) -> Tensor:
+        count = ids.shape[1]
+        flat, y = x.float().contiguous(), torch.empty(len(x), count)
+        for one, own, products in zip(flat, ids.contiguous(), y, strict=True):
+            self._library.times_rows(
+                self.matrix,
+                address(own),
+                address(one),
+                self.in_features,
+                1,
+                0,
+                count,
+                address(products),
+                count,
+                threads(),
+            )
+        return y.to(x.dtype)
+
 
 def _moved(library: Library, tensor: Tensor) -> Tensor:
     stored, room = tensor.contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)

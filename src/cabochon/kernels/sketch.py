@@ -67,15 +67,6 @@ class SketchedHead(FloatsWeight):
     def nearly(self, x: Tensor) -> Tensor:
         return self.sketch.linear(x)
 
-    def products(self, x: Tensor, ids: Ids) -> Tensor:
-        """Those of one input `[in_features]` with the rows `ids`, as `linear` has them."""
-        y = torch.empty(len(ids))
-        count, chosen = len(ids), ids.ctypes.data
-        self._library.times_rows(
-            self.matrix, chosen, address(x), len(x), 1, 0, count, address(y), count, threads()
-        )
-        return y
-
 
 class Candidates:
     """The products of `x [rows, in_features]` as the sketch has them, to be looked into."""
@@ -94,4 +85,5 @@ class Candidates:
         near = usable(self._near[row], never, allowed)
         margins = self._margins * np.float32(self._norms[row] * _SLACK)
         ids = reaching(near + margins, self._floor(kth_largest(near - margins, count)))
-        return ids, self._head.products(self._x[row], ids).numpy()
+        products = self._head.among(self._x[row : row + 1], torch.from_numpy(ids)[None])
+        return ids, products[0].numpy()

@@ -74,7 +74,7 @@ def execute(
             ahead(next(iter(read.stored.values())))
             weight = build_weight(read, dtype, measure)
             if prepare is not None and _multiplied(read, plan):
-                weight = prepare(weight, _is_head(read, plan))
+                weight = prepare(weight, _is_head(read, plan) and _makes_all_logits(plan))
             if read.part is None:
                 fill_site(model, read.site.name, weight)
             else:
@@ -108,6 +108,11 @@ def _multiplied(read: SiteRead, plan: LoadPlan) -> bool:
 
 def _is_head(read: SiteRead, plan: LoadPlan) -> bool:
     return read.site.name.endswith("lm_head" if plan.has_head else ".embed_tokens")
+
+
+def _makes_all_logits(plan: LoadPlan) -> bool:
+    """A drafter with clusters of tokens makes those of a few."""
+    return plan.config.drafting is None or plan.config.drafting.clusters is None
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
