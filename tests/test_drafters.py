@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import drafters
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import FIXTURES, MEMBERS, noise
 from ct import decompressed_into, rounding
 from ct_formats import FORMATS, integers, preset
 from ct_writer import encode
+from gguf_models import decoded
 from reference import inputs, relative_error
 from thin import fixture
 from torch import Tensor
@@ -229,6 +231,31 @@ def test_a_drafter_is_quantized_by_itself(
         sequence, cache = computed(llm, Prompt(tuple(WORDS)), drawn=300)
         ours = Drafts(drafts_of(llm).drafter, llm.runner, cache)([sequence], COUNT)[0]
     assert ours == theirs(target, decoded, Prompt(tuple(WORDS)), 300, COUNT)[0]
+
+
+@pytest.mark.parametrize("name", ["e2b", "12b"])
+def test_a_drafter_in_gguf(references: References, name: str) -> None:
+    """llama.cpp's converter leaves out clusters, so that all tokens get logits."""
+    path = FIXTURES / "gguf" / "assistant" / f"{name}-assistant-q8_0.gguf"
+    drafter = drafters.reference(drafters.drafter(name), name)
+    stored = decoded(path)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA4, 99)
+    own = {"pre_projection": "nextn.pre_projection", "post_projection": "nextn.post_projection"}
+    tensors = {**dict(drafter.named_parameters()), **dict(drafter.named_buffers())}
+    tensors = {n: t for n, t in tensors.items() if ".rotary_emb." not in n}
+    for full, tensor in tensors.items():
+        if full.startswith(("masked_embedding", "model.embed_tokens.embed_scale")):
+            continue
+        module = full.removesuffix(".weight")
+        theirs_name = own.get(module) or table.get_name(module)
+        tensor.data.copy_(stored.pop(f"{theirs_name}.weight").reshape(tensor.shape))
+    assert stored.keys() == {"rope_freqs.weight"}
+    drafter.config.use_ordered_embeddings = False
+    target, prompt = drafters.storing(references(name)), Prompt(tuple(WORDS))
+    with LLM(FIXTURES / f"{name}-bf16", drafter=path, dtype="float32") as llm:
+        sequence, cache = computed(llm, prompt, drawn=300)
+        ours = Drafts(drafts_of(llm).drafter, llm.runner, cache)([sequence], COUNT)[0]
+    assert ours == theirs(target, drafter, prompt, 300, COUNT)[0]
 
 
 def refused(target: Path, drafter: Path) -> str:
