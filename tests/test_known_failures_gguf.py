@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from conftest import FIXTURES
-from gguf import GGUFValueType
 from gguf_models import MODELS, rewrite
 from known import Known, load, refusal
 from torch import equal, float32
