@@ -92,7 +92,7 @@ def follow(prompt: list[int], answer: list[int], most: int) -> Trace:
     guesses, tokens = Guesses(), [*prompt, answer[0]]
     trace, done = [(0, 0)], 1
     while done < len(answer):
-        guesses.look_up(tokens, min(most, len(answer) - done - 1))
+        guesses.find(tokens, min(most, len(answer) - done - 1))
         guessed, right = guesses.tokens, 0
         while right < len(guessed) and guessed[right] == answer[done + right]:
             right += 1

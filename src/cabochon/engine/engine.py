@@ -162,7 +162,7 @@ class Engine:
         vocab = self.runner.model.config.text.vocab_size
         most = self.max_context - length
         sequence.limit = length + min(params.max_tokens or most, most)
-        return Work(
+        work = Work(
             sequence=sequence,
             params=params,
             sink=sink,
@@ -171,6 +171,8 @@ class Engine:
             guide=Guide(params.rules, self.ends, vocab) if params.rules else None,
             prompt_length=length,
         )
+        sequence.guesses.forced = work.forced
+        return work
 
     def _put(self, number: int, request: Work) -> None:
         with self._wake:

@@ -172,6 +172,13 @@ class Matcher:
         self._check()
         return np.unpackbits(mask, bitorder="little")[: self._vocab_size].astype(np.bool_)
 
+    def forced(self) -> list[int]:
+        """Tokens that must come next, as text would be cut into them; none where there is a choice.
+
+        The model may still cut the same text otherwise.
+        """
+        return self._inner.compute_ff_tokens()
+
     def take(self, token: int) -> None:
         """Go on behind `token`, which is one of the allowed."""
         self._inner.consume_token(token)

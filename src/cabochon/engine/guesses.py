@@ -1,13 +1,14 @@
 """Guesses of what sequences say next, checked by the model in one step for little more than one.
 
 Answers do not change: every token is drawn from the model's own logits, and a guess only counts if
-it is the very token that was drawn. Where a sequence repeats itself, that is looked up
-(`engine/lookup.py`); elsewhere a drafter guesses, if there is one (`engine/drafting.py`).
+it is the very token that was drawn. What a grammar leaves no choice of is guessed first; where a
+sequence repeats itself, that is looked up (`engine/lookup.py`); elsewhere a drafter guesses, if
+there is one (`engine/drafts.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -52,14 +53,17 @@ class Guesses:
     def __init__(self) -> None:
         self.tokens: list[int] = []  # that may follow those that were drawn
         self.state: Tensor | None = None  # of the model, where it drew the latest token
+        self.forced: Callable[[], Sequence[int]] = tuple  # what must come next, as far as is known
         self._lookup = Lookup()
         self._looked_up, self._drafted = Reach(), Reach()
-        self._by = self._looked_up  # whose these are
+        self._by: Reach | None = None  # whose these are, if that is learned from them
 
-    def look_up(self, tokens: Sequence[int], most: int) -> None:
-        """Guess up to `most` tokens behind `tokens`, if there they repeat themselves."""
-        self._by, reach = self._looked_up, self._looked_up.now()
-        self.tokens = self._lookup.guess(tokens, min(most, reach)) if reach else []
+    def find(self, tokens: Sequence[int], most: int) -> None:
+        """Guess up to `most` tokens behind `tokens`: what must come, or what came there before."""
+        self._by, self.tokens = None, list(self.forced()[:most])
+        if not self.tokens and (reach := self._looked_up.now()):
+            self._by = self._looked_up
+            self.tokens = self._lookup.guess(tokens, min(most, reach))
 
     def draft(self, most: int) -> int:
         """How many tokens a drafter shall guess, up to `most`."""
@@ -68,7 +72,7 @@ class Guesses:
 
     def judge(self, right: int) -> None:
         """So many of the guesses were the tokens that have been drawn."""
-        if self.tokens:
+        if self.tokens and self._by is not None:
             self._by.judge(len(self.tokens), right)
         self.tokens = []
 
@@ -95,7 +99,7 @@ class Guesser:
             room = min((1 + self.most) // len(sequences) - 1, left)
             if room <= 0:
                 continue
-            sequence.guesses.look_up(sequence.tokens, room)
+            sequence.guesses.find(sequence.tokens, room)
             if self.drafts is not None and not sequence.guesses.tokens:
                 asked[sequence] = sequence.guesses.draft(room)
         longest = max(asked.values(), default=0)

@@ -69,6 +69,13 @@ class Guide:
             case State.CONTENT:
                 return self._content()
 
+    def forced(self, state: State) -> list[int]:
+        """Tokens of which a grammar leaves no choice from a place of this kind on."""
+        if self._call is not None:
+            return self._call.forced()
+        bound = state is State.CONTENT and self._begun and self._text is not None
+        return self._text.forced() if bound and self._text is not None else []
+
     def take(self, token: int, state: State) -> None:
         """Go on behind `token`, which stood in a place of this kind."""
         tokens = self._tokens

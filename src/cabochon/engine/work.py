@@ -61,6 +61,10 @@ class Work:
         told = self.params.logprobs is not None or self.sequence.scored
         return not told and self.sampling.count is not None
 
+    def forced(self) -> list[int]:
+        """Tokens that must come next, if the answer's rules leave no choice."""
+        return self.guide.forced(self.reader.state) if self.guide else []
+
     def draw(self, row: Prediction, never: Sequence[int]) -> tuple[int, tuple[TokenLogprob, ...]]:
         """The next token of the answer, and its probability if it is text and that is asked for."""
         state, asked = self.reader.state, self.params.logprobs
