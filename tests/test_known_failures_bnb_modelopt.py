@@ -150,6 +150,7 @@ KNOWN = (
         "ModelOpt MIXED_PRECISION, quantized_layers name the parents of experts as an engine does",
         MIXED,
         config=engines_layers,
+        beside=lambda folder: (folder / "hf_quant_config.json").unlink(),
     ),
     Known(
         "NVIDIA/Model-Optimizer #1219",
@@ -201,13 +202,6 @@ KNOWN = (
         FIXTURES / "26b-nvfp4a16",
         config=claiming_modelopt,
         noted=("says nvfp4 modelopt, the tensors are nvfp4",),
-    ),
-    Known(
-        "llm-compressor #1306, vLLM #20066",
-        "ModelOpt FP8 without what its activations are rounded by",
-        MODELOPT / "e2b-fp8",
-        tensors=without("layers.1.mlp.down_proj.input_scale"),
-        refused=("layers.1.mlp.down_proj", "input_scale is missing"),
     ),
     Known(
         "tpu-inference #3072",

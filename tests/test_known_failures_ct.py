@@ -207,7 +207,14 @@ KNOWN = (
     ),
     Known("vLLM #45535", "packed tables, one of which is the head", fixture("e2b-w4a16-embed")),
     Known("vLLM #37291", "a packed head", fixture("e2b-w4a16-head")),
-    Known("SGLang #35228", "an FP8 head by a pattern", DENSE, fp8_head, claiming_the_head),
+    Known(
+        "SGLang #35228",
+        "an FP8 head by a pattern",
+        DENSE,
+        fp8_head,
+        claiming_the_head,
+        added=("lm_head",),
+    ),
     Known(
         "SGLang #35228",
         "an FP8 head without its scale",

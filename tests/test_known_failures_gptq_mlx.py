@@ -124,8 +124,8 @@ KNOWN = (
         noted=("these layers use the keys and values of an earlier one",),
     ),
     Known(
-        "vLLM #44340",
-        "Google's mobile format with scales of a quantized cache",
+        "vLLM #44340, LiteRT-LM #2497, flutter_gemma #385",
+        "Google's mobile format, with scales of a quantized cache",
         GOOGLE,
         noted=("scales of a quantized KV cache",),
     ),
@@ -135,6 +135,7 @@ KNOWN = (
         "GPTQ with a head of its own, tied in config.json",
         THIN / "31b-gptq4",
         tensors=physical_head,
+        added=("lm_head",),
     ),
     Known("Rapid-MLX #1114", "a per-layer table of 4 bits in MLX", THIN / "e2b-mlx4"),
     Known(
@@ -196,7 +197,6 @@ KNOWN = (
         config=quantization(checkpoint_format="gptq_p"),
         refused=("gptq_p",),
     ),
-    Known("LiteRT-LM #2497, flutter_gemma #385", "Google's mobile format", GOOGLE),
 )
 
 

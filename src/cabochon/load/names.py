@@ -125,6 +125,17 @@ def canonical(name: str) -> str:
     return name
 
 
+def in_memory(name: str) -> str:
+    """What transformers calls the module of this canonical `name` once it is loaded.
+
+    It has other names for the encoder-free embedder then, which quantizers write into their rules.
+    """
+    if name.startswith("model.vision_embedder."):
+        return name.replace("vision_embedder", "embed_vision", 1)
+    projection = ".multimodal_embedder.embedding_projection"
+    return re.sub(r"(?<=^model\.embed_vision)\.embedding_projection$", projection, name)
+
+
 def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> Place | None:
     """The place of the canonical `name`; None if the model has none."""
     if name in parameters:

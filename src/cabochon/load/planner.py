@@ -18,7 +18,16 @@ from cabochon.config import Gemma4Config, unknown_keys
 from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
-from cabochon.load.names import KV_DTYPES, KV_SCALES, Named, absences, canonical, drops, locate
+from cabochon.load.names import (
+    KV_DTYPES,
+    KV_SCALES,
+    Named,
+    absences,
+    canonical,
+    drops,
+    in_memory,
+    locate,
+)
 from cabochon.load.oddities import oddities
 from cabochon.load.optional import half_given, unlike_others
 from cabochon.load.plan import Dropped, LoadPlan, Note, ParameterRead, Problem, SiteRead
@@ -239,9 +248,9 @@ def _part(site: Site, part: int) -> str:
 
 
 def _spellings(site: Site, stored: Mapping[str, TensorMeta]) -> tuple[str, ...]:
-    """The site's canonical name and the one in the file: rules may be written in either."""
+    """The site's canonical name, transformers' and the file's: rules may be written in any."""
     leaf, meta = next(iter(stored.items()))
-    return tuple({site.name, meta.name.removesuffix("." + leaf)})
+    return tuple({site.name, in_memory(site.name), meta.name.removesuffix("." + leaf)})
 
 
 def _match_parameters(tree: Tree, placed: _Placed) -> tuple[list[ParameterRead], list[Problem]]:
@@ -331,6 +340,7 @@ def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
 def _rule_notes(rules: Rules, tree: Tree, modules: set[str]) -> list[Note]:
     everything = modules | {site.name for site in tree.sites} | {HEAD}
     everything |= {canonical(module) for module in modules}
+    everything |= {in_memory(name) for name in everything}
     notes = [Note("config.json", text) for text in rules.notes]
     detail = "this rule of quantization_config matches nothing; the file decides"
     return notes + [Note(rule, detail) for rule in rules.unmatched(everything)]
