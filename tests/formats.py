@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import google
 import torch
 from corruption import files, folders
 from known import Known
@@ -64,7 +58,6 @@ module by module, finds it where it is
 |---|---|---|
 """
 
-GOOGLE = HERE / "fixtures" / "thin" / "e2b-gemma"  # `google.checkpoint` makes it
 MEMBERS = {"e2b": "E2B", "12b": "12B", "26b": "26B-A4B", "31b": "31B"}
 
 
@@ -128,25 +121,12 @@ def _known_row(row: Known, folder: Path) -> str:
     verdict = "refused" if row.refused else "loads, with a note" if row.noted else "loads"
     kernels: set[str] = set()
     if not row.refused:
-        whole = replace(row, source=whole_of(row.source))
-        report = plan_checkpoint(whole.make(folder))
+        report = plan_checkpoint(row.make(folder))
         assert report.plan is not None
         found = first_of_each(report.plan.sites)
         kernels = {_kernel(build_weight(read, torch.float32)) for read in found}
     layout, kernel = row.layout.replace("|", "/"), ", ".join(sorted(kernels))
-    return f"| {row.reference} | {layout} | {_member(row.source)} | {verdict} | {kernel} |"
-
-
-@cache
-def whole_of(source: Path) -> Path:
-    """A fixture as it is, or put together where it is kept thin or made when it is needed."""
-    if source == GOOGLE:
-        room = Path(tempfile.mkdtemp(prefix="cabochon-"))
-        atexit.register(shutil.rmtree, room, ignore_errors=True)
-        return google.checkpoint(room / source.name)
-    if source.parent != GOOGLE.parent:
-        return source
-    return next(f for f in folders() if f.name == source.name and f.parent != source.parent)
+    return f"| {row.reference} | {layout} | {_member(row.whole)} | {verdict} | {kernel} |"
 
 
 def _faults() -> Iterator[str]:

@@ -27,15 +27,15 @@ class Known:
     """One layout that failed somewhere.
 
     It is refused with an error that has all of `refused` in it; or, without these, it loads, with
-    `noted` among its notes, or with no note at all. Then every matrix and every parameter is that of
-    `source`, or, where `swapped[0]` (a regular expression) is found in its name, that of the
-    checkpoint `swapped[1]`; and what is done to activations is the same. None may be missing but
-    those in whose names `idle` is found, and none may be there beyond them but `added`.
+    `noted` among its notes, or with no note at all. Then every matrix, every parameter and what is
+    done to activations is that of `source`, or, where `swapped[0]` (a regular expression) is found
+    in the name, that of the checkpoint `swapped[1]`. None may be missing but those in whose names
+    `idle` is found, and none may be there beyond them but `added`.
     """
 
     reference: str  # "vLLM #41206"
     layout: str  # what the file looks like
-    source: Path
+    source: Path | Callable[[], Path]  # or what makes it
     tensors: Callable[[Tensors], object] | None = None
     config: Callable[[Config], object] | None = None
     refused: tuple[str, ...] = ()
@@ -49,9 +49,13 @@ class Known:
     def name(self) -> str:
         return f"{self.reference}: {self.layout}"
 
+    @property
+    def whole(self) -> Path:
+        return self.source if isinstance(self.source, Path) else self.source()
+
     def make(self, folder: Path) -> Path:
         """The checkpoint, in `folder`."""
-        made = altered(folder, self.source, self.tensors, self.config)
+        made = altered(folder, self.whole, self.tensors, self.config)
         if self.beside is not None:
             self.beside(made)
         return made
@@ -70,7 +74,7 @@ class Known:
         self._compare(found)
 
     def _compare(self, found: _Loaded) -> None:
-        expected = _loaded(self.source)
+        expected = _loaded(self.whole)
         if self.swapped is not None:
             part, folder = self.swapped
             expected = expected.with_those_of(_loaded(folder), re.compile(part))

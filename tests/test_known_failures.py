@@ -70,7 +70,7 @@ def physical_head(tensors: Tensors) -> None:
 
 
 def quark_int8(tensors: Tensors) -> None:
-    """Integers of 8 bits with a scale for each row: experts one by one, attention and router too."""
+    """Integers of 8 bits with a scale a row: experts one by one, attention and router too."""
     for name in [name for name in tensors if ".language_model.layers." in name]:
         if "_proj." in name or ".experts." in name or ".router.proj." in name:
             del tensors[name]
@@ -330,7 +330,13 @@ KNOWN = (
         E2B,
         config=listed(".linear"),
     ),
-    Known("SGLang #33988", "the same without .linear", E2B, config=listed("")),
+    Known(
+        "SGLang #33988",
+        "the same without .linear, so that they name none of the matrices",
+        E2B,
+        config=listed(""),
+        noted=("the file stores it dense",),
+    ),
     Known(
         "llm-compressor #1306, vLLM #20066",
         "a quantized tower, whose ignore entry is of an older namespace",

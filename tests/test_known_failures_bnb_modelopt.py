@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from checkpoints import FIXTURES, Config, Tensors, tensors_of
-from formats import whole_of
 from known import Known
-from thin import THIN
-from written import fp8_config, fp8_tensors
+from thin import fixture
+from written import fp8_config, fp8_tensors, written
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.quant.modelopt_schemes import RowPairs
@@ -127,6 +126,13 @@ KNOWN = (
     ),
     Known(
         "vLLM #11803",
+        "LLM.int8 without a quantization configuration",
+        partial(written, "bitsandbytes int8", "31b"),
+        config=silent,
+        noted=("the tensors are llm.int8",),
+    ),
+    Known(
+        "vLLM #11803",
         "LLM.int8 without SCB",
         NF4,
         tensors=int8_without_scales,
@@ -175,7 +181,7 @@ KNOWN = (
     Known(
         "TensorRT-LLM #16867",
         "ModelOpt NVFP4 of the encoder-free model, full layers without v_proj",
-        THIN / "12b-modelopt-nvfp4-weights",
+        partial(fixture, "12b-modelopt-nvfp4-weights"),
     ),
     Known(
         "SGLang #25792, #25794, vLLM #22771",
@@ -219,7 +225,7 @@ KNOWN = (
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
 def test_known_failures(known: Known, tmp_path: Path) -> None:
-    replace(known, source=whole_of(known.source)).check(tmp_path / "made")
+    known.check(tmp_path)
 
 
 def test_modelopt_1690_a_tower_of_4304_columns_is_in_no_whole_groups_of_128() -> None:

@@ -27,12 +27,12 @@ class KnownGguf(Known):
 
     def make(self, folder: Path) -> Path:
         made = folder / "model"
-        shutil.copytree(self.source.parent, made)
+        shutil.copytree(self.whole.parent, made)
         if self.tensors is not None or self.config is not None:
-            name = self.changed or self.source.name
+            name = self.changed or self.whole.name
             changes: Any = (self.tensors, self.config)
-            rewrite(self.source.with_name(name), made / name, *changes)
-        return made / self.source.name
+            rewrite(self.whole.with_name(name), made / name, *changes)
+        return made / self.whole.name
 
     def check(self, folder: Path) -> None:
         path = self.make(folder)
