@@ -35,6 +35,10 @@ are rounded, as near as [models.md](models.md#what-is-verified) says. Two are wr
 Google's own format, whose converter is not public and which transformers reads, and what
 compressed-tensors packed before 0.18 ("padded", "reordered"), of which files that 0.17 wrote say
 how. "Kernel" is what multiplies where the kernels are built; PyTorch is the exact path.
+
+"Without experts": no expert is stored so, all stay floats. GPTQModel, bitsandbytes, Google's format
+and torchao's integers in groups are of linear layers alone, and stacked experts are none; ModelOpt
+0.47 fails at AWQ and SVDQuant of experts.
 """
 
 KNOWN_HEAD = """
@@ -70,18 +74,23 @@ def _layouts() -> Iterator[str]:
     yield "| producer | stored as | models | verdict | kernel |"
     yield "|---|---|---|---|---|"
     rows: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
+    of_experts: set[tuple[str, str]] = set()
     for path in (*folders(), *files(), *everything()):
         report = plan_checkpoint(path)
         assert report.plan is not None
         producer, _, _ = report.producer.name.partition(" 0.")  # whatever its version
-        for read in first_of_each(report.plan.sites):
+        sites = report.plan.sites
+        of_experts |= {(producer, r.stored_as) for r in sites if r.site.kind == "experts"}
+        for read in first_of_each(sites):
             key = (producer, read.stored_as)
             members, kernels = rows.setdefault(key, (set(), set()))
             members.add(_member(path))
             kernels.add(_kernel(build_weight(read, torch.float32)))
     for (producer, stored), (members, kernels) in sorted(rows.items()):
-        ordered = [name for name in MEMBERS.values() if name in members]
-        names, multiply = ", ".join(ordered), ", ".join(sorted(kernels))
+        ordered = ", ".join(name for name in MEMBERS.values() if name in members)
+        without = (producer, stored) not in of_experts
+        names = ordered.replace("26B-A4B", "26B-A4B without experts") if without else ordered
+        multiply = ", ".join(sorted(kernels))
         yield f"| {producer} | {stored} | {names} | loads | {multiply} |"
 
 

@@ -111,7 +111,7 @@ _UNCLAIMED = (
 _OFFSET = f"here and elsewhere, entries lie about one step beside zero on average, {_AS_IF}"
 _UNTRAINED = (
     "as it was before training, so that pictures are not standardized: a quantizer may have lost"
-    " it, as AutoRound 0.16.1 does when it takes experts apart"
+    " it, as AutoRound 0.16.1 does in some recipes for experts"
 )
 _BESIDE = 0.5  # steps: half of what versions are apart
 
