@@ -114,6 +114,11 @@ def trellis(tensors: Tensors) -> None:
     tensors[f"{name}.suh"], tensors[f"{name}.svh"] = torch.ones(width), torch.ones(out)
 
 
+def vestiges(tensors: Tensors) -> None:
+    for name in ("embedding", "hard_embedding_norm", "soft_embedding_norm"):
+        tensors[f"model.embed_vision.{name}.weight"] = torch.ones(64)
+
+
 def drafter_inside(tensors: Tensors) -> None:
     tensors["mtp.pre_projection.weight"] = torch.ones(8, 8)
 
@@ -364,6 +369,13 @@ KNOWN = (
         UNIFIED,
         config=lambda config: config["text_config"].update(per_layer_config={}),
         refused=("CONFIG", "head_dim of full layers"),
+    ),
+    Known(
+        "vLLM 0.33 gemma4",
+        "vestiges of an older embedder beside the projector",
+        E2B_DENSE,
+        tensors=vestiges,
+        noted=("a vestige that upstream's model does not read either",),
     ),
     # Configuration
     Known(

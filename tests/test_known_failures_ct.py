@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from known import Known
 from test_schemes import check, compressed, upstream
 from thin import fixture
+from written import written
 
 from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.scheme import Site
@@ -48,6 +50,10 @@ def underscored(tensors: Tensors) -> None:
     for name in [n for n in tensors if ".experts." in n]:
         module, _, leaf = name.rpartition(".")
         tensors[f"{module}_{leaf.removeprefix('weight_')}"] = tensors.pop(name)
+
+
+def claiming_awq(config: Config) -> None:
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
 
 
 def under_moe(tensors: Tensors) -> None:
@@ -166,6 +172,14 @@ KNOWN = (
         MOE_NVFP4,
         underscored,
     ),
+    Known(
+        "vLLM #40591",
+        "the same under the name of AWQ, as its repository has it",
+        MOE,
+        underscored,
+        claiming_awq,
+        noted=("says awq int4 g32, the tensors are int4 g32: loaded so",),
+    ),
     Known("vLLM #41206", "experts already under .moe.", MOE_NVFP4, under_moe),
     Known(
         "llm-compressor #2714, vLLM 0.21",
@@ -173,6 +187,11 @@ KNOWN = (
         FP8,
     ),
     Known("tpu-inference #3542", "int4 experts, which are not dense", MOE),
+    Known(
+        "tpu-inference #3542",
+        "int8 experts, which are not dense",
+        partial(written, "compressed-tensors W8A8", "26b"),
+    ),
     Known(
         "FreeToken #492, #493",
         "FP8 attention, NVFP4 MLP and scales of the KV cache in one file",
@@ -205,7 +224,12 @@ KNOWN = (
         cached("k_cache_scale", "v_cache_scale"),
         noted=("scales of a quantized KV cache",),
     ),
-    Known("vLLM #45535", "packed tables, one of which is the head", fixture("e2b-w4a16-embed")),
+    Known(
+        "vLLM #45535",
+        "packed tables, of which that of tokens is the head",
+        partial(written, "compressed-tensors tables", "e2b"),
+    ),
+    Known("vLLM #45535", "packed tables beside a head of floats", fixture("e2b-w4a16-embed")),
     Known("vLLM #37291", "a packed head", fixture("e2b-w4a16-head")),
     Known(
         "SGLang #35228",
