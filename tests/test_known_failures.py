@@ -11,6 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from changes import (
+    TEXT,
+    dense_experts,
+    physical_head,
+    quantization,
+    rename,
+    with_shared_keys,
+    without,
+)
 from checkpoints import FIXTURES, Config, Tensors, tensors_of
 from ct_writer import matrices
 from known import Known
@@ -22,51 +31,8 @@ MOE, MOE_DENSE = FIXTURES / "26b-w4a16", FIXTURES / "26b-bf16"
 LARGE, LARGE_DENSE = FIXTURES / "31b-w4a16", FIXTURES / "31b-bf16"
 FP8 = fixture("26b-fp8-all")  # a recipe without an ignore list
 
-TEXT = "model.language_model"
 LAYER = f"{TEXT}.layers.0"
 FULL_ATTENTION = r"language_model\.layers\.[25]\.self_attn\.[qk]_proj"
-
-
-def rename(old: str, new: str) -> Callable[[Tensors], object]:
-    def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if old in name]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
-
-def without(*parts: str) -> Callable[[Tensors], object]:
-    """Leave out every tensor whose name has one of `parts` in it; there must be some."""
-
-    def change(tensors: Tensors) -> None:
-        for part in parts:
-            found = [name for name in tensors if part in name]
-            assert found, part
-            for name in found:
-                del tensors[name]
-
-    return change
-
-
-def with_shared_keys(tensors: Tensors) -> None:
-    """Google's first release has keys and values in layers that use those of an earlier one."""
-    for layer in (3, 4, 5):
-        source = 2 if layer == 5 else 1
-        for leaf in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
-            name = f"{TEXT}.layers.{{}}.self_attn.{leaf}"
-            tensors[name.format(layer)] = tensors[name.format(source)].clone()
-
-
-def dense_experts(tensors: Tensors) -> None:
-    """Experts stay floats beside int4 attention: a quantizer that visits linear layers only."""
-    for name in [name for name in tensors if ".experts." in name]:
-        del tensors[name]
-    stacked = {n: t for n, t in tensors_of(MOE_DENSE).items() if ".experts." in n}
-    tensors.update(stacked)
-
-
-def physical_head(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = tensors[f"{TEXT}.embed_tokens.weight"].clone()
 
 
 def quark_int8(tensors: Tensors) -> None:
@@ -127,10 +93,6 @@ def text(**values: object) -> Callable[[Config], object]:
     return lambda config: config["text_config"].update(values)
 
 
-def quantization(**values: object) -> Callable[[Config], object]:
-    return lambda config: config["quantization_config"].update(values)
-
-
 def ignore(*entries: str) -> Callable[[Config], object]:
     return quantization(ignore=list(entries))
 
@@ -176,7 +138,7 @@ KNOWN = (
         "Model-Optimizer #1219",
         "experts left as stacked floats beside int4 linears",
         MOE,
-        tensors=dense_experts,
+        tensors=dense_experts(MOE_DENSE),
         swapped=(".experts.", MOE_DENSE),
         noted=("the file stores it dense",),
     ),
@@ -223,8 +185,8 @@ KNOWN = (
         E2B_DENSE,
     ),
     Known(
-        "tpu-inference #3225",
-        "the same in Google's qat-q4_0-unquantized, whose quantization_config says nothing",
+        "tpu-inference #3225, omlx #1690",
+        "the same in Google's qat-q4_0-unquantized, whose quantization_config has no quant_method",
         E2B_DENSE,
         config=no_method,
         noted=("no quant_method",),
@@ -234,7 +196,7 @@ KNOWN = (
         "tpu-inference #3225",
         "redundant keys and values in layers that share them",
         E2B_DENSE,
-        tensors=with_shared_keys,
+        tensors=with_shared_keys(TEXT),
         noted=("use the keys and values of an earlier one",),
     ),
     Known(
@@ -378,13 +340,6 @@ KNOWN = (
         noted=("a vestige that upstream's model does not read either",),
     ),
     # Configuration
-    Known(
-        "omlx #1690",
-        "quantization_config without quant_method beside floats",
-        E2B_DENSE,
-        config=no_method,
-        noted=("no quant_method",),
-    ),
     Known("vLLM #51744, #49797", "the first schema of config.json", UNIFIED, config=older_schema),
     Known(
         "axolotl #3394",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from changes import TEXT, reciprocal, rename, reshaped
 from checkpoints import (
     DENSE,
     FIXTURES,
@@ -37,12 +38,6 @@ MIXED = fixture("12b-mixed")
 FP8 = fixture("26b-fp8-all")
 MOBILE = fixture("e2b-mobile")
 FP8_HEAD = preset_name_to_scheme("FP8_DYNAMIC", ["lm_head"])
-TEXT = "model.language_model"
-
-
-def unlisted(tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith("global_scale")]:
-        tensors[name] = tensors[name].reshape(())
 
 
 def underscored(tensors: Tensors) -> None:
@@ -54,11 +49,6 @@ def underscored(tensors: Tensors) -> None:
 
 def claiming_awq(config: Config) -> None:
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
-
-
-def under_moe(tensors: Tensors) -> None:
-    for name in [n for n in tensors if ".experts." in n]:
-        tensors[name.replace(".experts.", ".moe.experts.")] = tensors.pop(name)
 
 
 def cached(*leaves: str) -> Callable[[Tensors], object]:
@@ -126,11 +116,6 @@ def claiming_the_head(config: Config) -> None:
     }
 
 
-def reciprocal(tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith("weight_global_scale")]:
-        tensors[name] = 1 / tensors[name]
-
-
 def format_at_the_top(config: Config) -> None:
     described = config["quantization_config"]
     assert described["format"] == "mxfp4-pack-quantized"
@@ -159,7 +144,12 @@ KNOWN = (
         "NVFP4 experts one by one, input_global_scale beside each",
         MOE_NVFP4,
     ),
-    Known("vLLM #39045", "the same, its single numbers without a dimension", MOE_NVFP4, unlisted),
+    Known(
+        "vLLM #39045",
+        "the same, its single numbers without a dimension",
+        MOE_NVFP4,
+        reshaped((), "global_scale"),
+    ),
     Known(
         "vLLM #40591, #40286, #40247, #40708",
         "leaves of experts behind an underscore, int4",
@@ -180,7 +170,12 @@ KNOWN = (
         claiming_awq,
         noted=("says awq int4 g32, the tensors are int4 g32: loaded so",),
     ),
-    Known("vLLM #41206", "experts already under .moe.", MOE_NVFP4, under_moe),
+    Known(
+        "vLLM #41206",
+        "experts already under .moe.",
+        MOE_NVFP4,
+        rename(".experts.", ".moe.experts."),
+    ),
     Known(
         "llm-compressor #2714, vLLM 0.21",
         "FP8 router, vision tower and projector: a recipe without an ignore list",
@@ -259,7 +254,7 @@ KNOWN = (
         "modular #6697, #6699, #6773",
         "global scales of the other convention",
         NVFP4[1],
-        reciprocal,
+        reciprocal(".weight_global_scale"),
         refused=("weight_global_scale", "reciprocal"),
     ),
     Known(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from changes import TEXT, physical_head, quantization, rename, with_shared_keys, without
 from checkpoints import Config, Tensors
 from known import Known, load
 from thin import fixture
@@ -17,36 +17,6 @@ from cabochon.nn.packed_int import PackedIntWeight
 
 GOOGLE = partial(written, "gemma", "e2b")
 MLX = "language_model.model"
-HF = "model.language_model"
-
-
-def rename(old: str, new: str) -> Callable[[Tensors], object]:
-    def change(tensors: Tensors) -> None:
-        found = [name for name in tensors if old in name]
-        assert found, old
-        for name in found:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
-
-def without(part: str) -> Callable[[Tensors], object]:
-    def change(tensors: Tensors) -> None:
-        found = [name for name in tensors if part in name]
-        assert found, part
-        for name in found:
-            del tensors[name]
-
-    return change
-
-
-def quantization(**values: object) -> Callable[[Config], object]:
-    def change(config: Config) -> None:
-        for key in ("quantization_config", "quantization"):
-            if key in config:
-                config[key] = {**config[key], **values}
-
-    return change
 
 
 def claiming_of_experts(config: Config) -> None:
@@ -58,19 +28,6 @@ def claiming_of_experts(config: Config) -> None:
 def top_level_alone(config: Config) -> None:
     config["quantization"] = {"group_size": 32, "bits": 4, "mode": "affine"}
     config["quantization_config"] = config["quantization"]
-
-
-def physical_head(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = tensors[f"{HF}.embed_tokens.weight"].clone()
-
-
-def with_shared_keys(tensors: Tensors) -> None:
-    """Layers 3 to 5 use the keys and values of earlier ones; quantizers keep what was there."""
-    for layer, source in ((3, 1), (4, 1), (5, 2)):
-        for name in [n for n in tensors if f"{MLX}.layers.{source}.self_attn." in n]:
-            if any(part in name for part in ("k_proj.", "v_proj.", "k_norm.")):
-                copy = name.replace(f".layers.{source}.", f".layers.{layer}.")
-                tensors[copy] = tensors[name].clone()
 
 
 def plain_convolutions(tensors: Tensors) -> None:
@@ -113,7 +70,7 @@ KNOWN = (
         "a rule for the keys of a layer whose values they are, and none for values",
         partial(fixture, "31b-round4"),
         config=quantization(
-            extra_config={f"{HF}.layers.2.self_attn.k_proj": {"bits": 4, "group_size": 32}}
+            extra_config={f"{TEXT}.layers.2.self_attn.k_proj": {"bits": 4, "group_size": 32}}
         ),
     ),
     Known(
@@ -151,7 +108,7 @@ KNOWN = (
         "mlx-swift-lm #342",
         "MLX with keys of layers that share them",
         partial(fixture, "e2b-mlx4"),
-        tensors=with_shared_keys,
+        tensors=with_shared_keys(MLX),
         noted=("these layers use the keys and values of an earlier one",),
     ),
     Known(
@@ -240,7 +197,7 @@ def test_mlx_node_73_the_per_layer_table_stays_in_its_bits() -> None:
     """Decoded at once, E2B's would be 9 GB; rows are decoded when they are looked up."""
     report, found = load(GOOGLE())
     assert report.plan is not None
-    table = found[f"{HF}.embed_tokens_per_layer"]
+    table = found[f"{TEXT}.embed_tokens_per_layer"]
     assert isinstance(table, PackedIntWeight)
     held = sum(buffer.nbytes for buffer in table.buffers())
     (read,) = (r for r in report.plan.sites if r.site.name.endswith("embed_tokens_per_layer"))
