@@ -7,7 +7,7 @@ Whole path components are matched, never substrings.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,6 +134,12 @@ def in_memory(name: str) -> str:
         return name.replace("vision_embedder", "embed_vision", 1)
     projection = ".multimodal_embedder.embedding_projection"
     return re.sub(r"(?<=^model\.embed_vision)\.embedding_projection$", projection, name)
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> Place | None:

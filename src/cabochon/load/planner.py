@@ -23,6 +23,7 @@ from cabochon.load.names import (
     KV_SCALES,
     Named,
     absences,
+    ancestors,
     canonical,
     drops,
     in_memory,
@@ -31,6 +32,7 @@ from cabochon.load.names import (
 from cabochon.load.oddities import oddities
 from cabochon.load.optional import half_given, unlike_others
 from cabochon.load.plan import Dropped, LoadPlan, Note, ParameterRead, Problem, SiteRead
+from cabochon.load.shards import in_their_files
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Tree, needed
 from cabochon.quant.activations import ACTIVATION_LEAVES
@@ -97,6 +99,7 @@ def build_plan(
     if problems:
         contradicted = contradictions(config, placed.stored)
         where = "config.json" if checkpoint.gguf is None else "metadata"
+        problems = [*in_their_files(problems, placed.stored)]
         problems = [*(Problem("CONFIG", where, str(c)) for c in contradicted), *problems]
     if checkpoint.gguf is None:
         found = oddities(raw, sites, placed.parameters.values())
@@ -274,12 +277,12 @@ def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
     """What nothing is stored for: whole modules by their own name, not by those of their parts."""
     wanted = [*(site.name for site in tree.sites), *(p.name for p in tree.parameters)]
     lacking = [n for n in wanted if n not in placed.sites and n not in placed.parameters]
-    total = Counter(part for name in wanted for part in _ancestors(name))
-    gone = Counter(part for name in lacking for part in _ancestors(name))
+    total = Counter(part for name in wanted for part in ancestors(name))
+    gone = Counter(part for name in lacking for part in ancestors(name))
     tops: dict[str, list[str]] = {}
     for name in lacking:
         # A matrix may have a bias inside that is stored.
-        top = next((part for part in _ancestors(name) if gone[part] == total[part]), name)
+        top = next((part for part in ancestors(name) if gone[part] == total[part]), name)
         tops.setdefault(top, []).append(name)
     for where, names in tops.items():
         if len(names) == 1:
@@ -311,7 +314,7 @@ def _unused(
 def _inside(tree: Tree) -> set[str]:
     """All names that lead to something the model needs."""
     needs = [*(site.name for site in tree.sites), *(p.name for p in tree.parameters)]
-    return {part for name in needs for part in _ancestors(name)}
+    return {part for name in needs for part in ancestors(name)}
 
 
 def _outermost(tensor: Named, inside: set[str] | None) -> str:
@@ -321,14 +324,8 @@ def _outermost(tensor: Named, inside: set[str] | None) -> str:
     """
     if inside is None:
         return tensor.meta.name
-    top = next((part for part in _ancestors(tensor.name) if part not in inside), tensor.name)
+    top = next((part for part in ancestors(tensor.name) if part not in inside), tensor.name)
     return tensor.meta.name.removesuffix(tensor.name[len(top) :])
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
-    parts = name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
