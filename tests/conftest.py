@@ -88,6 +88,30 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
     found.choose(before)
 
 
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """The demo, for a module of tests; one that wants another makes its own of this name."""
+    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def url(llm: LLM) -> Iterator[str]:
+    """A server of `llm`."""
+    from serving import serving
+
+    with serving(llm) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Any:
+    """OpenAI's own client of the server at `url`."""
+    from serving import strict_client
+
+    return strict_client(url)
+
+
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture with something different in every pixel."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -122,12 +122,17 @@ FORMATS: dict[str, tuple[QuantizationScheme, Scheme, str | None]] = {
 
 
 def by_kind(*schemes: QuantizationScheme) -> Groups:
-    """Each kind of matrix in a scheme of its own, and in the first ones again."""
+    """Each kind of matrix in a scheme of its own, and in the first ones again; experts by layer."""
     kinds = ("q", "k", "v", "o", "gate", "up", "down")
-    return {
-        rf"{TEXT}\.{kind}_proj$": scheme
+    groups = {
+        rf"{TEXT}(self_attn|mlp)\.{kind}_proj$": scheme
         for kind, scheme in zip(kinds, itertools.cycle(schemes), strict=False)
     }
+    for layer in range(6):
+        first, second = (schemes[(layer + more) % len(schemes)] for more in (0, 1))
+        experts = rf"re:.*language_model\.layers\.{layer}\.experts\.\d+"
+        groups |= {rf"{experts}\.(gate|up)_proj$": first, rf"{experts}\.down_proj$": second}
+    return groups
 
 
 def named(*names: str) -> tuple[Groups, set[str]]:

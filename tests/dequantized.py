@@ -45,7 +45,7 @@ def check_matrices(name: str, folder: Path) -> dict[str, Weight]:
 
 
 def unquantized(folder: Path, source: Path) -> Tensors:
-    """The source's tensors. AutoRound (0.16.1) loses two when it takes experts apart."""
+    """The source's tensors. AutoRound (0.16.1) loses two in some recipes for experts."""
     stored = tensors_of(folder)
     lost = {name: stored[name] for name in BEGUN_ANEW if name in stored}
     return tensors_of(source) | lost

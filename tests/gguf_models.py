@@ -26,6 +26,7 @@ MODELS: Mapping[str, tuple[Path, Path]] = {
     "26b mxfp4": (FOLDER / "26b" / "26b-mxfp4.gguf", FIXTURES / "26b-bf16"),
     "26b nvfp4": (FOLDER / "nvfp4" / "26b-nvfp4.gguf", FOLDER / "nvfp4"),
     "26b every type": (FOLDER / "26b-wide" / "26b-q4_k_m.gguf", FOLDER / "26b-wide"),
+    "26b experts": (FOLDER / "26b-experts" / "26b-q4_0.gguf", FOLDER / "26b-experts"),
     "31b every type": (FOLDER / "31b-wide" / "31b-q4_0.gguf", FOLDER / "31b-wide"),
     "31b fused": (FOLDER / "31b" / "31b-q5_0.gguf", FIXTURES / "31b-bf16"),
 }

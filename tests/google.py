@@ -48,10 +48,15 @@ CONFIG: dict[str, Any] = {
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 
 
+def kept(stored: Tensors) -> list[str]:
+    """What is not converted of the modules that there are."""
+    return [name for name in CONFIG["modules_to_not_convert"] if any(name in n for n in stored)]
+
+
 def bits_of(module: str) -> int | None:
     """How wide a linear layer or a table is; None: it stays as it is."""
-    for kept in CONFIG["modules_to_not_convert"]:
-        if module.endswith(kept) or re.match(rf"{kept}(\.|$)", module):
+    for name in CONFIG["modules_to_not_convert"]:
+        if module.endswith(name) or re.match(rf"{name}(\.|$)", module):
             return None
     found = [
         (match.start(), number, rule["num_bits"])
@@ -112,7 +117,7 @@ def checkpoint(folder: Path, *, calibrated: bool = True, dense: Path = SOURCE) -
                 made[f"{module}.{end}_activation_scale"] = scale
     for layer in range(3):
         made[f"model.language_model.layers.{layer}.self_attn.k_cache_scale"] = torch.tensor(0.1)
-    config["quantization_config"] = CONFIG
+    config["quantization_config"] = {**CONFIG, "modules_to_not_convert": kept(source)}
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
     for tower in ("vision_config", "audio_config"):
         if config.get(tower) is not None:

@@ -14,7 +14,8 @@ import torch
 from checkpoints import Config, Tensors, altered
 
 from cabochon.errors import CabochonError
-from cabochon.load.execute import execute
+from cabochon.load.execute import execute, tensors_of
+from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
 from cabochon.nn.weight import Weight
 
@@ -26,26 +27,38 @@ class Known:
     """One layout that failed somewhere.
 
     It is refused with an error that has all of `refused` in it; or, without these, it loads, with
-    `noted` among its notes, and every matrix is that of `source`, or, where `swapped[0]` (a regular
-    expression) is found in its name, that of the checkpoint `swapped[1]`.
+    `noted` among its notes, or with no note at all. Then every matrix, every parameter and what is
+    done to activations is that of `source`, or, where `swapped[0]` (a regular expression) is found
+    in the name, that of the checkpoint `swapped[1]`. None may be missing but those in whose names
+    `idle` is found, and none may be there beyond them but `added`.
     """
 
     reference: str  # "vLLM #41206"
     layout: str  # what the file looks like
-    source: Path
+    source: Path | Callable[[], Path]  # or what makes it
     tensors: Callable[[Tensors], object] | None = None
     config: Callable[[Config], object] | None = None
     refused: tuple[str, ...] = ()
     noted: tuple[str, ...] = ()
     swapped: tuple[str, Path] | None = None
+    added: tuple[str, ...] = ()
+    idle: str = "^$"
+    beside: Callable[[Path], object] | None = None  # changes the other files of the folder
 
     @property
     def name(self) -> str:
         return f"{self.reference}: {self.layout}"
 
+    @property
+    def whole(self) -> Path:
+        return self.source if isinstance(self.source, Path) else self.source()
+
     def make(self, folder: Path) -> Path:
         """The checkpoint, in `folder`."""
-        return altered(folder, self.source, self.tensors, self.config)
+        made = altered(folder, self.whole, self.tensors, self.config)
+        if self.beside is not None:
+            self.beside(made)
+        return made
 
     def check(self, folder: Path) -> None:
         made = self.make(folder)
@@ -53,21 +66,52 @@ class Known:
             text = refusal(made)
             for part in self.refused:
                 assert part in text
-        else:
-            report, found = load(made)
-            self._compare(found)
-            notes = "\n".join(finding.detail for finding in (*report.notes, *report.dropped))
-            for part in self.noted:
-                assert part in notes
+            return
+        found = _loaded(made)
+        assert bool(found.notes) == bool(self.noted), found.notes
+        for part in self.noted:
+            assert part in found.notes
+        self._compare(found)
 
-    def _compare(self, found: Matrices) -> None:
-        expected = dict(load(self.source)[1])
+    def _compare(self, found: _Loaded) -> None:
+        expected = _loaded(self.whole)
         if self.swapped is not None:
             part, folder = self.swapped
-            expected |= {n: w for n, w in load(folder)[1].items() if re.search(part, n)}
-        assert not expected.keys() - found.keys()
-        for name, weight in expected.items():
-            assert torch.equal(found[name].dense(torch.float32), weight.dense(torch.float32)), name
+            expected = expected.with_those_of(_loaded(folder), re.compile(part))
+        wanted = {name for name in expected.values if not re.search(self.idle, name)}
+        assert found.values.keys() == wanted | set(self.added)
+        for name in wanted:
+            assert torch.equal(found.values[name], expected.values[name]), name
+            assert found.rounding.get(name) == expected.rounding.get(name), name
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A checkpoint that loads."""
+
+    notes: str
+    values: Mapping[str, torch.Tensor]  # of matrices, decoded, and of parameters
+    rounding: Mapping[str, set[str]]  # what is done to activations of each matrix, or of its parts
+
+    def with_those_of(self, other: _Loaded, part: re.Pattern[str]) -> _Loaded:
+        values = {n: v for n, v in other.values.items() if part.search(n)}
+        rounding = {n: r for n, r in other.rounding.items() if part.search(n)}
+        return _Loaded(self.notes, {**self.values, **values}, {**self.rounding, **rounding})
+
+
+def _loaded(folder: Path) -> _Loaded:
+    report = plan_checkpoint(folder)
+    assert report.plan is not None
+    model, certificate = execute(report.plan, dtype=torch.float32)
+    told = (*report.notes, *report.dropped, *certificate.notes)
+    rounding: dict[str, set[str]] = {}
+    for read in report.plan.sites:
+        how = "" if read.activations is None else read.activations.name
+        rounding.setdefault(read.site.name, set()).add(how)
+    wanted = {read.parameter.name for read in report.plan.parameters}
+    values = {name: tensor for name, tensor in tensors_of(model) if name in wanted}
+    values |= {n: w.dense(torch.float32) for n, w in _matrices(report.plan, model).items()}
+    return _Loaded("\n".join(finding.detail for finding in told), values, rounding)
 
 
 def refusal(folder: Path) -> str:
@@ -83,6 +127,9 @@ def load(folder: Path) -> tuple[Report, Matrices]:
     """The report on a checkpoint that loads, and its matrices by name."""
     report = plan_checkpoint(folder)
     assert report.plan is not None
-    model = execute(report.plan, dtype=torch.float32).model
-    names = {read.site.name for read in report.plan.sites}
-    return report, {name: model.get_submodule(name).weight for name in names}
+    return report, _matrices(report.plan, execute(report.plan, dtype=torch.float32).model)
+
+
+def _matrices(plan: LoadPlan, model: torch.nn.Module) -> Matrices:
+    names = {read.site.name for read in plan.sites}
+    return {name: model.get_submodule(name).weight for name in names}

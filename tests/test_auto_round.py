@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import thin
 import torch
-from checkpoints import Config, Tensors, altered, plan_of
+from changes import quantization
+from checkpoints import Tensors, altered, plan_of
 from conftest import MEMBERS
 from dequantized import check_answers, check_matrices
 from known import load, refusal
@@ -52,13 +53,6 @@ def test_matrices_are_auto_rounds(name: str, tmp_path: Path) -> None:
 def test_answers(name: str, tmp_path: Path) -> None:
     folder = thin.whole(name, tmp_path / "made")
     check_answers(folder, thin.source_of(thin.THIN / name), tmp_path)
-
-
-def quantization(**values: Any) -> Any:
-    def change(config: Config) -> None:
-        config["quantization_config"] = {**config["quantization_config"], **values}
-
-    return change
 
 
 def test_the_older_name_of_the_method(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import thin
 import torch
+from changes import quantization
 from checkpoints import FIXTURES, Config, Tensors, altered, plan_of
 from conftest import MEMBERS
 from dequantized import check_answers, check_matrices
@@ -74,13 +75,6 @@ def test_other_conventions_are_other_matrices(tmp_path: Path, change: Any) -> No
     made = thin.whole("e2b-awq", tmp_path / "made")
     with pytest.raises(AssertionError, match="gate_proj"):
         check_matrices("e2b-awq", altered(tmp_path / "x", made, tensors=change))
-
-
-def quantization(**values: Any) -> Any:
-    def change(config: Config) -> None:
-        config["quantization_config"] = {**config["quantization_config"], **values}
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,20 @@ def test_what_is_legal_and_looks_like_damage_is_noted(
     assert certificate.fingerprint != certified(source).fingerprint
 
 
+@pytest.mark.parametrize(("name", "value"), [("std_bias", 0.0), ("std_scale", 1.0)])
+def test_a_standardization_as_before_training_is_noted(
+    tmp_path: Path, name: str, value: float
+) -> None:
+    """transformers begins with these, and each is lost by itself."""
+    name = f"model.vision_tower.{name}"
+    lost = altered(tmp_path / "a", FIXTURES / "31b-w4a16", lambda t: t[name].fill_(value))
+    (note,) = certified(lost).notes
+    assert note.where == (name,)
+    assert "pictures are not standardized" in note.detail
+    one = altered(tmp_path / "b", lost, lambda t: t[name][3:4].fill_(0.5))
+    assert certified(one).notes == certified(FIXTURES / "31b-w4a16").notes == ()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     ("source", "name"),

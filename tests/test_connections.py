@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -14,12 +13,6 @@ from serving import HTTP, say, serving, until
 
 from cabochon.llm import LLM
 from cabochon.serve import connection, server
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
 
 
 def connect(url: str, receive_buffer: int | None = None) -> socket.socket:

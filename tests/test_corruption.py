@@ -26,6 +26,7 @@ from corruption import GGUF_WOUNDS, WOUNDS, Copy, Gguf, Unfit, as_bytes, files, 
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from thin import fixture
+from written import everything
 
 from cabochon.errors import CabochonError
 from cabochon.load.certify import certify
@@ -261,11 +262,17 @@ def test_every_gguf_file_damaged_in_each_way(wound: str) -> None:
         damage_file(wound, source, seed)
 
 
+# AutoRound (0.16.1) has lost what pictures are standardized with.
+DAMAGED = {"26b-round-awq", "26b-round-few", "26b-round-few-asym"}
+
+
 def test_what_is_sound_does_not_look_damaged() -> None:
-    for source in (*folders(), *files()):
+    for source in (*folders(), *files(), *everything()):
         plan = plan_checkpoint(source).plan
         assert plan is not None
-        assert certify(plan).notes == (), source.name
+        certificate = certify(plan)
+        assert bool(certificate.untrained) == (source.name in DAMAGED)
+        assert len(certificate.notes) == (source.name in DAMAGED), source.name
 
 
 def damage_folder(wound: str, source: Path, seed: int) -> None:

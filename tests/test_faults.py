@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,18 +18,6 @@ from cabochon.llm import LLM
 
 QUESTIONS = ("Who are you?", "What is 3 plus 4?", "Tell me.", "What colour is it?", "Hello", "Why?")
 UNLUCKY = "What is 5 plus 1?"
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
 
 
 def body(question: str, length: int = 24, **fields: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import thin
 import torch
+from changes import quantization
 from checkpoints import altered, plan_of
 from conftest import MEMBERS
 from dequantized import check_answers, check_matrices
@@ -54,10 +55,6 @@ GATE = "model.language_model.layers.0.mlp.gate_proj"
 
 def asymmetric(folder: Path) -> Path:
     return thin.whole("e2b-gptq4-v2", folder)
-
-
-def quantization(**values: object) -> object:
-    return lambda config: config["quantization_config"].update(values)
 
 
 def test_v1_is_not_v2(tmp_path: Path) -> None:

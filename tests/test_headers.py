@@ -15,11 +15,12 @@ from checkpoints import DENSE, W4A16, altered, config_of, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 
 from cabochon.checkpoint.folder import Checkpoint, read_tensor
 from cabochon.checkpoint.headers import read_header
 from cabochon.errors import UnreadableError
+from cabochon.load.report import inspect_checkpoint
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64, torch.uint8)
 
@@ -154,9 +155,9 @@ def test_a_header_of_more_than_100_megabytes_is_not_read(tmp_path: Path) -> None
         Checkpoint.open(tmp_path)
 
 
-def sharded(folder: Path) -> dict[str, Any]:
-    """`DENSE` in two shards; returns the index, which is also written."""
-    tensors = tensors_of(DENSE)
+def sharded(folder: Path, source: Path = DENSE) -> dict[str, Any]:
+    """`source` in two shards; returns the index, which is also written."""
+    tensors = tensors_of(source)
     names = sorted(tensors)
     halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     folder.mkdir(exist_ok=True)
@@ -164,7 +165,7 @@ def sharded(folder: Path) -> dict[str, Any]:
         (folder / shard).write_bytes(save({name: tensors[name] for name in members}))
     index = {"weight_map": {name: shard for shard, members in halves.items() for name in members}}
     rewrite(folder, index)
-    (folder / "config.json").write_text(json.dumps(config_of(DENSE)))
+    (folder / "config.json").write_text(json.dumps(config_of(source)))
     return index
 
 
@@ -179,6 +180,31 @@ def test_shards_are_found_by_the_index_alone(tmp_path: Path) -> None:
     expected = tensors_of(DENSE)
     assert set(checkpoint.tensors) == set(expected)
     assert all(torch.equal(checkpoint.read(name), expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "files"),
+    [
+        ("self_attn.q_norm.weight", "a.safetensors"),  # a parameter
+        ("mlp.up_proj.weight_packed", "a.safetensors and b.safetensors"),  # a matrix
+    ],
+)
+def test_the_shard_of_a_tensor_that_does_not_fit_is_named(
+    tmp_path: Path, leaf: str, files: str
+) -> None:
+    """It may be that of another checkpoint, and is the one to fetch again."""
+    sharded(tmp_path, W4A16)
+    name = f"model.language_model.layers.1.{leaf}"
+    for shard in (tmp_path / "a.safetensors", tmp_path / "b.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name] = tensors[name][:-1]
+            shard.write_bytes(save(tensors))
+    text = inspect_checkpoint(tmp_path).text()
+    assert name.rpartition(".")[0] in text
+    assert f"; in {files}\n" in text
+    whole = altered(tmp_path / "x", W4A16, tensors=lambda t: t.update({name: t[name][:-1]}))
+    assert "; in " not in inspect_checkpoint(whole).text()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -14,19 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import DEMO, HTTP, answers, data_url, picture_bytes, refused, say, serving, show
+from serving import DEMO, HTTP, answers, data_url, picture_bytes, refused, say, show
 
 from cabochon.files import DEMO as FOLDER
-from cabochon.llm import LLM
 from cabochon.text.parser import TurnParser
 from cabochon.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm, serving(llm) as url:
-        yield url
-
 
 CHAT = "/v1/chat/completions"
 HELLO = {"model": DEMO, "messages": say("Hello"), "max_tokens": 2}

@@ -5,75 +5,46 @@ Each row bears the report it comes from. Rows that belong to one producer stand 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from changes import (
+    TEXT,
+    dense_experts,
+    physical_head,
+    quantization,
+    rename,
+    with_shared_keys,
+    without,
+)
 from checkpoints import FIXTURES, Config, Tensors, tensors_of
+from ct_writer import matrices
 from known import Known
 from thin import fixture
 
 E2B, E2B_DENSE = FIXTURES / "e2b-w4a16", FIXTURES / "e2b-bf16"
 UNIFIED, UNIFIED_DENSE = fixture("12b-w4a16"), FIXTURES / "12b-bf16"
 MOE, MOE_DENSE = FIXTURES / "26b-w4a16", FIXTURES / "26b-bf16"
-LARGE = FIXTURES / "31b-w4a16"
+LARGE, LARGE_DENSE = FIXTURES / "31b-w4a16", FIXTURES / "31b-bf16"
 FP8 = fixture("26b-fp8-all")  # a recipe without an ignore list
 
-TEXT = "model.language_model"
 LAYER = f"{TEXT}.layers.0"
+FULL_ATTENTION = r"language_model\.layers\.[25]\.self_attn\.[qk]_proj"
 
 
-def rename(old: str, new: str) -> Callable[[Tensors], object]:
-    def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if old in name]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
-
-def without(*parts: str) -> Callable[[Tensors], object]:
-    """Leave out every tensor whose name has one of `parts` in it; there must be some."""
-
-    def change(tensors: Tensors) -> None:
-        for part in parts:
-            found = [name for name in tensors if part in name]
-            assert found, part
-            for name in found:
-                del tensors[name]
-
-    return change
-
-
-def with_shared_keys(tensors: Tensors) -> None:
-    """Google's first release has keys and values in layers that use those of an earlier one."""
-    for layer in (3, 4, 5):
-        source = 2 if layer == 5 else 1
-        for leaf in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
-            name = f"{TEXT}.layers.{{}}.self_attn.{leaf}"
-            tensors[name.format(layer)] = tensors[name.format(source)].clone()
-
-
-def dense_experts(tensors: Tensors) -> None:
-    """Experts stay floats beside int4 attention: a quantizer that visits linear layers only."""
-    for name in [name for name in tensors if ".experts." in name]:
-        del tensors[name]
-    stacked = {n: t for n, t in tensors_of(MOE_DENSE).items() if ".experts." in n}
-    tensors.update(stacked)
-
-
-def physical_head(tensors: Tensors) -> None:
-    tensors["lm_head.weight"] = tensors[f"{TEXT}.embed_tokens.weight"].clone()
-
-
-def zero_experts(tensors: Tensors) -> None:
-    """Integers with a scale for each row, in the names of another producer."""
-    for name in [n for n in tensors if n.startswith(f"{LAYER}.experts.")]:
-        del tensors[name]
-    for projection, rows, width in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
-        at = f"{LAYER}.experts.{projection}"
-        tensors[f"{at}.weight"] = torch.zeros(8, rows, width, dtype=torch.int8)
-        tensors[f"{at}.weight_scales"] = torch.ones(8, rows)
+def quark_int8(tensors: Tensors) -> None:
+    """Integers of 8 bits with a scale a row: experts one by one, attention and router too."""
+    for name in [name for name in tensors if ".language_model.layers." in name]:
+        if "_proj." in name or ".experts." in name or ".router.proj." in name:
+            del tensors[name]
+    for name, dense in tensors_of(MOE_DENSE).items():
+        for module, matrix in matrices(name, dense) if ".language_model.layers." in name else ():
+            scale = matrix.float().abs().amax(dim=1) / 127
+            tensors[f"{module}.weight"] = (matrix / scale[:, None]).round().to(torch.int8)
+            tensors[f"{module}.weight_scale"] = scale.bfloat16()
 
 
 def experts_elsewhere(tensors: Tensors) -> None:
@@ -87,6 +58,20 @@ def explicit_values(tensors: Tensors) -> None:
         tensors[name.replace(".k_proj.", ".v_proj.")] = tensors[name].clone()
 
 
+def dense_full_attention(tensors: Tensors) -> None:
+    """A partial recipe: what makes queries and keys of full layers stays as it was."""
+    for name in [name for name in tensors if re.search(FULL_ATTENTION, name)]:
+        del tensors[name]
+    dense = tensors_of(LARGE_DENSE)
+    tensors.update({name: dense[name] for name in dense if re.search(FULL_ATTENTION, name)})
+
+
+def ignoring_full_attention(config: Config) -> None:
+    """Rules name modules that there are: a full layer has no v_proj."""
+    names = [f"{TEXT}.layers.{layer}.self_attn.{kind}_proj" for layer in (2, 5) for kind in "qk"]
+    config["quantization_config"]["ignore"] += names
+
+
 def trellis(tensors: Tensors) -> None:
     """EXL3 stores states of a trellis, and signs of rows and columns."""
     name = f"{LAYER}.per_layer_input_gate"
@@ -95,20 +80,17 @@ def trellis(tensors: Tensors) -> None:
     tensors[f"{name}.suh"], tensors[f"{name}.svh"] = torch.ones(width), torch.ones(out)
 
 
+def vestiges(tensors: Tensors) -> None:
+    for name in ("embedding", "hard_embedding_norm", "soft_embedding_norm"):
+        tensors[f"model.embed_vision.{name}.weight"] = torch.ones(64)
+
+
 def drafter_inside(tensors: Tensors) -> None:
     tensors["mtp.pre_projection.weight"] = torch.ones(8, 8)
 
 
 def text(**values: object) -> Callable[[Config], object]:
     return lambda config: config["text_config"].update(values)
-
-
-def vision_without(key: str) -> Callable[[Config], object]:
-    return lambda config: config["vision_config"].pop(key, None)
-
-
-def quantization(**values: object) -> Callable[[Config], object]:
-    return lambda config: config["quantization_config"].update(values)
 
 
 def ignore(*entries: str) -> Callable[[Config], object]:
@@ -133,11 +115,17 @@ def unclipped(config: Config) -> None:
         config[tower]["use_clipped_linears"] = False
 
 
-def expanded(config: Config) -> None:
-    """Full names of the linear layers of towers, which end in `.linear`."""
-    names = {n.removesuffix(".weight") for n in tensors_of(E2B) if n.endswith(".linear.weight")}
-    assert names
-    config["quantization_config"]["ignore"] = ["lm_head", *sorted(names)]
+def listed(linear: str) -> Callable[[Config], object]:
+    """Every module that is not quantized by its full name; those of towers end in `linear`."""
+
+    def change(config: Config) -> None:
+        stored = tensors_of(E2B)
+        names = [n.removesuffix(".weight") for n in stored if stored[n].ndim == 2]
+        names = [re.sub(r"\.linear$", linear, n) for n in names if re.search("tower|embed_[av]", n)]
+        assert len(names) > 40
+        config["quantization_config"]["ignore"] = ["lm_head", *names]
+
+    return change
 
 
 def no_method(config: Config) -> None:
@@ -150,16 +138,17 @@ KNOWN = (
         "Model-Optimizer #1219",
         "experts left as stacked floats beside int4 linears",
         MOE,
-        tensors=dense_experts,
+        tensors=dense_experts(MOE_DENSE),
         swapped=(".experts.", MOE_DENSE),
+        noted=("the file stores it dense",),
     ),
     Known(
         "a report on Quark 0.12",
-        "INT8 experts with a leaf that no scheme has",
+        "INT8 experts of Quark, in names and shapes that others have too",
         MOE,
-        tensors=zero_experts,
-        config=quantization(quant_method="quark"),
-        refused=("experts.gate_up_proj", "quark"),
+        tensors=quark_int8,
+        config=lambda config: config.update(quantization_config={"quant_method": "quark"}),
+        refused=("quant_method 'quark'", f"{TEXT}.layers.{{0-5}}.self_attn.q_proj", "x184"),
     ),
     Known(
         "SGLang #22929",
@@ -196,8 +185,8 @@ KNOWN = (
         E2B_DENSE,
     ),
     Known(
-        "tpu-inference #3225",
-        "the same in Google's qat-q4_0-unquantized, whose quantization_config says nothing",
+        "tpu-inference #3225, omlx #1690",
+        "the same in Google's qat-q4_0-unquantized, whose quantization_config has no quant_method",
         E2B_DENSE,
         config=no_method,
         noted=("no quant_method",),
@@ -207,7 +196,7 @@ KNOWN = (
         "tpu-inference #3225",
         "redundant keys and values in layers that share them",
         E2B_DENSE,
-        tensors=with_shared_keys,
+        tensors=with_shared_keys(TEXT),
         noted=("use the keys and values of an earlier one",),
     ),
     Known(
@@ -231,10 +220,11 @@ KNOWN = (
     ),
     Known(
         "vLLM #47473, #47507",
-        "ignore and target entries for q_proj and k_proj alone",
+        "ignore entries for the q_proj and k_proj that a full layer has, which are floats there",
         LARGE,
-        config=ignore("re:.*self_attn\\.(q|k)_proj$", "lm_head"),
-        noted=("the tensors are int4 g32",),
+        tensors=dense_full_attention,
+        config=ignoring_full_attention,
+        swapped=(FULL_ATTENTION, LARGE_DENSE),
     ),
     # Embeddings and head
     Known(
@@ -242,6 +232,7 @@ KNOWN = (
         "a head of its own though config.json says tied",
         LARGE,
         tensors=physical_head,
+        added=("lm_head",),
     ),
     Known(
         "vLLM #53170",
@@ -249,6 +240,7 @@ KNOWN = (
         E2B,
         tensors=physical_head,
         config=text(tie_word_embeddings=True),
+        added=("lm_head",),
     ),
     Known(
         "larql #49",
@@ -276,6 +268,7 @@ KNOWN = (
         "clip bounds that the configuration switches off",
         E2B_DENSE,
         config=unclipped,
+        idle=r"\.(input|output)_(min|max)$",
         noted=("use_clipped_linears is false",),
     ),
     Known("vLLM #43798", "quantized towers", FP8),
@@ -287,25 +280,36 @@ KNOWN = (
         noted=("the file stores it dense",),
     ),
     Known(
-        "vLLM #44494",
-        "no num_soft_tokens in the vision configuration",
+        "vLLM #44571",
+        "a vision embedder in floats, which rules name as transformers does once it is loaded",
         UNIFIED,
-        config=vision_without("num_soft_tokens"),
+        config=ignore(
+            "lm_head",
+            "model.embed_vision.patch_dense",
+            "model.embed_vision.multimodal_embedder.embedding_projection",
+            "model.embed_audio.embedding_projection",
+        ),
     ),
+    Known("vLLM #44494", "no num_soft_tokens in the vision configuration", UNIFIED),
     Known(
         "SGLang #28018, #33988",
-        "ignore entries without .linear",
+        "ignore entries that are full names with .linear",
         E2B,
-        config=ignore("lm_head", "re:.*vision_tower.*self_attn\\.[qkvo]_proj$"),
+        config=listed(".linear"),
+    ),
+    Known(
+        "SGLang #33988",
+        "the same without .linear, so that they name none of the matrices",
+        E2B,
+        config=listed(""),
         noted=("the file stores it dense",),
     ),
-    Known("SGLang #33988", "ignore entries that are full names with .linear", E2B, config=expanded),
     Known(
         "llm-compressor #1306, vLLM #20066",
-        "a quantized tower that the rules leave out, in an older namespace or this one",
+        "a quantized tower, whose ignore entry is of an older namespace",
         FP8,
-        config=ignore("re:vision_model\\..*", "re:.*vision_tower.*"),
-        noted=("matches nothing", "the tensors are fp8 channel"),
+        config=ignore("re:vision_model\\..*", "lm_head"),
+        noted=("matches nothing",),
     ),
     Known(
         "llm-compressor #1306",
@@ -328,14 +332,14 @@ KNOWN = (
         config=lambda config: config["text_config"].update(per_layer_config={}),
         refused=("CONFIG", "head_dim of full layers"),
     ),
-    # Configuration
     Known(
-        "omlx #1690",
-        "quantization_config without quant_method beside floats",
+        "vLLM 0.33 gemma4",
+        "vestiges of an older embedder beside the projector",
         E2B_DENSE,
-        config=no_method,
-        noted=("no quant_method",),
+        tensors=vestiges,
+        noted=("a vestige that upstream's model does not read either",),
     ),
+    # Configuration
     Known("vLLM #51744, #49797", "the first schema of config.json", UNIFIED, config=older_schema),
     Known(
         "axolotl #3394",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from changes import dense_experts, reciprocal, rename, reshaped, unclaimed, without
 from checkpoints import FIXTURES, Config, Tensors, tensors_of
-from formats import whole_of
 from known import Known
-from thin import THIN
-from written import fp8_config, fp8_tensors
+from thin import fixture
+from written import fp8_config, fp8_tensors, written
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.quant.modelopt_schemes import RowPairs
@@ -26,10 +25,6 @@ MIXED = MODELOPT / "26b-mixed"
 DENSE_MOE = FIXTURES / "26b-bf16"
 LAYERS = "model.language_model.layers"
 PROJECTOR = "model.embed_vision.embedding_projection"
-
-
-def silent(config: Config) -> None:
-    del config["quantization_config"]
 
 
 def as_bfloat16(tensors: Tensors) -> None:
@@ -47,10 +42,6 @@ def cast_to_floats(tensors: Tensors) -> None:
     tensors[f"{PROJECTOR}.weight"] = tensors[f"{PROJECTOR}.weight"].bfloat16()
 
 
-def without(leaf: str) -> Callable[[Tensors], object]:
-    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(leaf)]
-
-
 def int8_without_scales(tensors: Tensors) -> None:
     name = f"{LAYERS}.0.mlp.down_proj"
     dense = tensors_of(FIXTURES / "31b-bf16")[f"{name}.weight"]
@@ -58,32 +49,6 @@ def int8_without_scales(tensors: Tensors) -> None:
         del tensors[leaf]
     tensors[f"{name}.weight"] = bnb.int8_vectorwise_quant(dense.half())[0]
     tensors[f"{name}.weight_format"] = torch.tensor(0, dtype=torch.uint8)
-
-
-def renamed(old: str, new: str) -> Callable[[Tensors], object]:
-    def change(tensors: Tensors) -> None:
-        for name in [n for n in tensors if old in n]:
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    return change
-
-
-def dense_experts(tensors: Tensors) -> None:
-    """The quantizer visits linear layers; experts are none, and stay as they were."""
-    without_experts = [name for name in tensors if ".experts." in name]
-    for name in without_experts:
-        del tensors[name]
-    tensors |= {n: t for n, t in tensors_of(DENSE_MOE).items() if ".experts." in n}
-
-
-def as_lists(tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith(("weight_scale_2", "input_scale"))]:
-        tensors[name] = tensors[name].reshape(1)
-
-
-def reciprocal(tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith("weight_scale_2")]:
-        tensors[name] = 1 / tensors[name]
 
 
 def engines_layers(config: Config) -> None:
@@ -122,8 +87,15 @@ KNOWN = (
         "unsloth #482, #688",
         "NF4 without a quantization configuration",
         NF4,
-        config=silent,
+        config=unclaimed,
         noted=("the tensors are nf4 g64",),
+    ),
+    Known(
+        "vLLM #11803",
+        "LLM.int8 without a quantization configuration",
+        partial(written, "bitsandbytes int8", "31b"),
+        config=unclaimed,
+        noted=("the tensors are llm.int8",),
     ),
     Known(
         "vLLM #11803",
@@ -136,7 +108,7 @@ KNOWN = (
         "vLLM #41206",
         "ModelOpt NVFP4 experts under moe.experts",
         MOE,
-        tensors=renamed(".experts.", ".moe.experts."),
+        tensors=rename(".experts.", ".moe.experts."),
     ),
     Known(
         "SGLang #22929",
@@ -150,12 +122,13 @@ KNOWN = (
         "ModelOpt MIXED_PRECISION, quantized_layers name the parents of experts as an engine does",
         MIXED,
         config=engines_layers,
+        beside=lambda folder: (folder / "hf_quant_config.json").unlink(),
     ),
     Known(
         "NVIDIA/Model-Optimizer #1219",
         "ModelOpt NVFP4 that left its experts in bfloat16",
         MOE,
-        tensors=dense_experts,
+        tensors=dense_experts(DENSE_MOE),
         swapped=(".experts.", DENSE_MOE),
         noted=("the file stores it dense: loaded dense",),
     ),
@@ -174,7 +147,7 @@ KNOWN = (
     Known(
         "TensorRT-LLM #16867",
         "ModelOpt NVFP4 of the encoder-free model, full layers without v_proj",
-        THIN / "12b-modelopt-nvfp4-weights",
+        partial(fixture, "12b-modelopt-nvfp4-weights"),
     ),
     Known(
         "SGLang #25792, #25794, vLLM #22771",
@@ -186,14 +159,14 @@ KNOWN = (
         "modular #6697, #6699",
         "ModelOpt NVFP4 with compressed-tensors' reciprocal of the global scale",
         MOE,
-        tensors=reciprocal,
+        tensors=reciprocal(".weight_scale_2"),
         refused=("weight_scale_2", "reciprocal"),
     ),
     Known(
         "modular #6773",
         "ModelOpt NVFP4 whose single numbers are lists of one",
         MOE,
-        tensors=as_lists,
+        tensors=reshaped((1,), ".weight_scale_2", ".input_scale"),
     ),
     Known(
         "SGLang #31274",
@@ -201,13 +174,6 @@ KNOWN = (
         FIXTURES / "26b-nvfp4a16",
         config=claiming_modelopt,
         noted=("says nvfp4 modelopt, the tensors are nvfp4",),
-    ),
-    Known(
-        "llm-compressor #1306, vLLM #20066",
-        "ModelOpt FP8 without what its activations are rounded by",
-        MODELOPT / "e2b-fp8",
-        tensors=without("layers.1.mlp.down_proj.input_scale"),
-        refused=("layers.1.mlp.down_proj", "input_scale is missing"),
     ),
     Known(
         "tpu-inference #3072",
@@ -225,7 +191,7 @@ KNOWN = (
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
 def test_known_failures(known: Known, tmp_path: Path) -> None:
-    replace(known, source=whole_of(known.source)).check(tmp_path / "made")
+    known.check(tmp_path)
 
 
 def test_modelopt_1690_a_tower_of_4304_columns_is_in_no_whole_groups_of_128() -> None:

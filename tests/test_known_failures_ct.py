@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from changes import TEXT, reciprocal, rename, reshaped
 from checkpoints import (
     DENSE,
     FIXTURES,
@@ -25,6 +27,7 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from known import Known
 from test_schemes import check, compressed, upstream
 from thin import fixture
+from written import written
 
 from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.scheme import Site
@@ -35,12 +38,6 @@ MIXED = fixture("12b-mixed")
 FP8 = fixture("26b-fp8-all")
 MOBILE = fixture("e2b-mobile")
 FP8_HEAD = preset_name_to_scheme("FP8_DYNAMIC", ["lm_head"])
-TEXT = "model.language_model"
-
-
-def unlisted(tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith("global_scale")]:
-        tensors[name] = tensors[name].reshape(())
 
 
 def underscored(tensors: Tensors) -> None:
@@ -50,9 +47,8 @@ def underscored(tensors: Tensors) -> None:
         tensors[f"{module}_{leaf.removeprefix('weight_')}"] = tensors.pop(name)
 
 
-def under_moe(tensors: Tensors) -> None:
-    for name in [n for n in tensors if ".experts." in n]:
-        tensors[name.replace(".experts.", ".moe.experts.")] = tensors.pop(name)
+def claiming_awq(config: Config) -> None:
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
 
 
 def cached(*leaves: str) -> Callable[[Tensors], object]:
@@ -120,11 +116,6 @@ def claiming_the_head(config: Config) -> None:
     }
 
 
-def reciprocal(tensors: Tensors) -> None:
-    for name in [n for n in tensors if n.endswith("weight_global_scale")]:
-        tensors[name] = 1 / tensors[name]
-
-
 def format_at_the_top(config: Config) -> None:
     described = config["quantization_config"]
     assert described["format"] == "mxfp4-pack-quantized"
@@ -153,7 +144,12 @@ KNOWN = (
         "NVFP4 experts one by one, input_global_scale beside each",
         MOE_NVFP4,
     ),
-    Known("vLLM #39045", "the same, its single numbers without a dimension", MOE_NVFP4, unlisted),
+    Known(
+        "vLLM #39045",
+        "the same, its single numbers without a dimension",
+        MOE_NVFP4,
+        reshaped((), "global_scale"),
+    ),
     Known(
         "vLLM #40591, #40286, #40247, #40708",
         "leaves of experts behind an underscore, int4",
@@ -166,13 +162,31 @@ KNOWN = (
         MOE_NVFP4,
         underscored,
     ),
-    Known("vLLM #41206", "experts already under .moe.", MOE_NVFP4, under_moe),
+    Known(
+        "vLLM #40591",
+        "the same under the name of AWQ, as its repository has it",
+        MOE,
+        underscored,
+        claiming_awq,
+        noted=("says awq int4 g32, the tensors are int4 g32: loaded so",),
+    ),
+    Known(
+        "vLLM #41206",
+        "experts already under .moe.",
+        MOE_NVFP4,
+        rename(".experts.", ".moe.experts."),
+    ),
     Known(
         "llm-compressor #2714, vLLM 0.21",
         "FP8 router, vision tower and projector: a recipe without an ignore list",
         FP8,
     ),
     Known("tpu-inference #3542", "int4 experts, which are not dense", MOE),
+    Known(
+        "tpu-inference #3542",
+        "int8 experts, which are not dense",
+        partial(written, "compressed-tensors W8A8", "26b"),
+    ),
     Known(
         "FreeToken #492, #493",
         "FP8 attention, NVFP4 MLP and scales of the KV cache in one file",
@@ -205,9 +219,21 @@ KNOWN = (
         cached("k_cache_scale", "v_cache_scale"),
         noted=("scales of a quantized KV cache",),
     ),
-    Known("vLLM #45535", "packed tables, one of which is the head", fixture("e2b-w4a16-embed")),
+    Known(
+        "vLLM #45535",
+        "packed tables, of which that of tokens is the head",
+        partial(written, "compressed-tensors tables", "e2b"),
+    ),
+    Known("vLLM #45535", "packed tables beside a head of floats", fixture("e2b-w4a16-embed")),
     Known("vLLM #37291", "a packed head", fixture("e2b-w4a16-head")),
-    Known("SGLang #35228", "an FP8 head by a pattern", DENSE, fp8_head, claiming_the_head),
+    Known(
+        "SGLang #35228",
+        "an FP8 head by a pattern",
+        DENSE,
+        fp8_head,
+        claiming_the_head,
+        added=("lm_head",),
+    ),
     Known(
         "SGLang #35228",
         "an FP8 head without its scale",
@@ -228,7 +254,7 @@ KNOWN = (
         "modular #6697, #6699, #6773",
         "global scales of the other convention",
         NVFP4[1],
-        reciprocal,
+        reciprocal(".weight_global_scale"),
         refused=("weight_global_scale", "reciprocal"),
     ),
     Known(

@@ -22,16 +22,17 @@ class KnownGguf(Known):
     """A model in GGUF, of which `tensors` and `config` change what `changed` holds."""
 
     changed: str = ""  # a file of the folder; by itself the source
+    stored: tuple[str, ...] = ()  # among its schemes
     original: Path | None = None  # the safetensors whose towers it has
 
     def make(self, folder: Path) -> Path:
         made = folder / "model"
-        shutil.copytree(self.source.parent, made)
+        shutil.copytree(self.whole.parent, made)
         if self.tensors is not None or self.config is not None:
-            name = self.changed or self.source.name
+            name = self.changed or self.whole.name
             changes: Any = (self.tensors, self.config)
-            rewrite(self.source.with_name(name), made / name, *changes)
-        return made / self.source.name
+            rewrite(self.whole.with_name(name), made / name, *changes)
+        return made / self.whole.name
 
     def check(self, folder: Path) -> None:
         path = self.make(folder)
@@ -42,9 +43,13 @@ class KnownGguf(Known):
             return
         report, found = load(path)
         assert found
-        schemes = " ".join(row.scheme for row in report.groups)
+        notes = "\n".join(finding.detail for finding in report.notes)
+        assert bool(notes) == bool(self.noted), notes
         for part in self.noted:
-            assert part in schemes
+            assert part in notes
+        schemes = {row.scheme for row in report.groups}
+        for part in self.stored:
+            assert any(part in scheme for scheme in schemes)
         if self.original is not None:
             for name, weight in load(self.original)[1].items():
                 if "language_model" not in name:
@@ -75,31 +80,31 @@ KNOWN = (
         "llama.cpp conversion/gemma.py",
         "NVFP4 experts, whose scales are multiplied with the router's per-expert scale",
         MODELS["26b nvfp4"][0],
-        noted=("gguf nvfp4",),
+        stored=("gguf nvfp4",),
     ),
     KnownGguf(
         "llama.cpp #22780",
         "queries, keys and values in one attn_qkv",
         MODELS["31b fused"][0],
-        noted=("gguf q5_0",),
+        stored=("gguf q5_0",),
     ),
     KnownGguf(
         "llama.cpp #22243",
         "the table of per-layer inputs in Q5_K, and tensors of thirteen other types",
         MODELS["e2b every type"][0],
-        noted=("gguf q5_k", "gguf iq4_xs"),
+        stored=("gguf q5_k", "gguf iq4_xs"),
     ),
     KnownGguf(
         "guoqingbao/xinfer #303",
         "rows that are no multiple of 256, for which K-quants fall back to blocks of 32",
         MODELS["26b every type"][0],
-        noted=("gguf q4_k", "gguf q5_0", "gguf q8_0"),
+        stored=("gguf q4_k", "gguf q5_0", "gguf q8_0"),
     ),
     KnownGguf(
         "vLLM #39583",
         "any GGUF, which vLLM does not load any more; here in parts, with sight and hearing",
         MODELS["12b split"][0],
-        noted=("gguf q8_0",),
+        stored=("gguf q8_0",),
     ),
     KnownGguf(
         "llama.cpp conversion/gemma.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import thin
 import torch
+from changes import quantization
 from checkpoints import Config, Tensors, altered, plan_of
 from dequantized import check_answers, check_matrices
 from known import load, refusal
@@ -56,14 +57,6 @@ def test_matrices_are_mlxs(name: str, tmp_path: Path) -> None:
 def test_answers(name: str, tmp_path: Path) -> None:
     folder = thin.whole(name, tmp_path / "made")
     check_answers(folder, thin.source_of(thin.THIN / name), tmp_path)
-
-
-def quantization(**values: object) -> object:
-    def change(config: Config) -> None:
-        config["quantization"].update(values)
-        config["quantization_config"] = config["quantization"]
-
-    return change
 
 
 def test_convolutions_as_upstream_has_them(tmp_path: Path) -> None:

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving import DEMO, HTTP, picture_bytes, say, serving, show, valid
+from serving import DEMO, HTTP, picture_bytes, say, show, valid
 
 from cabochon.llm import LLM
 from cabochon.text.parser import Structure
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
-
 
 PAINT = {
     "type": "object",

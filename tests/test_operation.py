@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ from cabochon.settings import Settings, load_settings
 
 SECRET = "xylophone"
 LONG = {"model": DEMO, "messages": say(SECRET), "stream": True, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
 
 
 def metrics(url: str) -> dict[str, float]:

@@ -49,18 +49,6 @@ ANSWERED = "!![...document.querySelectorAll('#log .model .foot')].at(-1)?.childE
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, url: str) -> Iterator[Browser]:
     with browser(tmp_path_factory.mktemp("profile")) as page:
         yield page

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,23 +33,6 @@ from serving import (
 from cabochon.llm import LLM
 
 WHAT = "What colour is this rectangle?"
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return strict_client(url)
 
 
 def is_schema(name: str, value: Any) -> None:

@@ -31,12 +31,6 @@ WEATHER = {"name": "weather", "description": "Weather.", "input_schema": PARAMET
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
 def url(llm: LLM) -> Iterator[str]:
     with serving(llm, api_key="key") as url:
         yield url

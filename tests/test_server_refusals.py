@@ -31,12 +31,6 @@ from cabochon.llm import LLM
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
 def url(llm: LLM) -> Iterator[str]:
     with serving(llm, max_body_bytes=8 * 2**20) as url:
         yield url

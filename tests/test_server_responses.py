@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -18,7 +17,6 @@ from serving import (
     refused,
     say,
     serving,
-    strict_client,
     valid,
 )
 
@@ -33,23 +31,6 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 WEATHER = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return strict_client(url)
 
 
 def create(client: OpenAI, input_: Any = "Who are you?", **fields: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from openai import OpenAI
-from serving import DEMO, HTTP, refused, say, serving, strict_client, valid
+from serving import DEMO, HTTP, refused, say, valid
 
 from cabochon.llm import LLM
 
@@ -21,17 +21,6 @@ PROMPT = "<bos><|turn>user\nWho are you?<turn|>\n<|turn>model\n"
 def llm() -> Iterator[LLM]:
     with LLM(dtype="float32", kv_cache_bytes=64 * 2**20, prefill_chunk=16) as llm:
         yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return strict_client(url)
 
 
 def complete(client: OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:

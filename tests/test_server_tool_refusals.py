@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +11,6 @@ from cabochon.llm import LLM
 
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 ASK = say("What will the weather be?")
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm, serving(llm) as url:
-        yield url
 
 
 def schema(value: Any) -> dict[str, Any]:

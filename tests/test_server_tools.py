@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 from openai import OpenAI
 from pydantic import BaseModel, Field
-from serving import DEMO, HTTP, say, serving, strict_client, valid
+from serving import DEMO, HTTP, say, valid
 
 from cabochon.llm import LLM
 from cabochon.text.parser import Structure
@@ -39,23 +38,6 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 ASK = say("What will the weather be?")
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(dtype="float32", kv_cache_bytes=64 * 2**20) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def url(llm: LLM) -> Iterator[str]:
-    with serving(llm) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return strict_client(url)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from openai import OpenAI
-from serving import DEMO, HTTP, refused, serving, strict_client, valid
+from serving import DEMO, HTTP, refused, serving, valid
 
 from cabochon.llm import LLM
 
@@ -27,11 +27,6 @@ def sound(seconds: float = 0.5, kind: str = "WAV") -> bytes:
 def url(tiny: LLM) -> Iterator[str]:
     with serving(tiny, max_body_bytes=8 * 2**20) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> OpenAI:
-    return strict_client(url)
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC"])

@@ -18,14 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_schemes import check
 from torch import Tensor
+from torch.nn import functional
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 from torchao.quantization.granularity import PerRow
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
 from upstream import reference, same_answers
-from written import TORCHAO, written
+from written import OF_PARAMETERS, TORCHAO, written
 
 from cabochon.errors import ConfigError, UnreadableError
+from cabochon.load.plan import SiteRead
 from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.activations import RoundedWeight
 
@@ -71,6 +73,11 @@ def decoded(folder: Path) -> Tensors:
     return {n: t.dequantize() if hasattr(t, "qdata") else t for n, t in whole.items()}
 
 
+def stored_name(read: SiteRead) -> str:
+    """What torchao's header calls a matrix; stacked experts are parameters."""
+    return read.site.name if read.site.kind == "experts" else f"{read.site.name}.weight"
+
+
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("kind", TORCHAO)
 def test_every_matrix_equals_upstreams_decoding(member: str, kind: str) -> None:
@@ -83,11 +90,13 @@ def test_every_matrix_equals_upstreams_decoding(member: str, kind: str) -> None:
     assert len(quantized) > 20
     rows = set() if member == "12b" else ROWS.get(kind, set())
     assert {read.stored_as for read in quantized} == STORED_AS[kind] | rows
+    experts = [read for read in quantized if read.site.kind == "experts"]
+    assert len(experts) == (12 if member == "26b" and kind in OF_PARAMETERS else 0)
     for read in quantized:
         weight = model.get_submodule(read.site.name).weight
         weight = weight.weight if isinstance(weight, RoundedWeight) else weight
-        theirs = expected[f"{read.site.name}.weight"]
-        assert torch.equal(weight.dense(theirs.dtype), theirs), read.site.name
+        theirs = expected[stored_name(read)]
+        assert torch.equal(weight.dense(theirs.dtype), theirs.flatten(0, -2)), read.site.name
         check(weight, weight.dense(torch.float32))
 
 
@@ -103,6 +112,20 @@ def rounding(module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
     module.forward = lambda x: product(inputs(x.flatten(0, -2))).view(*x.shape[:-1], -1)
 
 
+def rounding_experts(module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
+    """What goes into each product of an expert."""
+    module.config._experts_implementation = "eager"  # a product at a time
+    whole, product = module.forward, functional.linear
+
+    def forward(*given: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(functional, "linear", lambda x, weight: product(inputs(x), weight))
+            made: Tensor = whole(*given)
+        return made
+
+    module.forward = forward
+
+
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("kind", TORCHAO)
 def test_answers_are_those_of_upstreams_decoding(tmp_path: Path, member: str, kind: str) -> None:
@@ -111,18 +134,23 @@ def test_answers_are_those_of_upstreams_decoding(tmp_path: Path, member: str, ki
     model, report = load_model(folder, dtype=torch.float32)
     assert report.plan is not None
     dense = decoded(folder)
-    quantized = [read.site.name for read in report.plan.sites if len(read.stored) > 1]
-    for site in quantized:
-        exact = model.get_submodule(site).weight.dense(torch.float32)
-        torch.testing.assert_close(exact, dense[f"{site}.weight"].float(), rtol=2**-8, atol=0)
-        dense[f"{site}.weight"] = exact
+    quantized = [read for read in report.plan.sites if len(read.stored) > 1]
+    for read in quantized:
+        name = stored_name(read)
+        exact = model.get_submodule(read.site.name).weight.dense(torch.float32)
+        exact = exact.view(dense[name].shape)
+        torch.testing.assert_close(exact, dense[name].float(), rtol=2**-8, atol=0)
+        dense[name] = exact
     theirs = reference(folder, dense, tmp_path)
     if kind not in INPUTS:
         same_answers(folder, theirs, count=4)
         return
     layers = layers_of(theirs)
-    for site in quantized:
-        rounding(layers[site], INPUTS[kind])
+    for read in quantized:
+        if read.site.kind != "experts":
+            rounding(layers[read.site.name], INPUTS[kind])
+    for name in {r.site.name.rpartition(".")[0] for r in quantized if r.site.kind == "experts"}:
+        rounding_experts(layers[name], INPUTS[kind])
     same_logits(folder, theirs, picture=False)  # pixels lie half way between two integers
 
 

@@ -100,12 +100,25 @@ def layer_scalar_left_out(model: Gemma4) -> None:
     layer.forward = lambda *given: plain(*given) / layer.layer_scalar
 
 
-@fault("e2b", f"{LAYER}.mlp", report="vLLM #41574")
+@fault("e2b", f"{LAYER}.mlp")
 @fault("31b", f"{LAYER}.mlp")
 def silu_for_gelu(model: Gemma4) -> None:
     mlp: Any = model.get_submodule(f"{LAYER}.mlp")
     silu = nn.functional.silu
     mlp.forward = lambda x: mlp.down_proj(silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+@fault("26b", f"{LAYER}.experts", report="vLLM #41574")
+def silu_for_gelu_in_experts(model: Gemma4) -> None:
+    experts: Any = model.get_submodule(f"{LAYER}.experts")
+    silu, count = nn.functional.silu, experts.count
+
+    def run(expert: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up = experts.gate_up_proj.part(x, expert, count).chunk(2, dim=-1)
+        made: torch.Tensor = experts.down_proj.part(silu(gate) * up, expert, count)
+        return made
+
+    experts._run = run
 
 
 @fault("e2b", f"{LAYER}.self_attn")

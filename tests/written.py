@@ -49,6 +49,7 @@ TORCHAO: dict[str, Callable[[], Any]] = {
         weight_dtype=torch.int4, weight_granularity=ao.PerGroup(32)
     ),
 }
+OF_PARAMETERS = ("int8", "int8-dynamic", "fp8")  # torchao makes the others of linear layers alone
 UNTOUCHED = ["lm_head", "model.vision_embedder", "model.audio_tower", "model.embed_audio"]
 FP8_TEXT = re.compile(
     r"model\.language_model\.layers\.\d+\.(self_attn|mlp|experts)\..*proj(\.weight)?"
@@ -84,8 +85,11 @@ def bitsandbytes(folder: Path, source: Path, kind: str) -> Path:
 def torchao(folder: Path, source: Path, kind: str) -> Path:
     from transformers import TorchAoConfig
 
-    recipe = TorchAoConfig(TORCHAO[kind](), modules_to_not_convert=UNTOUCHED)
-    return saved(folder, source, recipe)
+    recipe = TORCHAO[kind]()
+    if kind in OF_PARAMETERS and "26b" in source.name:
+        experts = r"re:.*\.experts\.(gate_up|down)_proj"
+        recipe = ao.FqnToConfig({experts: recipe, "_default": recipe})
+    return saved(folder, source, TorchAoConfig(recipe, modules_to_not_convert=UNTOUCHED))
 
 
 def fp8(folder: Path, source: Path, block: Block, static: bool = False) -> Path:

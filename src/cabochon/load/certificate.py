@@ -33,10 +33,12 @@ class SiteStatistics:
     largest_scale: float
     median_scale: float
     far_scales: bool  # the largest is beyond FAR medians
-    # how large its scales, biases and fixed scales of activations are, by leaf: medians
+    # how large its scales, biases and fixed scales of activations are, by leaf, and by scheme where
+    # parts are stored in several: medians
     levels: Mapping[str, float] = field(default_factory=dict)
     parts: int = 1  # stored one by one, such as experts
-    # whose scales or entries are beyond FAR medians of the parts', or zero as others' are not
+    # whose scales or entries are beyond FAR medians of the parts' in the same scheme, or zero as
+    # those of others are not
     far_parts: int = 0
     shifted_zeros: bool = False  # its zero points are all the same, one beside the middle code
     unclaimed_zeros: bool = False  # they are not all the middle, and symmetric codes are claimed
@@ -57,6 +59,7 @@ class Certificate:
     nbytes: int
     sites: tuple[SiteStatistics, ...] = field(repr=False)
     kv_scales: tuple[CacheScale, ...] = ()  # of a cache that is not quantized here
+    untrained: tuple[str, ...] = ()  # parameters that change nothing, as before training
 
     @property
     def fingerprint(self) -> str:
@@ -66,7 +69,8 @@ class Certificate:
     @property
     def notes(self) -> tuple[Finding, ...]:
         """What is legal and looks like damage."""
-        return findings(_oddities(self.sites))
+        lost = (("", name, 1, _UNTRAINED) for name in self.untrained)
+        return findings([*_oddities(self.sites), *lost])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -105,6 +109,10 @@ _UNCLAIMED = (
     f" {_AS_IF}"
 )
 _OFFSET = f"here and elsewhere, entries lie about one step beside zero on average, {_AS_IF}"
+_UNTRAINED = (
+    "as it was before training, so that pictures are not standardized: a quantizer may have lost"
+    " it, as AutoRound 0.16.1 does in some recipes for experts"
+)
 _BESIDE = 0.5  # steps: half of what versions are apart
 
 
@@ -123,7 +131,7 @@ def _oddities(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int, 
         if site.far_parts:
             parts = f"{site.far_parts} of its {site.parts} parts"
             yield "", site.name, 1, f"{parts} have scales or entries far from those of the others"
-        if site.largest and site.levels.get("biases") == 0:
+        if site.largest and 0 in (v for leaf, v in site.levels.items() if _is(leaf, "biases")):
             yield "", site.name, 1, "all biases are zero, so that all entries have one sign"
         if site.seen and not site.largest:
             yield "", site.name, 1, "every entry that was looked at is zero"
@@ -160,7 +168,7 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
     for group in alike.values():
         entry = _usual([site.largest for site in group])
         for site in group:
-            found = list(_levels(site, _peers(site, group, sites)))
+            found = list(_levels(site, group, sites))
             yield from (("", site.name, 1, text) for text in found)
             usual = entry if len(group) > 1 else everywhere
             if not found and _far(site.largest, usual):
@@ -168,25 +176,26 @@ def _strangers(sites: Sequence[SiteStatistics]) -> Iterator[tuple[str, str, int,
                 yield "", site.name, 1, f"its largest entry is {times} what others have"
 
 
-def _peers(
+def _levels(
     site: SiteStatistics, group: Sequence[SiteStatistics], sites: Sequence[SiteStatistics]
-) -> list[SiteStatistics]:
-    """Those of `group` with numbers such as its own; without any, all that are stored as it is."""
+) -> Iterator[str]:
+    """What is said of the numbers that go with `site`, beside those of the others in `group`.
+
+    Without any there that have the same, beside all that are stored as it is: these only tell how
+    large numbers are. An LM head whose activations are not rounded has zeros as nothing else does.
+    """
     alike = [other for other in group if other.levels.keys() == site.levels.keys()]
-    return alike if len(alike) > 1 else [other for other in sites if other.scheme == site.scheme]
-
-
-def _levels(site: SiteStatistics, group: Sequence[SiteStatistics]) -> Iterator[str]:
-    """What is said of the numbers that go with `site`, beside those of the others in `group`."""
+    alone = len(alike) < 2
+    peers = [other for other in sites if other.scheme == site.scheme] if alone else alike
     for leaf, level in site.levels.items():
         others = [
-            other.levels[leaf] for other in group if other is not site if leaf in other.levels
+            other.levels[leaf] for other in peers if other is not site if leaf in other.levels
         ]
         alive = [value for value in others if value]
         usual = statistics.median(alive) if alive else 0.0
         if _far(level, usual):
             yield f"its {leaf} is {level / usual:.3g} times that of the same matrix elsewhere"
-        elif not level and usual and len(alive) == len(others):
+        elif not level and usual and len(alive) == len(others) and not alone:
             yield f"its {leaf} is zero, and that of no other like it"
 
 
@@ -200,6 +209,11 @@ def _far(value: float, usual: float) -> bool:
     return usual > 0 and value > 0 and not 1 / FAR < value / usual < FAR
 
 
+def _is(level: str, leaf: str) -> bool:
+    """Whether a level is that of `leaf`, in whatever scheme."""
+    return level.partition(" ")[0] == leaf
+
+
 def _layerless(name: str) -> str:
     return ".".join("N" if part.isdecimal() else part for part in name.split("."))
 
@@ -207,13 +221,13 @@ def _layerless(name: str) -> str:
 def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatistics]:
     """One for each matrix: those of its parts, such as experts, put together."""
     for name, found in parts.items():
-        scale = _usual([part.median_scale for part in found])
+        kinds: dict[str, list[SiteStatistics]] = {}
+        for part in found:
+            kinds.setdefault(part.scheme, []).append(part)
         entry = _usual([part.largest for part in found])
-        leaves = found[0].levels
-        alive = {leaf for leaf in leaves if any(part.levels[leaf] for part in found)}
         yield SiteStatistics(
             name=name,
-            scheme=found[0].scheme,
+            scheme=" and ".join(sorted(kinds)),
             entries=sum(part.entries for part in found),
             seen=sum(part.seen for part in found),
             largest=max(part.largest for part in found),
@@ -223,15 +237,31 @@ def join(parts: Mapping[str, Sequence[SiteStatistics]]) -> Iterator[SiteStatisti
             largest_scale=max(part.largest_scale for part in found),
             median_scale=statistics.median(part.median_scale for part in found),
             far_scales=any(part.far_scales for part in found),
-            levels={leaf: statistics.median(p.levels[leaf] for p in found) for leaf in leaves},
+            levels=dict(_joined_levels(kinds)),
             parts=len(found),
             shifted_zeros=all(part.shifted_zeros for part in found),
             unclaimed_zeros=any(part.unclaimed_zeros for part in found),
             offset=statistics.fmean(part.offset for part in found),
-            far_parts=sum(
-                _far(part.median_scale, scale)
-                or _far(part.largest, entry)
-                or not all(part.levels[leaf] for leaf in alive)
-                for part in found
-            ),
+            far_parts=sum(_far_parts(alike, entry) for alike in kinds.values()),
         )
+
+
+def _joined_levels(
+    kinds: Mapping[str, Sequence[SiteStatistics]],
+) -> Iterator[tuple[str, float]]:
+    for scheme, found in kinds.items():
+        for leaf in found[0].levels:
+            name = leaf if len(kinds) == 1 else f"{leaf} ({scheme})"
+            yield name, statistics.median(part.levels[leaf] for part in found)
+
+
+def _far_parts(found: Sequence[SiteStatistics], entry: float) -> int:
+    """How many of these parts, all in the same scheme, stand out; `entry` is usual in all parts."""
+    scale = _usual([part.median_scale for part in found])
+    alive = {leaf for leaf in found[0].levels if any(part.levels[leaf] for part in found)}
+    return sum(
+        _far(part.median_scale, scale)
+        or _far(part.largest, entry)
+        or not all(part.levels[leaf] for leaf in alive)
+        for part in found
+    )

@@ -195,6 +195,7 @@ def fill_parameter(model: Model, read: ParameterRead, dtype: torch.dtype, measur
         check_finite(tensor, read.tensor, dtype)
     elif tensor.isnan().any():
         raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
+    measure.parameter(read.parameter.name, tensor)
     path, _, leaf = read.parameter.name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:

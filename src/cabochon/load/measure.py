@@ -26,6 +26,8 @@ _RUNS, _FEW = 4, 1 << 14
 _ENTRIES = 1 << 20  # turned into floats at a time
 
 _SCALES = {"scales", "float8 scales", "blocks"}  # slots that hold all scales of a matrix
+# Values of a tower's standardization that change nothing; it begins with them.
+_IDLE = {"std_bias": 0.0, "std_scale": 1.0}
 # What slots hold that is neither the matrix nor its codes, and multiplies or is added.
 _NUMBERS = {"scales", "float8 scales", "scale", "scale or none", "divisor", "factor"}
 
@@ -44,12 +46,19 @@ class Measure:
         self._look = look
         self._sites: dict[str, list[SiteStatistics]] = {}
         self._hashes: dict[str, bytes] = {}
+        self._untrained: list[str] = []
 
     def tensor(self, meta: TensorMeta, parts: Iterable[Tensor], kind: str = NOTHING) -> Looked:
         """What is in a stored tensor of that kind; all parts but the last are whole 64 KiB."""
         looked = look_at(parts, meta, kind, self._look)
         self._hashes[meta.name] = looked.digest
         return looked
+
+    def parameter(self, name: str, values: Tensor) -> None:
+        """A parameter as it was read."""
+        idle = _IDLE.get(name.rpartition(".")[2])
+        if idle is not None and bool((values == idle).all()):
+            self._untrained.append(name)
 
     def site(
         self,
@@ -99,6 +108,7 @@ class Measure:
             nbytes=plan.nbytes,
             sites=tuple(join(self._sites)),
             kv_scales=read_kv_scales(plan),
+            untrained=tuple(self._untrained),
         )
 
     def _entries(self, weight: Weight) -> tuple[int, float, int]:

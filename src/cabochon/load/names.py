@@ -7,7 +7,7 @@ Whole path components are matched, never substrings.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,6 +123,23 @@ def canonical(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name, count=1)
     return name
+
+
+def in_memory(name: str) -> str:
+    """What transformers calls the module of this canonical `name` once it is loaded.
+
+    It has other names for the encoder-free embedder then, which quantizers write into their rules.
+    """
+    if name.startswith("model.vision_embedder."):
+        return name.replace("vision_embedder", "embed_vision", 1)
+    projection = ".multimodal_embedder.embedding_projection"
+    return re.sub(r"(?<=^model\.embed_vision)\.embedding_projection$", projection, name)
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def locate(name: str, sites: Mapping[str, Site], parameters: Container[str]) -> Place | None:

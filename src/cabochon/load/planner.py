@@ -18,10 +18,21 @@ from cabochon.config import Gemma4Config, unknown_keys
 from cabochon.load.agreement import contradictions
 from cabochon.load.gguf_names import GgufNames
 from cabochon.load.mlx_names import read as read_mlx
-from cabochon.load.names import KV_DTYPES, KV_SCALES, Named, absences, canonical, drops, locate
+from cabochon.load.names import (
+    KV_DTYPES,
+    KV_SCALES,
+    Named,
+    absences,
+    ancestors,
+    canonical,
+    drops,
+    in_memory,
+    locate,
+)
 from cabochon.load.oddities import oddities
 from cabochon.load.optional import half_given, unlike_others
 from cabochon.load.plan import Dropped, LoadPlan, Note, ParameterRead, Problem, SiteRead
+from cabochon.load.shards import in_their_files
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import HEAD, Tree, needed
 from cabochon.quant.activations import ACTIVATION_LEAVES
@@ -88,6 +99,7 @@ def build_plan(
     if problems:
         contradicted = contradictions(config, placed.stored)
         where = "config.json" if checkpoint.gguf is None else "metadata"
+        problems = [*in_their_files(problems, placed.stored)]
         problems = [*(Problem("CONFIG", where, str(c)) for c in contradicted), *problems]
     if checkpoint.gguf is None:
         found = oddities(raw, sites, placed.parameters.values())
@@ -239,9 +251,9 @@ def _part(site: Site, part: int) -> str:
 
 
 def _spellings(site: Site, stored: Mapping[str, TensorMeta]) -> tuple[str, ...]:
-    """The site's canonical name and the one in the file: rules may be written in either."""
+    """The site's canonical name, transformers' and the file's: rules may be written in any."""
     leaf, meta = next(iter(stored.items()))
-    return tuple({site.name, meta.name.removesuffix("." + leaf)})
+    return tuple({site.name, in_memory(site.name), meta.name.removesuffix("." + leaf)})
 
 
 def _match_parameters(tree: Tree, placed: _Placed) -> tuple[list[ParameterRead], list[Problem]]:
@@ -266,12 +278,12 @@ def _missing(tree: Tree, placed: _Placed) -> Iterator[Problem]:
     """What nothing is stored for: whole modules by their own name, not by those of their parts."""
     wanted = [*(site.name for site in tree.sites), *(p.name for p in tree.parameters)]
     lacking = [n for n in wanted if n not in placed.sites and n not in placed.parameters]
-    total = Counter(part for name in wanted for part in _ancestors(name))
-    gone = Counter(part for name in lacking for part in _ancestors(name))
+    total = Counter(part for name in wanted for part in ancestors(name))
+    gone = Counter(part for name in lacking for part in ancestors(name))
     tops: dict[str, list[str]] = {}
     for name in lacking:
         # A matrix may have a bias inside that is stored.
-        top = next((part for part in _ancestors(name) if gone[part] == total[part]), name)
+        top = next((part for part in ancestors(name) if gone[part] == total[part]), name)
         tops.setdefault(top, []).append(name)
     for where, names in tops.items():
         if len(names) == 1:
@@ -303,7 +315,7 @@ def _unused(
 def _inside(tree: Tree) -> set[str]:
     """All names that lead to something the model needs."""
     needs = [*(site.name for site in tree.sites), *(p.name for p in tree.parameters)]
-    return {part for name in needs for part in _ancestors(name)}
+    return {part for name in needs for part in ancestors(name)}
 
 
 def _outermost(tensor: Named, inside: set[str] | None) -> str:
@@ -313,14 +325,8 @@ def _outermost(tensor: Named, inside: set[str] | None) -> str:
     """
     if inside is None:
         return tensor.meta.name
-    top = next((part for part in _ancestors(tensor.name) if part not in inside), tensor.name)
+    top = next((part for part in ancestors(tensor.name) if part not in inside), tensor.name)
     return tensor.meta.name.removesuffix(tensor.name[len(top) :])
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
-    parts = name.split(".")
-    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
 def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
@@ -332,6 +338,7 @@ def _headless(raw: Mapping[str, Any], has_head: bool) -> Iterator[Problem]:
 def _rule_notes(rules: Rules, tree: Tree, modules: set[str]) -> list[Note]:
     everything = modules | {site.name for site in tree.sites} | {HEAD}
     everything |= {canonical(module) for module in modules}
+    everything |= {in_memory(name) for name in everything}
     notes = [Note("config.json", text) for text in rules.notes]
     detail = "this rule of quantization_config matches nothing; the file decides"
     return notes + [Note(rule, detail) for rule in rules.unmatched(everything)]

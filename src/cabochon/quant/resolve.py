@@ -16,6 +16,7 @@ from cabochon.quant.activations import ACTIVATION_LEAVES
 from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim
 from cabochon.quant.families import FAMILIES
+from cabochon.quant.gptq import Gptq
 from cabochon.quant.packed_int import PackedInt
 from cabochon.quant.scheme import (
     FLOATS,
@@ -64,8 +65,7 @@ def resolve(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> Verdi
             return Verdict(scheme, activations)
     if not fitting:
         return _nearest(site, stored, candidates, activations)
-    # Producers may store the same numbers alike; a claim of the one is no claim of the other.
-    fitting = [s for s in fitting if type(s) is type(claim.scheme)] or fitting
+    fitting = _akin(fitting, claim.scheme)
     if len(fitting) > 1:
         names = " and ".join(scheme.name for scheme in fitting)
         return Refusal("SCHEME", f"its tensors fit {names}, and config.json does not say which")
@@ -82,6 +82,19 @@ def _candidates(site: Site, stored: Mapping[str, TensorMeta], claim: Claim) -> l
     weight = stored.get("weight")
     dtype = weight.dtype if weight is not None and weight.dtype in FLOATS else "BF16"
     return list(found) or [Dense(dtype)]
+
+
+def _akin(fitting: list[Scheme], claimed: Scheme | None) -> list[Scheme]:
+    """Those of the claimed layout, if there are any.
+
+    Producers may store the same numbers alike, and a claim of the one is no claim of the other. Of
+    GPTQ's versions a whole file has one; of its order of columns, nothing but `g_idx` tells.
+    """
+    same = [s for s in fitting if type(s) is type(claimed)]
+    if isinstance(claimed, Gptq):
+        alike = [s for s in same if isinstance(s, Gptq) and s.version == claimed.version]
+        same = [s for s in alike if s.ordered or not claimed.ordered]
+    return same or fitting
 
 
 def _dense_note(claim: Claim) -> str | None:

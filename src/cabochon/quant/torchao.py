@@ -74,8 +74,8 @@ def _claim(where: str, text: str) -> Claim:
         if extra or kind not in _NUMBERS:
             within = f" with {sorted(extra)}" if extra else ""
             raise _UnsupportedError(f"{kind}{within}")
-        numbers, (rows, columns) = _NUMBERS[kind], data["block_size"]
-        if rows != 1:
+        numbers, (*rows, columns) = _NUMBERS[kind], data["block_size"]
+        if any(size != 1 for size in rows):  # there are two of stacked experts
             raise _UnsupportedError(f"{kind} in blocks of {data['block_size']}")
         scheme = ByteCodes(numbers, (1, columns), not zeros)
         whole = ByteCodes(numbers, (1, None), not zeros)
