@@ -31,7 +31,7 @@ class Drafts:
         # Guesses stand in no place of their own: upstream leaves positions as they are.
         positions = torch.tensor(ends, device=device)
         tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=device)
-        states = torch.stack([s.guesses.state for s in sequences if s.guesses.state is not None])
+        states = torch.stack([_state(sequence) for sequence in sequences])
         embed = self._target.model.model.language_model.embed_tokens
         made = []
         for _ in range(count):
@@ -40,6 +40,12 @@ class Drafts:
             made.append(tokens)
         guesses: list[list[int]] = torch.stack(made, dim=1).tolist()
         return guesses
+
+
+def _state(sequence: TokenSequence) -> Tensor:
+    state = sequence.guesses.state
+    assert state is not None, "its latest token was drawn"
+    return state
 
 
 class Past:

@@ -9,7 +9,7 @@ there is one (`engine/drafts.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from cabochon.engine.lookup import Lookup
 
 if TYPE_CHECKING:
     from cabochon.engine.scheduler import TokenSequence
+
+# So many tokens for each of many sequences.
+Drafts = Callable[[Sequence["TokenSequence"], int], list[list[int]]]
 
 FIRST_REACH = 3
 LONGEST_PAUSE = 16
@@ -75,12 +78,6 @@ class Guesses:
         if self.tokens and self._by is not None:
             self._by.judge(len(self.tokens), right)
         self.tokens = []
-
-
-class Drafts(Protocol):
-    """Guesses of a drafter, for many sequences at once."""
-
-    def __call__(self, sequences: Sequence[TokenSequence], count: int) -> list[list[int]]: ...
 
 
 class Guesser:
