@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 Drafts = Callable[[Sequence["TokenSequence"], int], list[list[int]]]
 
 FIRST_REACH = 3
+FAR = 64  # what is nearly certain is guessed as far as it is known
 LONGEST_PAUSE = 16
 
 
 class Reach:
     """How far to guess: further while guesses are right, and not at all for a while if not."""
 
-    def __init__(self) -> None:
-        self._reach = FIRST_REACH
+    def __init__(self, first: int = FIRST_REACH) -> None:
+        self._first = self._reach = first
         self._pause = 0  # tokens to be drawn without a guess
         self._last_pause = 0
 
@@ -47,7 +48,7 @@ class Reach:
             self._reach = 2 * self._reach if right == guessed else right + 1
         else:
             self._last_pause = min(2 * self._last_pause + 1, LONGEST_PAUSE)
-            self._pause, self._reach = self._last_pause, FIRST_REACH
+            self._pause, self._reach = self._last_pause, self._first
 
 
 class Guesses:
@@ -58,12 +59,13 @@ class Guesses:
         self.state: Tensor | None = None  # of the model, where it drew the latest token
         self.forced: Callable[[], Sequence[int]] = tuple  # what must come next, as far as is known
         self._lookup = Lookup()
-        self._looked_up, self._drafted = Reach(), Reach()
-        self._by: Reach | None = None  # whose these are, if that is learned from them
+        self._forced, self._looked_up, self._drafted = Reach(FAR), Reach(), Reach()
+        self._by = self._forced  # whose these are
 
     def find(self, tokens: Sequence[int], most: int) -> None:
         """Guess up to `most` tokens behind `tokens`: what must come, or what came there before."""
-        self._by, self.tokens = None, list(self.forced()[:most])
+        self._by = self._forced
+        self.tokens = list(self.forced()[: min(most, self._forced.now())])
         if not self.tokens and (reach := self._looked_up.now()):
             self._by = self._looked_up
             self.tokens = self._lookup.guess(tokens, min(most, reach))
@@ -75,7 +77,7 @@ class Guesses:
 
     def judge(self, right: int) -> None:
         """So many of the guesses were the tokens that have been drawn."""
-        if self.tokens and self._by is not None:
+        if self.tokens:
             self._by.judge(len(self.tokens), right)
         self.tokens = []
 
