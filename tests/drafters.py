@@ -36,7 +36,8 @@ def mend() -> None:
     """Let transformers make drafters: 5.23 refuses all models whose layers share all they read.
 
     Its check wants a layer that makes keys and values in the model itself, which a drafter has not
-    (`kv_sharing_modes`); targets that share nothing then keep nothing for drafters either.
+    (`kv_sharing_modes`); targets that share nothing then keep nothing for drafters either. What is
+    computed with this is what 5.15 computes as it is.
     """
     from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
     from transformers.models.gemma4_unified.configuration_gemma4_unified import (
