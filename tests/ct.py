@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     initialize_module_for_quantization,
 )
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.utils.match import is_match, match_targets
+from guided import rounds
 from torch import Tensor, nn
 from upstream import reference
 
@@ -107,9 +110,9 @@ def rounding(model: Any, folder: Path) -> Any:
         if expert is not None:
             experts.setdefault(expert[1], {})[int(expert[2]), expert[3]] = recipe
         elif isinstance(layers[module], nn.Linear):
-            simulate(layers[module], *recipe)
+            simulate(module, layers[module], *recipe)
     for name, parts in experts.items():
-        layers[name].forward = Experts(layers[name], parts)
+        layers[name].forward = Experts(name, layers[name], parts)
     return model
 
 
@@ -145,7 +148,7 @@ def on_disk(name: str, model: Any) -> str:
     return name
 
 
-def simulate(module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
+def simulate(name: str, module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
     """`module` rounds what goes in and out as compressed-tensors simulates it."""
     given = {
         end: fitted(arguments, module.in_features)
@@ -166,14 +169,17 @@ def simulate(module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
             exact = tensor if leaf.endswith("zero_point") else tensor.float()
             getattr(module, leaf).data = exact
     module.quantization_status = QuantizationStatus.COMPRESSED
-    rounding = module.forward
+    inputs, outputs = (
+        partial(simulated, module, end, given[end]) if end in given else None
+        for end in ("input", "output")
+    )
+    module.forward = rounds(name, partial(nn.Linear.forward, module), inputs, outputs)
 
-    def forward(x: Tensor) -> Tensor:
-        """Upstream has a scale a token only in a batch of sequences, which not all layers get."""
-        y: Tensor = rounding(x.reshape(1, -1, x.shape[-1]))
-        return y.view(*x.shape[:-1], -1)
 
-    module.forward = forward
+def simulated(module: Any, end: str, arguments: QuantizationArgs, x: Tensor) -> Tensor:
+    """Upstream has a scale a token only in a batch of sequences, which not all layers get."""
+    rounded: Tensor = forward_quantize(module, x.reshape(1, -1, x.shape[-1]), end, arguments)
+    return rounded.view(x.shape)
 
 
 def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
@@ -186,7 +192,7 @@ def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
 class Experts:
     """Experts as upstream unfolds them: a linear layer each, that rounds its activations."""
 
-    def __init__(self, stacked: Any, parts: Parts) -> None:
+    def __init__(self, name: str, stacked: Any, parts: Parts) -> None:
         self.act = stacked.act_fn
         self.layers = {}
         for (number, kind), (scheme, ends) in parts.items():
@@ -196,7 +202,7 @@ class Experts:
                 weight = weight.chunk(2)[kind == "up"]
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             layer.weight.data = weight
-            simulate(layer, scheme, ends)
+            simulate(f"{name}.{number}.{kind}_proj", layer, scheme, ends)
             self.layers[number, kind] = layer
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def own(model: Any, prompt: Prompt, *, wide: bool) -> tuple[float, float]:
 
 def _others(model: Any, prompt: Prompt, wide: bool) -> Iterator[Tensor]:
     for count in PIECES:
-        with _summed(count):
+        with summed(count):
             yield logits(model, prompt)
     if not wide:
         return
@@ -53,7 +53,7 @@ def _others(model: Any, prompt: Prompt, wide: bool) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _summed(count: int) -> Iterator[None]:
+def summed(count: int) -> Iterator[None]:
     """Products are sums of `count` products of fewer columns."""
     whole = functional.linear
 

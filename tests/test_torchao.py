@@ -13,7 +13,7 @@ import torch
 from checkpoints import Tensors, load_model, tensors_of
 from conftest import FIXTURES, MEMBERS
 from ct import layers_of
-from guided import same_logits
+from guided import rounds, same_logits
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_schemes import check
@@ -98,9 +98,11 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rounding(module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
-    product = module.forward
-    module.forward = lambda x: product(inputs(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+def simulate(name: str, module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
+    def rounded(x: Tensor) -> Tensor:
+        return inputs(x.flatten(0, -2)).view(x.shape)
+
+    module.forward = rounds(name, module.forward, rounded)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -122,8 +124,8 @@ def test_answers_are_those_of_upstreams_decoding(tmp_path: Path, member: str, ki
         return
     layers = layers_of(theirs)
     for site in quantized:
-        rounding(layers[site], INPUTS[kind])
-    same_logits(folder, theirs, picture=False)  # pixels lie half way between two integers
+        simulate(site, layers[site], INPUTS[kind])
+    same_logits(folder, theirs)
 
 
 @pytest.mark.parametrize("kind", INPUTS)
