@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from checkpoints import Tensors, config_of, tensors_of
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
@@ -25,7 +24,7 @@ from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.utils.match import is_match, match_targets
 from guided import rounds
 from torch import Tensor, nn
-from upstream import reference
+from upstream import Experts, reference
 
 WEIGHT = re.compile(r"(.+)\.(weight_\w+|weight)")
 ENDS = re.compile(r"(.+)\.((?:input|output)_(?:scale|zero_point|global_scale))")
@@ -112,7 +111,10 @@ def rounding(model: Any, folder: Path) -> Any:
         elif isinstance(layers[module], nn.Linear):
             simulate(module, layers[module], *recipe)
     for name, parts in experts.items():
-        layers[name].forward = Experts(name, layers[name], parts)
+        one_by_one = {
+            key: unfolded(name, layers[name], key, *recipe) for key, recipe in parts.items()
+        }
+        layers[name].forward = Experts(layers[name].act_fn, one_by_one)
     return model
 
 
@@ -146,6 +148,20 @@ def on_disk(name: str, model: Any) -> str:
         name = re.sub(r"^model\.embed_vision\.(?!multimodal)", "model.vision_embedder.", name)
         name = name.replace("model.embed_vision.multimodal_embedder", "model.embed_vision")
     return name
+
+
+def unfolded(
+    name: str, stacked: Any, key: tuple[int, str], scheme: QuantizationScheme, ends: Tensors
+) -> nn.Linear:
+    """One of the layers as which upstream unfolds experts, rounding its activations."""
+    number, kind = key
+    weight = (stacked.down_proj if kind == "down" else stacked.gate_up_proj).data[number]
+    if kind != "down":
+        weight = weight.chunk(2)[kind == "up"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight
+    simulate(f"{name}.{number}.{kind}_proj", layer, scheme, ends)
+    return layer
 
 
 def simulate(name: str, module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
@@ -187,29 +203,3 @@ def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
     if arguments.group_size is None or width >= arguments.group_size:
         return arguments
     return arguments.model_copy(update={"group_size": width})
-
-
-class Experts:
-    """Experts as upstream unfolds them: a linear layer each, that rounds its activations."""
-
-    def __init__(self, name: str, stacked: Any, parts: Parts) -> None:
-        self.act = stacked.act_fn
-        self.layers = {}
-        for (number, kind), (scheme, ends) in parts.items():
-            fused = stacked.down_proj if kind == "down" else stacked.gate_up_proj
-            weight = fused.data[number]
-            if kind != "down":
-                weight = weight.chunk(2)[kind == "up"]
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            layer.weight.data = weight
-            simulate(f"{name}.{number}.{kind}_proj", layer, scheme, ends)
-            self.layers[number, kind] = layer
-
-    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            token, place = torch.where(chosen == expert)
-            gate, up = (self.layers[expert, kind](x[token]) for kind in ("gate", "up"))
-            made = self.layers[expert, "down"](self.act(gate) * up)
-            out.index_add_(0, token, made * shares[token, place, None])
-        return out

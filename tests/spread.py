@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ct
 import pytest
 import torch
 from reference import logits
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import cosine_similarity
+from upstream import Experts
 
 from cabochon.engine.request import Prompt
 
@@ -44,7 +44,7 @@ def _others(model: Any, prompt: Prompt) -> Iterator[Tensor]:
         with summed(count):
             yield logits(model, prompt)
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), ct.Experts):
+        if isinstance(module.__dict__.get("forward"), Experts):
             for layer in module.forward.layers.values():
                 layer.double()
     yield logits(model.double(), prompt)

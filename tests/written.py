@@ -91,7 +91,7 @@ def torchao(folder: Path, source: Path, kind: str) -> Path:
 def fp8(folder: Path, source: Path, block: Block, static: bool = False) -> Path:
     """Fine-grained FP8 as transformers' quantizer makes it."""
     if block is None and "26b" in source.name:
-        # Of experts with one scale each, transformers (5.23) writes [8, 1, 1] and expects [8, 2, 1].
+        # Of one scale for each expert transformers (5.23) writes [8, 1, 1] and reads [8, 2, 1].
         block = (32, 32)
     return altered(folder, source, fp8_tensors(block, static), fp8_config(block, static))
 
