@@ -24,7 +24,6 @@ from torch.nn.functional import cosine_similarity
 
 from cabochon import LLM
 from cabochon.engine.request import Prompt
-from cabochon.nn.activations import DynamicRounding, StaticRounding
 
 CLOSE = 1e-4  # as a share of the largest entry
 # A rounding of ours: its matrix, within what else surrounds that, or within a stack of experts'.
@@ -106,9 +105,10 @@ def _recorded(model: nn.Module) -> Iterator[Rounded]:
     rounded: Rounded = {}
     hooks = []
     for path, module in model.named_modules():
-        if isinstance(module, DynamicRounding | StaticRounding):
+        name = _name(path)
+        if name is not None:
 
-            def record(_: nn.Module, given: tuple[Tensor], name: str = _name(path)) -> None:
+            def record(_: nn.Module, given: tuple[Tensor], name: str = name) -> None:
                 rounded.setdefault(name, []).append(given[0].detach().clone())
 
             hooks.append(module.register_forward_pre_hook(record))
@@ -119,10 +119,11 @@ def _recorded(model: nn.Module) -> Iterator[Rounded]:
             hook.remove()
 
 
-def _name(path: str) -> str:
-    """A rounding of our model as `seam` names it."""
+def _name(path: str) -> str | None:
+    """A rounding of our model as `seam` names it; None: the module is none."""
     match = ROUNDING.fullmatch(path)
-    assert match is not None, path
+    if match is None:
+        return None
     module, part, end = match.groups()
     if part is None:
         return f"{module}.{end}"
