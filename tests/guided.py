@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 from cabochon import LLM
 from cabochon.engine.request import Prompt
 
-CLOSE = 1e-4  # as a share of the largest entry
+CLOSE = 1e-5  # as a share of the largest entry; sums in another order were seen to move one by 1e-6
 # A rounding of ours: its matrix, within what else surrounds that, or within a stack of experts'.
 ROUNDING = re.compile(r"(.+)\.weight(?:\.inner)*(?:\.parts\.(\d+))?(?:\.inner)*\.(inputs|outputs)")
 
