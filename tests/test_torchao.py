@@ -36,7 +36,7 @@ STORED_AS = {
     "int4": {"int8 g32 asymmetric"},
     "int8-int4": {"int8 g32 asymmetric, inputs int8 per token asymmetric"},
 }
-# Where a row of the vision tower is one group; the encoder-free model has none.
+# Where a row of a tower is one group; the encoder-free model has none.
 ROWS = {
     "int4": {"int8 channel asymmetric"},
     "int8-int4": {"int8 channel asymmetric, inputs int8 per token asymmetric"},
