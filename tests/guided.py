@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import hiss, noise
 from reference import logits, relative_error
 from torch import Tensor, nn
@@ -67,11 +66,7 @@ def same_logits(folder: Path, model: Any) -> None:
 
     Of text, a picture, and a sound where the model hears.
     """
-    # Without kernels: they add up in another order, and are held to these products by themselves.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cabochon.llm.library", lambda: None)
-        llm = LLM(folder, dtype="float32")
-    with llm:
+    with LLM(folder, dtype="float32") as llm:
         ours, theirs = guided_logits(llm, model, prompt_of(llm))
     assert cosine_similarity(ours, theirs, dim=-1).min() > 0.9999
     assert relative_error(ours, theirs) < 1e-4

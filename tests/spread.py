@@ -41,7 +41,7 @@ def own(model: Any, prompt: Prompt) -> tuple[float, float]:
 
 def _others(model: Any, prompt: Prompt) -> Iterator[Tensor]:
     for count in PIECES:
-        with summed(count):
+        with _summed(count):
             yield logits(model, prompt)
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), Experts):
@@ -51,7 +51,7 @@ def _others(model: Any, prompt: Prompt) -> Iterator[Tensor]:
 
 
 @contextmanager
-def summed(count: int) -> Iterator[None]:
+def _summed(count: int) -> Iterator[None]:
     """Products are sums of `count` products of fewer columns."""
     whole = functional.linear
 
