@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from checkpoints import Tensors, config_of, tensors_of
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.format import infer_module_format
@@ -20,9 +20,11 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     initialize_module_for_quantization,
 )
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from compressed_tensors.utils.match import is_match, match_targets
+from guided import rounds
 from torch import Tensor, nn
-from upstream import reference
+from upstream import Experts, reference
 
 WEIGHT = re.compile(r"(.+)\.(weight_\w+|weight)")
 ENDS = re.compile(r"(.+)\.((?:input|output)_(?:scale|zero_point|global_scale))")
@@ -107,9 +109,12 @@ def rounding(model: Any, folder: Path) -> Any:
         if expert is not None:
             experts.setdefault(expert[1], {})[int(expert[2]), expert[3]] = recipe
         elif isinstance(layers[module], nn.Linear):
-            simulate(layers[module], *recipe)
+            simulate(module, layers[module], *recipe)
     for name, parts in experts.items():
-        layers[name].forward = Experts(layers[name], parts)
+        one_by_one = {
+            key: unfolded(name, layers[name], key, *recipe) for key, recipe in parts.items()
+        }
+        layers[name].forward = Experts(layers[name].act_fn, one_by_one)
     return model
 
 
@@ -145,7 +150,21 @@ def on_disk(name: str, model: Any) -> str:
     return name
 
 
-def simulate(module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
+def unfolded(
+    name: str, stacked: Any, key: tuple[int, str], scheme: QuantizationScheme, ends: Tensors
+) -> nn.Linear:
+    """One of the layers as which upstream unfolds experts, rounding its activations."""
+    number, kind = key
+    weight = (stacked.down_proj if kind == "down" else stacked.gate_up_proj).data[number]
+    if kind != "down":
+        weight = weight.chunk(2)[kind == "up"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight
+    simulate(f"{name}.{number}.{kind}_proj", layer, scheme, ends)
+    return layer
+
+
+def simulate(name: str, module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
     """`module` rounds what goes in and out as compressed-tensors simulates it."""
     given = {
         end: fitted(arguments, module.in_features)
@@ -166,14 +185,17 @@ def simulate(module: Any, scheme: QuantizationScheme, ends: Tensors) -> None:
             exact = tensor if leaf.endswith("zero_point") else tensor.float()
             getattr(module, leaf).data = exact
     module.quantization_status = QuantizationStatus.COMPRESSED
-    rounding = module.forward
+    inputs, outputs = (
+        partial(simulated, module, end, given[end]) if end in given else None
+        for end in ("input", "output")
+    )
+    module.forward = rounds(name, partial(nn.Linear.forward, module), inputs, outputs)
 
-    def forward(x: Tensor) -> Tensor:
-        """Upstream has a scale a token only in a batch of sequences, which not all layers get."""
-        y: Tensor = rounding(x.reshape(1, -1, x.shape[-1]))
-        return y.view(*x.shape[:-1], -1)
 
-    module.forward = forward
+def simulated(module: Any, end: str, arguments: QuantizationArgs, x: Tensor) -> Tensor:
+    """Upstream has a scale a token only in a batch of sequences, which not all layers get."""
+    rounded: Tensor = forward_quantize(module, x.reshape(1, -1, x.shape[-1]), end, arguments)
+    return rounded.view(x.shape)
 
 
 def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
@@ -181,29 +203,3 @@ def fitted(arguments: QuantizationArgs, width: int) -> QuantizationArgs:
     if arguments.group_size is None or width >= arguments.group_size:
         return arguments
     return arguments.model_copy(update={"group_size": width})
-
-
-class Experts:
-    """Experts as upstream unfolds them: a linear layer each, that rounds its activations."""
-
-    def __init__(self, stacked: Any, parts: Parts) -> None:
-        self.act = stacked.act_fn
-        self.layers = {}
-        for (number, kind), (scheme, ends) in parts.items():
-            fused = stacked.down_proj if kind == "down" else stacked.gate_up_proj
-            weight = fused.data[number]
-            if kind != "down":
-                weight = weight.chunk(2)[kind == "up"]
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            layer.weight.data = weight
-            simulate(layer, scheme, ends)
-            self.layers[number, kind] = layer
-
-    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            token, place = torch.where(chosen == expert)
-            gate, up = (self.layers[expert, kind](x[token]) for kind in ("gate", "up"))
-            made = self.layers[expert, "down"](self.act(gate) * up)
-            out.index_add_(0, token, made * shares[token, place, None])
-        return out

@@ -30,8 +30,9 @@ Made by `python tests/formats.py`; a test holds it to what the tests hold.
 
 Every row was written by its producer's own software, in part while the tests run, and is read in
 the tests on each model that is named: each matrix is what the producer's own decoder makes of it,
-and logits are those of transformers on decoded weights, at a cosine of 0.9999 or, where activations
-are rounded, as near as [models.md](models.md#what-is-verified) says. Two are written by the tests:
+and logits are those of transformers on decoded weights, at a cosine of 0.9999, with activations
+rounded by the producer's arithmetic where the recipe rounds them
+([models.md](models.md#what-is-verified) says how). Two are written by the tests:
 Google's own format, whose converter is not public and which transformers reads, and what
 compressed-tensors packed before 0.18 ("padded", "reordered"), of which files that 0.17 wrote say
 how. "Kernel" is what multiplies where the kernels are built; PyTorch is the exact path.

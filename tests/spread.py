@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ct
 import pytest
 import torch
 from reference import logits
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import cosine_similarity
+from upstream import Experts
 
 from cabochon.engine.request import Prompt
 
@@ -31,22 +31,20 @@ def distances(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return float(apart.max()), float(apart.mean())
 
 
-def own(model: Any, prompt: Prompt, *, wide: bool) -> tuple[float, float]:
-    """The largest distances of `model` from itself; if `wide`, it is one of float64 afterwards."""
+def own(model: Any, prompt: Prompt) -> tuple[float, float]:
+    """The largest distances of `model` from itself; it is one of float64 afterwards."""
     usual = logits(model, prompt)
-    found = [distances(other, usual) for other in _others(model, prompt, wide)]
+    found = [distances(other, usual) for other in _others(model, prompt)]
     worst, mean = zip(*found, strict=True)
     return max(worst), max(mean)
 
 
-def _others(model: Any, prompt: Prompt, wide: bool) -> Iterator[Tensor]:
+def _others(model: Any, prompt: Prompt) -> Iterator[Tensor]:
     for count in PIECES:
         with _summed(count):
             yield logits(model, prompt)
-    if not wide:
-        return
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), ct.Experts):
+        if isinstance(module.__dict__.get("forward"), Experts):
             for layer in module.forward.layers.values():
                 layer.double()
     yield logits(model.double(), prompt)
@@ -67,11 +65,8 @@ def _summed(count: int) -> Iterator[None]:
         yield
 
 
-def within_its_own(ours: Tensor, model: Any, prompt: Prompt, *, wide: bool = True) -> None:
-    """`ours` are as near to the logits of `model` as those are to themselves.
-
-    Upstream's own experts are not made for float64: then without `wide`.
-    """
-    found, limit = distances(ours, logits(model, prompt)), own(model, prompt, wide=wide)
+def within_its_own(ours: Tensor, model: Any, prompt: Prompt) -> None:
+    """`ours` are as near to the logits of `model` as those are to themselves."""
+    found, limit = distances(ours, logits(model, prompt)), own(model, prompt)
     for name, far, most in zip(("worst", "mean"), found, limit, strict=True):
         assert far <= max(EXACT, 2 * most), f"{name}: {far:.3g}, its own {most:.3g}"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import Config, Tensors, altered, config_of, load_model, plan_of, tensors_of
 from conftest import FIXTURES, MEMBERS
+from ct import layers_of
+from guided import rounds, same_logits, seam
 from test_schemes import check
 from torch import Tensor
+from transformers.integrations import finegrained_fp8 as upstreams
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from upstream import reference, same_answers
 from written import fp8, written
 
@@ -64,11 +70,98 @@ def test_answers_are_those_of_upstreams_decoding(tmp_path: Path, member: str, wa
     same_answers(folder, reference(folder, dense(folder), tmp_path), weights_only=True, count=4)
 
 
-def rounded(x: Tensor, group: int) -> Tensor:
-    """A token's activations in groups, each with a scale: DeepSeek-V3's way, section 3.3.2."""
+def rounded(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes of a token's activations and a scale for each group of them.
+
+    So do DeepSeek-V3 (its report's section 3.3.2) and, after it, the kernel that transformers
+    loads: `fp8_act_quant_inline` of kernels-community/finegrained-fp8.
+    """
     blocks = x.unflatten(-1, (-1, group))
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 448
-    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+    return (blocks / scale.clamp(min=1e-12)).to(torch.float8_e4m3fn).float(), scale
+
+
+def kernel(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    block: list[int] | None,
+    dtype: torch.dtype,
+    activation_scale: Tensor | None = None,
+) -> Tensor:
+    """`matmul_2d` of kernels-community/finegrained-fp8, which is written in Triton, for GPUs.
+
+    It multiplies codes with codes and, block by block, scales what comes out.
+    """
+    rows, group = block or codes.shape
+    if activation_scale is None:
+        inputs, shares = rounded(x, group)
+    else:
+        inputs = (x / activation_scale).to(torch.float8_e4m3fn).float().unflatten(-1, (-1, group))
+        shares = activation_scale.expand(1, 1)
+    sums = torch.einsum("...kg,okg->...ko", inputs, codes.float().unflatten(-1, (-1, group)))
+    grown = scales.view(-1, inputs.shape[-2]).repeat_interleave(rows, 0).T  # [blocks, out]
+    return (sums * shares * grown).sum(dim=-2).to(dtype)
+
+
+def oracle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """transformers' own model of `folder`, as on a GPU but for the kernel, and guided."""
+    from transformers import AutoModelForImageTextToText
+
+    made = upstreams.FineGrainedFP8(matmul=kernel, batched_matmul=kernel, grouped_matmul=kernel)
+    monkeypatch.setattr(upstreams, "_FINEGRAINED_FP8", made)
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",  # the others make a kernel round for all experts at once
+        output_loading_info=True,
+    )
+    assert not any(info.values()), info
+    for name, module in layers_of(model).items():
+        if isinstance(module, upstreams.FP8Linear):
+            module.forward = rounds(name, module.forward, lambda x: x)  # the kernel does
+        elif isinstance(module, upstreams.FP8Experts):
+            guide_experts(name, module)
+    return model.eval()
+
+
+def guide_experts(name: str, experts: Any) -> None:
+    """Each expert's tokens are guided, and come in their order, not that of choices."""
+    forward, product = experts.forward, experts.linear
+    leaves = itertools.cycle(("gate_up_proj", "down_proj"))  # as upstream calls it
+
+    def in_order(x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        none = torch.full((len(x), experts.num_experts), experts.num_experts)
+        counted = torch.zeros(none.shape).scatter(1, chosen, shares)
+        y: Tensor = forward(x, none.scatter(1, chosen, chosen), counted)
+        return y
+
+    def linear(x: Tensor, *matrix: Tensor, activation_scale: Tensor | None) -> Tensor:
+        given = seam(f"{name}.{next(leaves)}.inputs", x)
+        y: Tensor = product(given, *matrix, activation_scale=activation_scale)
+        return y
+
+    experts.forward, experts.linear = in_order, linear
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("member", MEMBERS)
+def test_answers_are_those_of_upstreams_model(
+    monkeypatch: pytest.MonkeyPatch, member: str, way: str
+) -> None:
+    folder = written(way, member)
+    same_logits(folder, oracle(folder, monkeypatch))
+
+
+@pytest.mark.parametrize("member", ["e2b", "12b", "31b"])
+def test_answers_with_static_scales(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, member: str
+) -> None:
+    """Of 26B-A4B's the experts have a scale each, and are refused (below)."""
+    folder = fp8(tmp_path, FIXTURES / f"{member}-bf16", (16, 32), static=True)
+    same_logits(folder, oracle(folder, monkeypatch))
 
 
 def test_activations_are_rounded_in_groups_unless_weights_only() -> None:
@@ -77,7 +170,8 @@ def test_activations_are_rounded_in_groups_unless_weights_only() -> None:
     weight = model.get_submodule(GATE).weight
     torch.manual_seed(0)
     x = torch.randn(5, weight.in_features)
-    expected = rounded(x, 32) @ weight.dense(torch.float32).T
+    codes, scales = rounded(x, 32)
+    expected = (codes * scales).flatten(-2) @ weight.dense(torch.float32).T
     torch.testing.assert_close(weight.linear(x), expected, rtol=1e-5, atol=1e-5)
 
 

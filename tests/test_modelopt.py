@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import thin
 import torch
-from checkpoints import Config, Tensors, altered, load_model, plan_of, tensors_of
+from checkpoints import Config, Tensors, altered, config_of, load_model, plan_of, tensors_of
 from conftest import FIXTURES
+from guided import same_logits
+from modelopt_oracle import inputs_of, matrix, numbers, oracle, parts_of, rounding_of
 from safetensors import safe_open
 from test_schemes import check
 from torch import Tensor
@@ -26,7 +28,6 @@ from cabochon.errors import LoadError
 from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.activations import RoundedWeight
 from cabochon.nn.smoothed import CorrectedWeight, SmoothedWeight
-from cabochon.nn.weight import Weight
 from cabochon.quant.modelopt_schemes import RowPairs
 from cabochon.quant.scheme import Site
 
@@ -87,31 +88,52 @@ def schemes_of(name: str) -> set[str]:
     return SCHEMES[name] if name in WHOLE else FORMS[name.partition("-modelopt-")[2]]
 
 
-def innermost(weight: Weight) -> Weight:
-    while isinstance(weight, SmoothedWeight | CorrectedWeight | RoundedWeight):
-        weight = weight.weight if isinstance(weight, RoundedWeight) else weight.inner
-    return weight
+def expected_of(folder: Path) -> dict[str, str]:
+    """ModelOpt's digests of matrices and, under `rounded`, of what it rounds some numbers to."""
+    with safe_open(folder / "expected.safetensors", "pt") as file:
+        return dict(file.metadata())
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256((tensor + 0.0).numpy().tobytes()).hexdigest()  # one zero for both
 
 
 @pytest.mark.parametrize("folder", MADE, indirect=True)
 def test_every_matrix_is_what_modelopts_classes_decode(folder: Path) -> None:
     model, report = load_model(folder, dtype=torch.float32)
     assert report.plan is not None
-    with safe_open(folder / "expected.safetensors", "pt") as file:
-        digests = dict(file.metadata())
+    digests = expected_of(folder)
+    del digests["rounded"]
     quantized = [read for read in report.plan.sites if "weight_scale" in read.stored]
     assert {read.stored_as for read in quantized} <= schemes_of(folder.name)
     for read in quantized:
-        whole = model.get_submodule(read.site.name).weight
-        weight = innermost(whole if read.part is None else whole.parts[read.part])
         module = read.stored["weight"].name.removesuffix(".weight")
-        found = (weight.dense(torch.float32) + 0.0).numpy().tobytes()  # one zero for both
-        assert hashlib.sha256(found).hexdigest() == digests.pop(module), module
+        assert digest(matrix(model, read).dense(torch.float32)) == digests.pop(module), module
     assert not digests
 
 
 @pytest.mark.parametrize("folder", MADE, indirect=True)
-def test_answers_are_those_of_modelopts_arithmetic(folder: Path) -> None:
+def test_activations_are_rounded_as_modelopt_rounds_them(folder: Path) -> None:
+    """To the last bit; and so does what the oracle of the next test is made of."""
+    model, report = load_model(folder, dtype=torch.float32)
+    algorithm = config_of(folder)["quantization_config"]["quant_algo"]
+    parts = parts_of(folder)
+    wanted = dict(zip(sorted(parts), expected_of(folder)["rounded"].split(), strict=True))
+    for read in report.plan.sites:
+        if "weight_scale" in read.stored:
+            module = read.stored["weight"].name.removesuffix(".weight")
+            x = numbers(read.site.in_features)
+            for rounding in (inputs_of(model, read), rounding_of(parts[module], algorithm)):
+                assert digest(rounding(x))[:8] == wanted[module], module
+
+
+@pytest.mark.parametrize("folder", MADE, indirect=True)
+def test_answers_are_those_of_an_oracle_that_rounds_the_same(folder: Path, tmp_path: Path) -> None:
+    same_logits(folder, oracle(folder, tmp_path / "oracle"))
+
+
+@pytest.mark.parametrize("folder", MADE, indirect=True)
+def test_answers_left_to_themselves_are_those_of_modelopts_arithmetic(folder: Path) -> None:
     with safe_open(folder / "expected.safetensors", "pt") as file:
         expected = file.get_tensor("logits").float()
         worst, mean = file.get_tensor("spread").tolist()

@@ -13,7 +13,7 @@ import torch
 from checkpoints import Tensors, load_model, tensors_of
 from conftest import FIXTURES, MEMBERS
 from ct import layers_of
-from guided import same_logits
+from guided import rounds, same_logits, seam
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_schemes import check
@@ -38,7 +38,7 @@ STORED_AS = {
     "int4": {"int8 g32 asymmetric"},
     "int8-int4": {"int8 g32 asymmetric, inputs int8 per token asymmetric"},
 }
-# Where a row of the vision tower is one group; the encoder-free model has none.
+# Where a row of a tower is one group; the encoder-free model has none.
 ROWS = {
     "int4": {"int8 channel asymmetric"},
     "int8-int4": {"int8 channel asymmetric, inputs int8 per token asymmetric"},
@@ -107,21 +107,28 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def rounding(module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
-    product = module.forward
-    module.forward = lambda x: product(inputs(x.flatten(0, -2))).view(*x.shape[:-1], -1)
+def simulate(name: str, module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
+    def rounded(x: Tensor) -> Tensor:
+        return inputs(x.flatten(0, -2)).view(x.shape)
+
+    module.forward = rounds(name, module.forward, rounded)
 
 
-def rounding_experts(module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
-    """What goes into each product of an expert."""
-    module.config._experts_implementation = "eager"  # a product at a time
-    whole, product = module.forward, functional.linear
+def simulate_experts(name: str, module: Any, inputs: Callable[[Tensor], Tensor]) -> None:
+    """Stacked experts: gates and what they gate are one matrix of each."""
 
-    def forward(*given: Tensor) -> Tensor:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(functional, "linear", lambda x, weight: product(inputs(x), weight))
-            made: Tensor = whole(*given)
-        return made
+    def times(part: str, x: Tensor, expert: int) -> Tensor:
+        weight = getattr(module, part)[expert]
+        return functional.linear(inputs(seam(f"{name}.{part}.inputs", x)), weight)
+
+    def forward(x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            token, place = torch.where(chosen == expert)
+            gate, up = times("gate_up_proj", x[token], expert).chunk(2, dim=-1)
+            made = times("down_proj", module.act_fn(gate) * up, expert)
+            out.index_add_(0, token, made * shares[token, place, None])
+        return out
 
     module.forward = forward
 
@@ -148,10 +155,10 @@ def test_answers_are_those_of_upstreams_decoding(tmp_path: Path, member: str, ki
     layers = layers_of(theirs)
     for read in quantized:
         if read.site.kind != "experts":
-            rounding(layers[read.site.name], INPUTS[kind])
+            simulate(read.site.name, layers[read.site.name], INPUTS[kind])
     for name in {r.site.name.rpartition(".")[0] for r in quantized if r.site.kind == "experts"}:
-        rounding_experts(layers[name], INPUTS[kind])
-    same_logits(folder, theirs, picture=False)  # pixels lie half way between two integers
+        simulate_experts(name, layers[name], INPUTS[kind])
+    same_logits(folder, theirs)
 
 
 @pytest.mark.parametrize("kind", INPUTS)

@@ -8,6 +8,7 @@ and what comes out is loaded strictly.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from checkpoints import Tensors, config_of, write
 from conftest import noise
 from reference import greedy, logits, relative_error
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from cabochon import LLM, SamplingParams
@@ -24,7 +26,7 @@ EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 def stacked(dense: Tensors) -> Tensors:
     """Experts stored one by one in the three dimensions in which transformers holds them."""
-    experts: dict[str, dict[tuple[int, str], torch.Tensor]] = {}
+    experts: dict[str, dict[tuple[int, str], Tensor]] = {}
     for name in list(dense):
         match = EXPERT.fullmatch(name)
         if match is not None:
@@ -35,6 +37,27 @@ def stacked(dense: Tensors) -> Tensors:
         dense[f"{module}.gate_up_proj"] = torch.stack(fused)
         dense[f"{module}.down_proj"] = torch.stack([parts[n, "down"] for n in numbers])
     return dense
+
+
+class Experts:
+    """Experts as producers unfold them: each a layer for `gate`, for `up` and for `down`."""
+
+    def __init__(
+        self,
+        act: Callable[[Tensor], Tensor],
+        layers: Mapping[tuple[int, str], Callable[[Tensor], Tensor]],
+    ) -> None:
+        self.act = act
+        self.layers = layers
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            token, place = torch.where(chosen == expert)
+            gate, up = (self.layers[expert, kind](x[token]) for kind in ("gate", "up"))
+            made = self.layers[expert, "down"](self.act(gate) * up)
+            out.index_add_(0, token, made * shares[token, place, None])
+        return out
 
 
 def reference(folder: Path, dense: Tensors, scratch: Path) -> Any:

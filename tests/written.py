@@ -50,7 +50,8 @@ TORCHAO: dict[str, Callable[[], Any]] = {
     ),
 }
 OF_PARAMETERS = ("int8", "int8-dynamic", "fp8")  # torchao makes the others of linear layers alone
-UNTOUCHED = ["lm_head", "model.vision_embedder", "model.audio_tower", "model.embed_audio"]
+# The projector of sound has 48 columns here, which are no whole groups of torchao's.
+UNTOUCHED = ["lm_head", "model.vision_embedder", "model.embed_audio"]
 FP8_TEXT = re.compile(
     r"model\.language_model\.layers\.\d+\.(self_attn|mlp|experts)\..*proj(\.weight)?"
 )
@@ -95,7 +96,8 @@ def torchao(folder: Path, source: Path, kind: str) -> Path:
 def fp8(folder: Path, source: Path, block: Block, static: bool = False) -> Path:
     """Fine-grained FP8 as transformers' quantizer makes it."""
     if block is None and "26b" in source.name:
-        block = (32, 32)  # stacked experts have a scale each, not one for all
+        # Of one scale for each expert transformers (5.23) writes [8, 1, 1] and reads [8, 2, 1].
+        block = (32, 32)
     return altered(folder, source, fp8_tensors(block, static), fp8_config(block, static))
 
 

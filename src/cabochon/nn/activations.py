@@ -2,7 +2,9 @@
 
 The arithmetic is compressed-tensors' own simulation of a quantized layer (its `fake_quantize`):
 `x / scale`, clamped, rounded half to even, times `scale`. Upstream's kernels differ from it in the
-order of sums.
+order of sums. torchao and ModelOpt differ from it in last bits, which count where activations lie
+half way between two numbers, as those of bfloat16 tables often do: they have arithmetic of their
+own here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ Numbers = Literal["int4", "int8", "fp4", "fp8"]  # fp4: E2M1; fp8: E4M3
 Scales = Literal["float", "e4m3", "e8m0"]
 
 _LEAST_E4M3 = 0.125  # what upstream puts in the place of a scale that was rounded to zero
+_LEAST_SCALE = 2.0**-9  # of ModelOpt's scales in E4M3, whose least number it is
+_NOTHING = 2.0**-24  # ModelOpt leaves scales out where no entry is larger
 
 
 class _Range(NamedTuple):
@@ -78,6 +82,30 @@ class StaticRounding(nn.Module):
         return (rounded * scale).to(x.dtype)
 
 
+class LargestRounding(nn.Module):
+    """Rounds to FP8 as ModelOpt does (`fp8_eager`): multiplied so that the largest entry is 448.
+
+    Args:
+        scale: float32 `[1]`, a 448th of the largest; None: each token has a largest of its own.
+    """
+
+    def __init__(self, scale: Tensor | None = None) -> None:
+        assert scale is None or scale.shape == (1,)
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    scale: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        span, wide = _RANGES["fp8"], x.float()
+        if self.scale is None:
+            largest = wide.abs().amax(dim=-1, keepdim=True)
+        else:
+            largest = span.high * self.scale
+        factor = span.high / largest.masked_fill(largest <= _NOTHING, 1)
+        return (span.nearest(wide * factor) * (1 / factor)).to(x.dtype)
+
+
 class DynamicRounding(nn.Module):
     """Rounds with scales made of the activations themselves, token by token.
 
@@ -89,6 +117,7 @@ class DynamicRounding(nn.Module):
         scales: what the scales are rounded to themselves.
         whole: float32 `[1]`, what scales are multiplied with before they are rounded, and divided
             by afterwards.
+        reciprocal: `whole` the other way round, in ModelOpt's arithmetic (`NVFP4QTensor`).
         multiplied: with a scale's reciprocal, not divided by it, and rounded before the zero point
             is added, as torchao does: the largest entry of a token lies half way between two
             numbers, so that its last bit counts.
@@ -102,9 +131,11 @@ class DynamicRounding(nn.Module):
         symmetric: bool = True,
         scales: Scales = "float",
         whole: Tensor | None = None,
+        reciprocal: bool = False,
         multiplied: bool = False,
     ) -> None:
         assert symmetric or numbers.startswith("int")
+        assert not reciprocal or (scales == "e4m3" and whole is not None)
         assert not multiplied or numbers.startswith("int")
         assert whole is None or whole.shape == (1,)
         super().__init__()
@@ -112,6 +143,7 @@ class DynamicRounding(nn.Module):
         self.group = group
         self.symmetric = symmetric
         self.scales = scales
+        self.reciprocal = reciprocal
         self.multiplied = multiplied
         self.register_buffer("whole", whole)
 
@@ -146,6 +178,10 @@ class DynamicRounding(nn.Module):
     def _scale(self, largest: Tensor, span: _Range) -> Tensor:
         if self.scales == "e8m0":
             return _power_of_two(largest, span.high)
+        if self.reciprocal:
+            assert self.whole is not None
+            scale = (largest / (span.high * self.whole)).clamp(_LEAST_SCALE, E4M3_MAX)
+            return round_e4m3(scale) * self.whole
         scale = largest / ((span.high - span.low) / 2)
         if self.whole is not None:
             scale = self.whole * scale

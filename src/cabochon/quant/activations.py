@@ -69,6 +69,27 @@ class Static:
 
 
 @dataclass(frozen=True, slots=True)
+class Largest:
+    """ModelOpt's FP8: everything in proportion to the largest entry, in arithmetic of its own."""
+
+    scale: str | None  # the leaf of a 448th of the largest; None: each token has its own largest
+
+    @property
+    def name(self) -> str:
+        return "fp8 per token" if self.scale is None else "fp8 static"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return () if self.scale is None else (Slot(self.scale, FLOATS, (), "scale"),)
+
+    def rounding(self, stored: Mapping[str, Tensor]) -> nn.Module:
+        from cabochon.nn.activations import LargestRounding
+
+        scale = None if self.scale is None else stored[self.scale].reshape(1).float()
+        return LargestRounding(scale)
+
+
+@dataclass(frozen=True, slots=True)
 class Dynamic:
     """Scales that are made while the model runs: of a token's entries, or of groups of them."""
 
@@ -77,7 +98,7 @@ class Dynamic:
     symmetric: bool = True
     scales: Scales = "float"  # what they are rounded to themselves
     whole: str | None = None  # the leaf of what they are multiplied with first, and divided by
-    reciprocal: bool = False  # the other way round
+    reciprocal: bool = False  # the other way round, in ModelOpt's arithmetic
     multiplied: bool = False  # with a scale's reciprocal, as torchao does, instead of divided by it
 
     @property
@@ -93,16 +114,13 @@ class Dynamic:
     def rounding(self, stored: Mapping[str, Tensor]) -> nn.Module:
         from cabochon.nn.activations import DynamicRounding
 
-        whole = None
-        if self.whole is not None:
-            whole = stored[self.whole].reshape(1)
-            whole = 1 / whole if self.reciprocal else whole
         return DynamicRounding(
             self.numbers,
             self.group,
             symmetric=self.symmetric,
             scales=self.scales,
-            whole=whole,
+            whole=None if self.whole is None else stored[self.whole].reshape(1),
+            reciprocal=self.reciprocal,
             multiplied=self.multiplied,
         )
 
@@ -111,7 +129,7 @@ class Dynamic:
 class Rounded:
     """What goes into a matrix is rounded, or what comes out, or both."""
 
-    inputs: Static | Dynamic | None
+    inputs: Static | Largest | Dynamic | None
     outputs: Static | None = None
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import ConfigError
-from cabochon.quant.activations import Dynamic, Rounded, Static
+from cabochon.quant.activations import Dynamic, Largest, Rounded
 from cabochon.quant.byte_codes import ByteCodes
 from cabochon.quant.claims import Claim, Rules, Targets
 from cabochon.quant.fields import KV_NOTE, mapping, strings, targets
@@ -29,8 +29,8 @@ _NVFP4 = Nvfp4("modelopt")
 _FP8 = ByteCodes("fp8", (None, None))
 _FP8_ROWS = ByteCodes("fp8", (1, None), listed=True)
 
-_STATIC_FP8 = Rounded(Static("fp8", "input_scale"))
-_TOKEN_FP8 = Rounded(Dynamic("fp8"))
+_STATIC_FP8 = Rounded(Largest("input_scale"))
+_TOKEN_FP8 = Rounded(Largest(None))
 # The scale of all blocks is what compressed-tensors' own is the reciprocal of.
 _BLOCKS_FP4 = Rounded(Dynamic("fp4", BLOCK, scales="e4m3", whole="input_scale", reciprocal=True))
 
