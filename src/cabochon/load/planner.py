@@ -96,18 +96,13 @@ def build_plan(
     problems += [Problem("SCHEME", "config.json", text) for text in rules.refusals]
     problems += [*placed.problems, *parameter_problems, *_unused(inside, placed.unused, config)]
     problems += [*_missing(tree, placed), *_headless(raw, has_head)]
-    if problems:
-        contradicted = contradictions(config, placed.stored)
-        where = "config.json" if checkpoint.gguf is None else "metadata"
-        problems = [*in_their_files(problems, placed.stored)]
-        problems = [*(Problem("CONFIG", where, str(c)) for c in contradicted), *problems]
     if checkpoint.gguf is None:
         found = oddities(raw, sites, placed.parameters.values())
         notes += [Note(oddity.where, oddity.detail) for oddity in found]
     else:
         notes += _gguf_notes(checkpoint.gguf)
-        names = GgufNames(config)
-        problems = [replace(problem, where=names.stored(problem.where)) for problem in problems]
+    if problems:
+        problems = list(_explained(problems, placed, config, in_gguf=checkpoint.gguf is not None))
     return LoadPlan(
         config=config,
         has_head=has_head,
@@ -117,6 +112,18 @@ def build_plan(
         notes=tuple(notes),
         problems=tuple(problems),
     )
+
+
+def _explained(
+    problems: Iterable[Problem], placed: _Placed, config: Gemma4Config, *, in_gguf: bool
+) -> Iterator[Problem]:
+    """`problems` by stored names and with their files, behind what the configuration has wrong."""
+    for contradiction in contradictions(config, placed.stored):
+        where = "metadata" if in_gguf else "config.json"
+        yield Problem("CONFIG", where, str(contradiction))
+    names = GgufNames(config)
+    for problem in in_their_files(problems, placed.stored):
+        yield replace(problem, where=names.stored(problem.where)) if in_gguf else problem
 
 
 def _gguf_notes(model: GgufModel) -> Iterator[Note]:
