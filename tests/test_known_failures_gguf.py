@@ -110,7 +110,7 @@ KNOWN = (
         "llama.cpp conversion/gemma.py",
         "a drafter, without its clusters of tokens",
         FIXTURES / "gguf" / "assistant" / "e2b-assistant-q8_0.gguf",
-        noted=("gguf q8_0",),
+        stored=("gguf q8_0",),
     ),
 )
 
