@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from cabochon import LLM, SamplingParams
 from cabochon.engine import engine
 from cabochon.engine.drafts import Drafter
-from cabochon.llm import DRAFT_TOKENS
+from cabochon.ready import DRAFT_TOKENS
 
 LEAST = 8  # texts shorter than so many tokens say nothing
 EDITS = 120

@@ -13,7 +13,7 @@ from cabochon import LLM, SamplingParams
 from cabochon.engine.cache import PAGE
 from cabochon.engine.drafts import LEAST_ALIKE, MOST_ALIKE, Drafter
 from cabochon.engine.request import Completion, Prompt
-from cabochon.llm import DRAFT_TOKENS
+from cabochon.ready import DRAFT_TOKENS
 
 MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16")
 CIRCLE = [2, *(300 + i % 5 for i in range(40))]

@@ -1,4 +1,8 @@
-"""`LLM`: a checkpoint, loaded and ready, as command line, server and Python callers share it."""
+"""`LLM`: a checkpoint, loaded and ready, as command line, server and Python callers share it.
+
+What computes, and torch, are imported when a checkpoint is planned and compiled code reads its
+bytes: to read them takes as long.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +12,46 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from cabochon.checkpoint.source import Source
 from cabochon.config import Gemma4Config
-from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.defaults import GenerationDefaults
-from cabochon.engine.engine import Engine
 from cabochon.engine.grammar import Grammars
 from cabochon.engine.request import Completion, Prompt, SamplingParams
-from cabochon.engine.runner import Runner, new_sequence
-from cabochon.engine.scheduler import Scheduled
-from cabochon.engine.stream import Stream
-from cabochon.errors import CabochonError, RequestError, ResourceError
-from cabochon.gemma4.model import Gemma4
+from cabochon.errors import CabochonError, ResourceError
+from cabochon.garbage import uncollected
 from cabochon.gemma4.sounds import Wave
-from cabochon.kernels.choose import Kernels
-from cabochon.kernels.layers import fuse
-from cabochon.kernels.library import library
-from cabochon.kernels.look import looking
-from cabochon.kernels.packed import ACTIVATIONS, Activations
-from cabochon.kernels.pages import enlarge
-from cabochon.load.execute import Loaded, Progress, execute
+from cabochon.kernels.backlog import Backlog
+from cabochon.kernels.library import Activations, library, threads_without_torch
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
+from cabochon.load.survey import Survey
 from cabochon.prompts import Message, Prompts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cabochon.engine.cache import CachePlan
+    from cabochon.engine.stream import Stream
+    from cabochon.load.execute import Progress
 
 AnyPrompt = str | Sequence[int] | Prompt
 Dtype = Literal["auto", "float32", "bfloat16"]
+KvDtype = Literal["auto", "float16", "float32", "int8"]
 
 logger = logging.getLogger(__name__)
 
-DRAFT_TOKENS = 15  # with one that is certain fewer than attention computes in another order
-
-_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_KV_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 _CHOICES = {
-    "dtype": tuple(_DTYPES),
-    "activations": ("auto", *ACTIVATIONS),
-    "kv_dtype": ("auto", *_KV_DTYPES),
+    "dtype": get_args(Dtype),
+    "activations": ("auto", *get_args(Activations)),
+    "kv_dtype": get_args(KvDtype),
 }
-
-
-class _Numbers(NamedTuple):
-    """What is computed in, what keys and values are kept in, what inputs are rounded to."""
-
-    compute: torch.dtype
-    kept: torch.dtype
-    activations: Activations
-
-    @classmethod
-    def of(
-        cls, dtype: Dtype, kv_dtype: str, activations: Activations | Literal["auto"]
-    ) -> _Numbers:
-        """Exact where a `dtype` is named, fast where it is not; what is named for itself counts."""
-        compute = _DTYPES[dtype]
-        kept = _KV_DTYPES.get(kv_dtype, torch.float16 if dtype == "auto" else compute)
-        if activations == "auto":
-            activations = "int8" if dtype == "auto" else "float32"
-        return cls(compute, kept, activations)
 
 
 class _Text(NamedTuple):
@@ -122,7 +100,7 @@ class LLM:
         *,
         dtype: Dtype = "auto",
         activations: Activations | Literal["auto"] = "auto",
-        kv_dtype: Literal["auto", "float16", "float32", "int8"] = "auto",
+        kv_dtype: KvDtype = "auto",
         threads: int | None = None,
         kv_cache_bytes: int | None = None,
         max_batch: int = 16,
@@ -145,48 +123,63 @@ class LLM:
                 "draft_tokens": (draft_tokens, 0),
             },
         )
-        source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
-        self.name = source.name
-        if threads is not None:
-            torch.set_num_threads(threads)
-        numbers = _Numbers.of(dtype, kv_dtype, activations)
-        self.report = plan_checkpoint(source.path, weights_only=weights_only, source=source.shown)
-        plan = self.report.plan
-        assert plan is not None
-        self.config: Gemma4Config = plan.config
-        memory = _memory_for(plan, source.path)
+        with uncollected(), ExitStack() as stack:
+            source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+            self.name = source.name
+            self.report = plan_checkpoint(
+                source.path, weights_only=weights_only, source=source.shown
+            )
+            plan = self.report.plan
+            assert plan is not None
+            self.config: Gemma4Config = plan.config
+            memory = _memory_for(plan, source.path)
+            backlog = survey = None
+            if (compiled := library()) is not None:
+                backlog = stack.enter_context(Backlog(compiled, threads or threads_without_torch()))
+                survey = Survey(plan, backlog)
+            from cabochon import ready  # torch, while the survey goes on
+
+            if threads is not None:
+                ready.compute_in(threads)
+            numbers = ready.Numbers.of(dtype, kv_dtype, activations)
+            fit = partial(
+                ready.CachePlan.fit,
+                self.config.text,
+                numbers.kept,
+                kv_cache_bytes or memory // 8,
+                max_batch,
+                max_context=max_context,
+            )
+            self.kernels = ready.Kernels(compiled, numbers.activations, backlog)
+            with ThreadPoolExecutor(1) as aside:
+                text = aside.submit(_read_text, self.report, picture_tokens, prefill_chunk, fit)
+                gemma, self.certificate = ready.load(
+                    plan,
+                    numbers.compute,
+                    self.kernels,
+                    survey=survey,
+                    backlog=backlog,
+                    progress=_or_error_of(text, progress),
+                )
+            self.prompts, generation, self._longest_step, cache = text.result()
         self.prefill_chunk = prefill_chunk
-        fit = partial(
-            CachePlan.fit,
-            self.config.text,
-            numbers.kept,
-            kv_cache_bytes or memory // 8,
-            max_batch,
-            max_context=max_context,
-        )
-        self.kernels = Kernels(library(), numbers.activations)
-        with ThreadPoolExecutor(1) as aside:  # to make a tokenizer takes as long as to read weights
-            text = aside.submit(_read_text, self.report, picture_tokens, prefill_chunk, fit)
-            told = _or_error_of(text, progress)
-            gemma, self.certificate = _load(plan, numbers.compute, self.kernels, told)
-        self.prompts, generation, self._longest_step, cache = text.result()
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)
         self.max_context = cache.max_context
         self.capacity = cache.describe(numbers.kept, asked=max_batch)
         logger.info("%s", self.capacity)
-        self.runner = Runner(gemma, numbers.compute, torch.device("cpu"), numbers.kept)
+        self.runner = ready.runner(gemma, numbers)
         if debug_nan:
             self.runner.watch()
-        self.engine = Engine(
+        self.engine = ready.Engine(
             self.runner,
             cache,
             tokenizer,
             ends=generation.ends,
             suppressed=generation.suppressed,
             prefill_chunk=prefill_chunk,
-            draft_tokens=_draft_tokens(gemma) if draft_tokens is None else draft_tokens,
+            draft_tokens=ready.draft_tokens(gemma) if draft_tokens is None else draft_tokens,
         )
 
     @property
@@ -200,6 +193,8 @@ class LLM:
         Raises:
             RequestError: the request is refused; the stream itself raises if it fails on the way.
         """
+        from cabochon.engine.stream import Stream
+
         return Stream(self.engine, prompt, params or self.defaults)
 
     def generate(
@@ -223,7 +218,6 @@ class LLM:
         """The answer to a conversation; see `Prompts.chat` for the messages."""
         return self.generate(self.prompts.chat(messages, **template), params)[0]
 
-    @torch.inference_mode()
     def logits(
         self,
         prompt: AnyPrompt,
@@ -236,30 +230,16 @@ class LLM:
         See `Prompts.raw` for what a prompt may hold; a `Prompt` has its media already. It goes
         through a cache of its own, in the chunks in which serving would compute it.
         """
+        from cabochon.engine.whole import every_logits
+
         if isinstance(prompt, Prompt):
             assert not any((images, sounds, videos))
             full = prompt
         else:
             full = self.prompts.raw(prompt, images, sounds, videos)
-        text, length = self.config.text, len(full.tokens)
-        if length > text.max_positions:
-            raise RequestError(
-                f"the prompt has {length:,} tokens, the model knows {text.max_positions:,}",
-                "prompt",
-            )
-        plan = CachePlan.single(text, length, self._longest_step)
-        cache = PagedCache(plan, self.runner.kv_dtype, self.runner.device)
-        sequence = new_sequence(self.runner.model, full, cache)
-        logits = torch.empty(length, text.vocab_size)
-        while sequence.computed < length:
-            chunk = sequence.chunk(self.prefill_chunk)
-            reserved = cache.reserve(chunk)
-            assert reserved
-            step = [Scheduled(sequence, chunk)]
-            self.runner.encode(step[0])
-            hidden = self.runner.run(cache, step, every=True)
-            logits[chunk.start : chunk.stop] = self.runner.logits(hidden)
-        return logits
+        return every_logits(
+            self.runner, full, prefill_chunk=self.prefill_chunk, longest_step=self._longest_step
+        )
 
     def close(self) -> None:
         """End the engine's thread and the template's process; requests that run get an error."""
@@ -322,15 +302,6 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
     return memory
 
 
-def _draft_tokens(model: Gemma4) -> int:
-    """How many guesses are worth their price.
-
-    Kernels that round activations compute every column by itself, so that a token's logits are the
-    same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are.
-    """
-    return DRAFT_TOKENS if model.model.language_model.together is not None else 0
-
-
 def _or_error_of(other: Future[Any], progress: Progress | None) -> Progress:
     """`progress`; but an error of `other` ends the load, so that it costs no minute to find out."""
 
@@ -341,30 +312,6 @@ def _or_error_of(other: Future[Any], progress: Progress | None) -> Progress:
             progress(done, total)
 
     return told
-
-
-def _load(plan: LoadPlan, dtype: torch.dtype, kernels: Kernels, progress: Progress) -> Loaded:
-    """The model, its kernels chosen, said and joined."""
-    try:
-        loaded = execute(
-            plan,
-            dtype=dtype,
-            progress=progress,
-            look=looking(library()),
-            prepare=kernels.for_weight,
-        )
-    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise ResourceError(
-                f"memory ran out while {plan.nbytes / 1e9:.2f} GB of weights were read;"
-                " other processes, or a limit on this one, leave too little"
-            ) from None
-        raise
-    level = logging.INFO if kernels.built else logging.WARNING
-    logger.log(level, "%s", kernels.describe())
-    logger.info("%s", fuse(loaded.model, library()))
-    enlarge(loaded.model, library())
-    return loaded
 
 
 def _check_options(choices: Mapping[str, str], sizes: Mapping[str, tuple[int | None, int]]) -> None:

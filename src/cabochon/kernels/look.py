@@ -1,16 +1,12 @@
-"""`nn.look` by compiled code."""
+"""What `nn.look` finds, by compiled code: what it is told, and what its numbers mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-from torch import Tensor
-
 from cabochon.kernels import library
-from cabochon.kernels.library import Library, Numbers, address, threads
-from cabochon.nn.gguf_blocks import KINDS
-from cabochon.nn.look import FLOATS, HASHED, NOTHING, POWERS, Found, Look, magnitude_of, plainly
+from cabochon.kernels.library import Numbers
+from cabochon.nn.found import NOTHING, POWERS, Found
 
 _NOTHING, _HALF, _OCTETS, _Q2, _Q3, _Q4, _Q6, _IQ4 = 0, 5, 6, 7, 8, 9, 10, 11
 
@@ -25,46 +21,37 @@ _BLOCKS: Mapping[str, tuple[int, int, int]] = {
 }  # fmt: skip
 
 
-def looking(library: Library | None) -> Look:
-    """What looks at stored bytes: the library's code, or numpy where it was not built."""
-    if library is None:
-        return plainly
-
-    def look(octets: Tensor, kind: str) -> Found:
-        size = octets.numel()
-        sums = np.empty(size // HASHED, "<u8")
-        found = _found(library, octets, kind, sums)
-        hashed = sums.tobytes() + octets.numpy()[len(sums) * HASHED :].tobytes()
-        if kind in KINDS:
-            return Found(hashed, found.count, *_scales(found, kind), found.bad)
-        if kind == NOTHING:
-            return Found(hashed)
-        zeros = 0 if kind == POWERS else found.zeros
-        return Found(hashed, found.count, zeros, magnitude_of(found.top, kind))
-
-    return look
-
-
-def _found(by: Library, octets: Tensor, kind: str, sums: np.ndarray) -> library.Found:
-    found = library.Found()
-    by.look(_numbers(kind), address(octets), octets.numel(), sums.ctypes.data, found, threads())
-    return found
-
-
-def _numbers(kind: str) -> Numbers:
-    if kind in KINDS:
+def numbers_of(kind: str, size: int) -> Numbers:
+    """For compiled code: `kind` as `nn.look` has it, of blocks or floats of `size` bytes."""
+    if kind in _BLOCKS:
         form, first, second = _BLOCKS[kind]
-        return Numbers(form, KINDS[kind].layout.nbytes, first, second)
+        return Numbers(form, size, first, second)
     if kind == NOTHING:
         return Numbers(_NOTHING)
     if kind == POWERS:
         return Numbers(1, 1, 0xFF)
-    size = FLOATS[kind].itemsize
     return Numbers(size, size, (1 << (8 * size - 1)) - 1)
+
+
+def found_of(kind: str, hashed: bytes, found: library.Found) -> Found:
+    """What compiled code found in numbers of `kind`."""
+    from cabochon.nn.look import magnitude_of
+
+    if kind in _BLOCKS:
+        return Found(hashed, found.count, *_scales(found, kind), found.bad)
+    if kind == NOTHING:
+        return Found(hashed)
+    zeros = 0 if kind == POWERS else found.zeros
+    return Found(hashed, found.count, zeros, magnitude_of(found.top, kind))
 
 
 def _scales(found: library.Found, kind: str) -> tuple[int, float]:
     """How many are zero, and the largest."""
+    import numpy as np
+
+    from cabochon.nn.gguf_blocks import KINDS
+    from cabochon.nn.look import magnitude_of
+
     levels, form = KINDS[kind].levels, _BLOCKS[kind][0]
     if levels is not None:
         counts, known = np.ctypeslib.as_array(found.octets), levels.abs().numpy()

@@ -11,8 +11,9 @@ from torch import Tensor
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
-from cabochon.load.look import Looked, kind_of
-from cabochon.nn.look import FLOATS, POWERS
+from cabochon.load.looked import Looked, kind_of
+from cabochon.nn.found import POWERS
+from cabochon.nn.look import FLOATS
 from cabochon.quant.scheme import Site, Slot
 
 NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry

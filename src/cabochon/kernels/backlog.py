@@ -1,0 +1,101 @@
+"""`Backlog`: what compiled code does while Python does something else."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cabochon.kernels.library import Library, Margin, Matrix, Rows, Stored, Stretch, threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PATIENCE = 100  # milliseconds before Python may say that somebody pressed a key
+_PENDING = 256 << 20  # bytes that may be kept for what is not done yet
+
+
+class Backlog:
+    """Tasks are done in the order in which they came, piece by piece, by threads of its own.
+
+    Whoever waits for a task works as well. When the block of a `with` ends, what has not begun is
+    forgotten: whatever tasks read and write must live until then, or until they are done.
+
+    Args:
+        threads: that work, among them one that waits.
+    """
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self._library = library
+        self._handle = library.backlog(threads - 1)
+        self._kept: deque[tuple[int, tuple[Tensor, ...]]] = deque()
+        self._files: dict[Path, int] = {}
+
+    def file(self, path: Path) -> int:
+        """Its descriptor, for as long as there are tasks."""
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+    def look(self, stretch: Stretch) -> int:
+        """See what is in bytes of a file; the number is what `wait` takes."""
+        number: int = self._library.look(self._handle, stretch)
+        return number
+
+    def pack(self, matrix: Matrix, stored: Stored, *kept: Tensor) -> None:
+        """Fill `matrix` with what is `stored`; `kept` is where that lies."""
+        self._keep(self._library.pack(self._handle, matrix, stored), kept)
+
+    def sketch(self, rows: Rows, matrix: Matrix, margin: Margin) -> None:
+        """Fill `matrix` with a sketch of `rows`."""
+        self._keep(self._library.sketch(self._handle, rows, matrix, margin), ())
+
+    def copy(self, to: Tensor, stored: Tensor) -> None:
+        address, nbytes = stored.data_ptr(), stored.nbytes
+        self._keep(self._library.copy(self._handle, to.data_ptr(), address, nbytes), (stored,))
+
+    def wait(self, number: int) -> None:
+        while not self._library.wait(self._handle, number, _PATIENCE):
+            pass
+
+    def finish(self) -> None:
+        """Wait until all is done that fills memory."""
+        self._settle(0)
+
+    def _keep(self, number: int, kept: tuple[Tensor, ...]) -> None:
+        self._kept.append((number, kept))
+        self._settle(_PENDING)
+
+    def _settle(self, most: int) -> None:
+        """Let go of what is done with, until no more than `most` bytes are kept."""
+        pending = sum(tensor.nbytes for _, kept in self._kept for tensor in kept)
+        while self._kept:
+            number, kept = self._kept[0]
+            if most and pending <= most and not self._library.wait(self._handle, number, 0):
+                return
+            self.wait(number)
+            self._kept.popleft()
+            pending -= sum(tensor.nbytes for tensor in kept)
+
+    def __enter__(self) -> Backlog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library.end(self._handle)
+        self._kept.clear()
+        for file in self._files.values():
+            os.close(file)
+
+
+@contextmanager
+def at_once(library: Library, backlog: Backlog | None) -> Iterator[Backlog]:
+    """`backlog`; without it, one whose work is done when the block ends."""
+    if backlog is not None:
+        yield backlog
+        return
+    with Backlog(library, threads()) as own:
+        yield own
+        own.finish()
