@@ -15,5 +15,8 @@ def uncollected() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # or all that was frozen would thaw
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation, unseen: the next look is not at all of it
         if collects:
             gc.enable()

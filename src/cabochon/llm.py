@@ -63,6 +63,28 @@ class _Text(NamedTuple):
     cache: CachePlan
 
 
+class _Aside:
+    """Text, made in a thread beside what compiled code does: Python works on one thing at a time."""
+
+    def __init__(self, pool: ThreadPoolExecutor, make: Callable[[], _Text]) -> None:
+        self._pool = pool
+        self._make = make
+        self._made: Future[_Text] | None = None
+
+    def begin(self) -> None:
+        self._made = self._made or self._pool.submit(self._make)
+
+    def check(self) -> None:
+        """Raise its error, if it has ended in one."""
+        if self._made is not None and self._made.done():
+            self._made.result()
+
+    def result(self) -> _Text:
+        self.begin()
+        assert self._made is not None
+        return self._made.result()
+
+
 class LLM:
     """A Gemma 4 checkpoint behind an engine.
 
@@ -151,30 +173,36 @@ class LLM:
                 max_context=max_context,
             )
             self.kernels = ready.Kernels(compiled, numbers.activations, backlog)
-            with ThreadPoolExecutor(1) as aside:
-                text = aside.submit(_read_text, self.report, picture_tokens, prefill_chunk, fit)
-                gemma, self.certificate = ready.load(
-                    plan,
-                    numbers.compute,
-                    self.kernels,
-                    survey=survey,
-                    backlog=backlog,
-                    progress=_or_error_of(text, progress),
-                )
-            self.prompts, generation, self._longest_step, cache = text.result()
+            text = _Aside(
+                stack.enter_context(ThreadPoolExecutor(1)),
+                partial(_read_text, self.report, picture_tokens, prefill_chunk, fit),
+            )
+            if backlog is None:
+                text.begin()
+            else:
+                backlog.when_waiting = text.begin
+            gemma, self.certificate = ready.load(
+                plan,
+                numbers.compute,
+                self.kernels,
+                survey=survey,
+                backlog=backlog,
+                progress=_or_error_of(text, progress),
+            )
+            self.prompts, generation, self._longest_step, pages = text.result()
         self.prefill_chunk = prefill_chunk
         self.defaults = generation.sampling
         vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
         self.grammars = Grammars(tokenizer, vocab, generation.ends)
-        self.max_context = cache.max_context
-        self.capacity = cache.describe(numbers.kept, asked=max_batch)
+        self.max_context = pages.max_context
+        self.capacity = pages.describe(numbers.kept, asked=max_batch)
         logger.info("%s", self.capacity)
         self.runner = ready.runner(gemma, numbers)
         if debug_nan:
             self.runner.watch()
         self.engine = ready.Engine(
             self.runner,
-            cache,
+            pages,
             tokenizer,
             ends=generation.ends,
             suppressed=generation.suppressed,
@@ -302,12 +330,11 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
     return memory
 
 
-def _or_error_of(other: Future[Any], progress: Progress | None) -> Progress:
-    """`progress`; but an error of `other` ends the load, so that it costs no minute to find out."""
+def _or_error_of(text: _Aside, progress: Progress | None) -> Progress:
+    """`progress`; but an error of `text` ends the load, so that it costs no minute to find out."""
 
     def told(done: int, total: int) -> None:
-        if other.done():
-            other.result()
+        text.check()
         if progress is not None:
             progress(done, total)
 

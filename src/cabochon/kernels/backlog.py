@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PATIENCE = 100  # milliseconds before Python may say that somebody pressed a key
-_PENDING = 256 << 20  # bytes that may be kept for what is not done yet
+_PENDING = 512 << 20  # bytes that may be kept for what is not done yet
 
 
 class Backlog:
@@ -33,6 +33,7 @@ class Backlog:
         self._handle = library.backlog(threads - 1)
         self._kept: deque[tuple[int, tuple[Tensor, ...]]] = deque()
         self._files: dict[Path, int] = {}
+        self.when_waiting: Callable[[], object] | None = None  # Python has nothing else to do
 
     def file(self, path: Path) -> int:
         """Its descriptor, for as long as there are tasks."""
@@ -58,6 +59,8 @@ class Backlog:
         self._keep(self._library.copy(self._handle, to.data_ptr(), address, nbytes), (stored,))
 
     def wait(self, number: int) -> None:
+        if self.when_waiting is not None and not self._library.wait(self._handle, number, 0):
+            self.when_waiting()
         while not self._library.wait(self._handle, number, _PATIENCE):
             pass
 
