@@ -33,7 +33,6 @@ from cabochon.load.look import look_at, scales_of
 from cabochon.load.measure import Measure
 from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.linear import Embedding, Linear
-from cabochon.nn.look import plainly
 
 GATE = "model.language_model.layers.1.mlp.gate_proj"
 FILES = (DENSE, *QUANTIZED, *NVFP4)
@@ -94,7 +93,7 @@ def test_scales_in_blocks_are_those_of_the_library(file: Path) -> None:
             largest = entries.abs().view(-1, group).amax(1)
             stored = torch.from_numpy(tensor.data.copy()).view(torch.uint8)
             meta = TensorMeta(tensor.name, kind, (len(entries),), file, (0, stored.numel()))
-            found = scales_of(stored, look_at([stored.flatten()], meta, kind, plainly))
+            found = scales_of(stored, look_at([stored.flatten()], meta, kind))
             assert found.count == len(largest)
             assert found.dead <= int((largest == 0).sum())
             assert float(largest.max()) <= found.largest * most
@@ -180,7 +179,7 @@ def test_words_that_change_places_count() -> None:
     def hashed(words: torch.Tensor) -> str:
         measure = Measure()
         meta = TensorMeta("weight", "I64", tuple(words.shape), Path("none"), (0, words.nbytes))
-        measure.tensor(meta, [words])
+        measure.tensor(words, meta)
         return measure.certificate(plan_of(W4A16), 0).weights_hash
 
     words = torch.arange(1 << 14, dtype=torch.int64)  # 128 KiB

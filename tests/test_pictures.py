@@ -31,8 +31,8 @@ from cabochon.gemma4.pictures import (
     decode_picture,
     parse_processor,
 )
-from cabochon.llm import open_text
 from cabochon.load.report import plan_checkpoint
+from cabochon.ready import open_text
 
 SIZES = [
     (1, 1), (1, 2), (2, 1), (3, 3), (16, 16), (47, 48), (48, 48), (49, 47), (100, 1), (1, 1000),

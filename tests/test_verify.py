@@ -23,10 +23,10 @@ from cabochon.files import DEMO
 from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import library
-from cabochon.llm import open_text
 from cabochon.load.in_file import InFile, in_file
 from cabochon.load.report import plan_checkpoint
 from cabochon.nn.weight import DenseWeight
+from cabochon.ready import open_text
 from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes

@@ -7,41 +7,33 @@ bytes: to read them takes as long.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cabochon.checkpoint.source import Source
 from cabochon.config import Gemma4Config
-from cabochon.engine.defaults import GenerationDefaults
-from cabochon.engine.grammar import Grammars
-from cabochon.engine.request import Completion, Prompt, SamplingParams
 from cabochon.errors import CabochonError, ResourceError
 from cabochon.garbage import uncollected
-from cabochon.gemma4.sounds import Wave
-from cabochon.kernels.backlog import Backlog
-from cabochon.kernels.library import Activations, library, threads_without_torch
+from cabochon.kernels.library import Activations
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
 from cabochon.load.plan import LoadPlan
-from cabochon.load.report import Report, plan_checkpoint
-from cabochon.load.survey import Survey
-from cabochon.prompts import Message, Prompts
+from cabochon.load.report import plan_checkpoint
+from cabochon.load.survey import surveyed
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
-    from cabochon.engine.cache import CachePlan
+    from cabochon.engine.request import Completion, Prompt, SamplingParams
     from cabochon.engine.stream import Stream
+    from cabochon.gemma4.sounds import Wave
     from cabochon.load.execute import Progress
+    from cabochon.prompts import AnyPrompt, Message
 
-AnyPrompt = str | Sequence[int] | Prompt
 Dtype = Literal["auto", "float32", "bfloat16"]
 KvDtype = Literal["auto", "float16", "float32", "int8"]
 
@@ -54,35 +46,20 @@ _CHOICES = {
 }
 
 
-class _Text(NamedTuple):
-    """What needs a checkpoint's files, but no weights."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What somebody who makes an `LLM` wishes, beside which model: see there."""
 
-    prompts: Prompts
-    generation: GenerationDefaults
-    longest_step: int  # tokens of one sequence computed at once
-    cache: CachePlan
-
-
-class _Aside:
-    """Text, made in a thread beside what compiled code does: Python works on one thing at a time."""
-
-    def __init__(self, pool: ThreadPoolExecutor, make: Callable[[], _Text]) -> None:
-        self._pool = pool
-        self._make = make
-        self._made: Future[_Text] | None = None
-
-    def begin(self) -> None:
-        self._made = self._made or self._pool.submit(self._make)
-
-    def check(self) -> None:
-        """Raise its error, if it has ended in one."""
-        if self._made is not None and self._made.done():
-            self._made.result()
-
-    def result(self) -> _Text:
-        self.begin()
-        assert self._made is not None
-        return self._made.result()
+    dtype: Dtype
+    activations: Activations | Literal["auto"]
+    kv_dtype: KvDtype
+    threads: int | None
+    max_batch: int
+    prefill_chunk: int
+    max_context: int | None
+    picture_tokens: int | None
+    draft_tokens: int | None
+    debug_nan: bool
 
 
 class LLM:
@@ -145,8 +122,22 @@ class LLM:
                 "draft_tokens": (draft_tokens, 0),
             },
         )
-        with uncollected(), ExitStack() as stack:
-            source = model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+        options = Options(
+            dtype=dtype,
+            activations=activations,
+            kv_dtype=kv_dtype,
+            threads=threads,
+            max_batch=max_batch,
+            prefill_chunk=prefill_chunk,
+            max_context=max_context,
+            picture_tokens=picture_tokens,
+            draft_tokens=draft_tokens,
+            debug_nan=debug_nan,
+        )
+        with uncollected():
+            source = (
+                model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+            )
             self.name = source.name
             self.report = plan_checkpoint(
                 source.path, weights_only=weights_only, source=source.shown
@@ -154,61 +145,22 @@ class LLM:
             plan = self.report.plan
             assert plan is not None
             self.config: Gemma4Config = plan.config
-            memory = _memory_for(plan, source.path)
-            backlog = survey = None
-            if (compiled := library()) is not None:
-                backlog = stack.enter_context(Backlog(compiled, threads or threads_without_torch()))
-                survey = Survey(plan, backlog)
-            from cabochon import ready  # torch, while the survey goes on
+            budget = kv_cache_bytes or _memory_for(plan, source.path) // 8
+            with surveyed(plan, threads) as survey:
+                from cabochon.ready import make_ready
 
-            if threads is not None:
-                ready.compute_in(threads)
-            numbers = ready.Numbers.of(dtype, kv_dtype, activations)
-            fit = partial(
-                ready.CachePlan.fit,
-                self.config.text,
-                numbers.kept,
-                kv_cache_bytes or memory // 8,
-                max_batch,
-                max_context=max_context,
-            )
-            self.kernels = ready.Kernels(compiled, numbers.activations, backlog)
-            text = _Aside(
-                stack.enter_context(ThreadPoolExecutor(1)),
-                partial(_read_text, self.report, picture_tokens, prefill_chunk, fit),
-            )
-            if backlog is None:
-                text.begin()
-            else:
-                backlog.when_waiting = text.begin
-            gemma, self.certificate = ready.load(
-                plan,
-                numbers.compute,
-                self.kernels,
-                survey=survey,
-                backlog=backlog,
-                progress=_or_error_of(text, progress),
-            )
-            self.prompts, generation, self._longest_step, pages = text.result()
+                ready = make_ready(self.report, options, budget, survey, progress)
         self.prefill_chunk = prefill_chunk
-        self.defaults = generation.sampling
-        vocab, tokenizer = self.config.text.vocab_size, self.prompts.tokenizer
-        self.grammars = Grammars(tokenizer, vocab, generation.ends)
-        self.max_context = pages.max_context
-        self.capacity = pages.describe(numbers.kept, asked=max_batch)
-        logger.info("%s", self.capacity)
-        self.runner = ready.runner(gemma, numbers)
-        if debug_nan:
-            self.runner.watch()
-        self.engine = ready.Engine(
-            self.runner,
-            pages,
-            tokenizer,
-            ends=generation.ends,
-            suppressed=generation.suppressed,
-            prefill_chunk=prefill_chunk,
-            draft_tokens=ready.draft_tokens(gemma) if draft_tokens is None else draft_tokens,
-        )
+        self.certificate = ready.certificate
+        self.kernels = ready.kernels
+        self.prompts = ready.text.prompts
+        self.defaults = ready.text.generation.sampling
+        self.grammars = ready.grammars
+        self.max_context = ready.text.cache.max_context
+        self.capacity = ready.capacity
+        self.runner = ready.runner
+        self.engine = ready.engine
+        self._longest_step = ready.text.longest_step
 
     @property
     def fingerprint(self) -> str:
@@ -235,7 +187,7 @@ class LLM:
         Text that does not start with the beginning-of-sequence token gets it: Gemma repeats itself
         without. Token ids and `Prompt`s are taken as they are.
         """
-        many = [self._generation_prompt(p) for p in _as_list(prompts)]
+        many = self.prompts.complete(prompts)
         with ExitStack() as stack:  # an error in one cancels those that still run
             streams = [stack.enter_context(self.stream(prompt, params)) for prompt in many]
             return [stream.collect() for stream in streams]
@@ -260,11 +212,7 @@ class LLM:
         """
         from cabochon.engine.whole import every_logits
 
-        if isinstance(prompt, Prompt):
-            assert not any((images, sounds, videos))
-            full = prompt
-        else:
-            full = self.prompts.raw(prompt, images, sounds, videos)
+        full = self.prompts.raw(prompt, images, sounds, videos)
         return every_logits(
             self.runner, full, prefill_chunk=self.prefill_chunk, longest_step=self._longest_step
         )
@@ -279,40 +227,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _generation_prompt(self, prompt: AnyPrompt) -> Prompt:
-        if isinstance(prompt, Prompt):
-            return prompt
-        if isinstance(prompt, str) and not prompt.startswith("<bos>"):
-            prompt = "<bos>" + prompt
-        return self.prompts.raw(prompt)
-
-
-def open_text(report: Report) -> tuple[Prompts, GenerationDefaults]:
-    """What turns conversations into prompts for a checkpoint that loads, and its own defaults."""
-    assert report.plan is not None
-    folder, config = report.folder, report.plan.config
-    gguf = report.checkpoint.gguf
-    if gguf is None:
-        prompts = Prompts(folder, config)
-        return prompts, GenerationDefaults.open(folder, prompts.tokenizer)
-    # One file says it all; others beside it are not looked at.
-    prompts = Prompts(gguf.path, config, gguf.metadata)
-    return prompts, GenerationDefaults.of_gguf(gguf.metadata, prompts.tokenizer)
-
-
-def _read_text(
-    report: Report,
-    picture_tokens: int | None,
-    prefill_chunk: int,
-    fit: Callable[[int], CachePlan],
-) -> _Text:
-    prompts, generation = open_text(report)
-    if picture_tokens is not None:
-        prompts.limit_pictures(picture_tokens)
-    # A picture that must stay whole may make a step longer than the chunk.
-    step = max(prefill_chunk, prompts.longest_picture)
-    return _Text(prompts, generation, step, fit(step))
 
 
 def _memory_for(plan: LoadPlan, path: Path) -> int:
@@ -330,17 +244,6 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
     return memory
 
 
-def _or_error_of(text: _Aside, progress: Progress | None) -> Progress:
-    """`progress`; but an error of `text` ends the load, so that it costs no minute to find out."""
-
-    def told(done: int, total: int) -> None:
-        text.check()
-        if progress is not None:
-            progress(done, total)
-
-    return told
-
-
 def _check_options(choices: Mapping[str, str], sizes: Mapping[str, tuple[int | None, int]]) -> None:
     """Each of `choices` is one that there is, each of `sizes` at least so large if it is set."""
     for name, choice in choices.items():
@@ -350,12 +253,3 @@ def _check_options(choices: Mapping[str, str], sizes: Mapping[str, tuple[int | N
     for name, (size, least) in sizes.items():
         if size is not None and size < least:
             raise CabochonError(f"{name} is {size}, expected at least {least}")
-
-
-def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[AnyPrompt]:
-    """Several prompts, also where one was given: text, a `Prompt`, or a row of token ids."""
-    if isinstance(prompts, str | Prompt):
-        return [prompts]
-    many: list[Any] = list(prompts)
-    row = bool(many) and not isinstance(many[0], str | Prompt) and np.ndim(many[0]) == 0
-    return [many] if row else many

@@ -203,7 +203,7 @@ def _read(meta: TensorMeta, shape: tuple[int, ...], start: int) -> Tensor:
                     break
                 done += count
     except OSError as error:
-        raise cannot_be_read(meta, error.errno or 0) from None
+        raise cannot_be_read(meta, error) from None
     if done < len(buffer):
         raise cut_off(meta, start + done)
     return flat.view(shape)
@@ -217,6 +217,6 @@ def cut_off(meta: TensorMeta, end: int) -> UnreadableError:
     )
 
 
-def cannot_be_read(meta: TensorMeta, number: int) -> UnreadableError:
-    """What to say of an error of the system with this number."""
-    return UnreadableError(f"{meta.file}: tensor {meta.name!r}: {os.strerror(number)}")
+def cannot_be_read(meta: TensorMeta, error: OSError) -> UnreadableError:
+    """What to say of a tensor at which the system failed."""
+    return UnreadableError(f"{meta.file}: tensor {meta.name!r}: {error.strerror}")

@@ -13,7 +13,9 @@ from cabochon.errors import RequestError
 
 
 @torch.inference_mode()
-def every_logits(runner: Runner, prompt: Prompt, *, prefill_chunk: int, longest_step: int) -> Tensor:
+def every_logits(
+    runner: Runner, prompt: Prompt, *, prefill_chunk: int, longest_step: int
+) -> Tensor:
     """After the soft-cap, `[tokens, vocab_size]`, float32, by a cache of its own.
 
     It is filled in the chunks in which serving would compute the prompt.

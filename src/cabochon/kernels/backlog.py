@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cabochon.kernels.library import Library, Margin, Matrix, Rows, Stored, Stretch, threads
 
@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PATIENCE = 100  # milliseconds before Python may say that somebody pressed a key
-_PENDING = 512 << 20  # bytes that may be kept for what is not done yet
+_PENDING = 512 << 20  # bytes that tasks will read, and that are kept for them
+
+
+class _Kept(NamedTuple):
+    number: int  # of the task
+    read: int  # bytes, that are let go when it is done
+    tensors: tuple[Tensor, ...]
 
 
 class Backlog:
     """Tasks are done in the order in which they came, piece by piece, by threads of its own.
 
     Whoever waits for a task works as well. When the block of a `with` ends, what has not begun is
-    forgotten: whatever tasks read and write must live until then, or until they are done.
+    forgotten.
 
     Args:
         threads: that work, among them one that waits.
@@ -31,7 +37,8 @@ class Backlog:
     def __init__(self, library: Library, threads: int) -> None:
         self._library = library
         self._handle = library.backlog(threads - 1)
-        self._kept: deque[tuple[int, tuple[Tensor, ...]]] = deque()
+        self._kept: deque[_Kept] = deque()
+        self._written: list[tuple[object, ...]] = []
         self._files: dict[Path, int] = {}
         self.when_waiting: Callable[[], object] | None = None  # Python has nothing else to do
 
@@ -41,22 +48,27 @@ class Backlog:
             self._files[path] = os.open(path, os.O_RDONLY)
         return self._files[path]
 
-    def look(self, stretch: Stretch) -> int:
-        """See what is in bytes of a file; the number is what `wait` takes."""
+    def look(self, stretch: Stretch, *kept: object) -> int:
+        """See what is in bytes of a file; `kept` is where that is written.
+
+        The number is what `wait` takes.
+        """
+        self._written.append(kept)
         number: int = self._library.look(self._handle, stretch)
         return number
 
-    def pack(self, matrix: Matrix, stored: Stored, *kept: Tensor) -> None:
-        """Fill `matrix` with what is `stored`; `kept` is where that lies."""
-        self._keep(self._library.pack(self._handle, matrix, stored), kept)
+    def pack(self, matrix: Matrix, stored: Stored, to: Tensor, *parts: Tensor) -> None:
+        """Fill `matrix`, whose room is `to`, with what is `stored` in `parts`."""
+        self._keep(self._library.pack(self._handle, matrix, stored), (to,), parts)
 
-    def sketch(self, rows: Rows, matrix: Matrix, margin: Margin) -> None:
-        """Fill `matrix` with a sketch of `rows`."""
-        self._keep(self._library.sketch(self._handle, rows, matrix, margin), ())
+    def sketch(self, rows: Rows, matrix: Matrix, margin: Margin, *to: Tensor) -> None:
+        """Fill `matrix` and `margin`, whose room is `to`, with a sketch of `rows`."""
+        self._keep(self._library.sketch(self._handle, rows, matrix, margin), to, ())
 
     def copy(self, to: Tensor, stored: Tensor) -> None:
         address, nbytes = stored.data_ptr(), stored.nbytes
-        self._keep(self._library.copy(self._handle, to.data_ptr(), address, nbytes), (stored,))
+        number = self._library.copy(self._handle, to.data_ptr(), address, nbytes)
+        self._keep(number, (to,), (stored,))
 
     def wait(self, number: int) -> None:
         if self.when_waiting is not None and not self._library.wait(self._handle, number, 0):
@@ -68,20 +80,21 @@ class Backlog:
         """Wait until all is done that fills memory."""
         self._settle(0)
 
-    def _keep(self, number: int, kept: tuple[Tensor, ...]) -> None:
-        self._kept.append((number, kept))
+    def _keep(self, number: int, to: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+        """Let memory that a task writes to and reads live until it is done."""
+        self._kept.append(_Kept(number, sum(part.nbytes for part in parts), (*to, *parts)))
         self._settle(_PENDING)
 
     def _settle(self, most: int) -> None:
-        """Let go of what is done with, until no more than `most` bytes are kept."""
-        pending = sum(tensor.nbytes for _, kept in self._kept for tensor in kept)
+        """Let go of what is done with, until no more than `most` bytes are read."""
+        pending = sum(kept.read for kept in self._kept)
         while self._kept:
-            number, kept = self._kept[0]
-            if most and pending <= most and not self._library.wait(self._handle, number, 0):
+            first = self._kept[0]
+            if most and pending <= most and not self._library.wait(self._handle, first.number, 0):
                 return
-            self.wait(number)
+            self.wait(first.number)
             self._kept.popleft()
-            pending -= sum(tensor.nbytes for tensor in kept)
+            pending -= first.read
 
     def __enter__(self) -> Backlog:
         return self
@@ -89,6 +102,7 @@ class Backlog:
     def __exit__(self, *_: object) -> None:
         self._library.end(self._handle)
         self._kept.clear()
+        self._written.clear()
         for file in self._files.values():
             os.close(file)
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library
-from cabochon.kernels.packed import Activations, PackedWeight, unsupported
+from cabochon.kernels.library import Activations, Library
+from cabochon.kernels.packed import PackedWeight, unsupported
 from cabochon.kernels.sketch import SketchedHead, sketchable
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 

@@ -59,7 +59,7 @@ class PackedWeight(Weight):
         activations: `int8` rounds each 32 inputs to 8 bits, `int16` to two times 8, `float32` not
             at all.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
-        fill: has `matrix` filled where codes and scales are nowhere yet, but on the meta device.
+        fill: has `data` filled where codes and scales are nowhere yet, but on the meta device.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PackedWeight(Weight):
         out_features: int,
         in_features: int,
         backlog: Backlog | None = None,
-        fill: Callable[[Backlog, Matrix], None] | None = None,
+        fill: Callable[[Backlog, PackedWeight], None] | None = None,
     ) -> None:
         assert unsupported(coded) is None
         super().__init__(out_features, in_features)
@@ -89,7 +89,7 @@ class PackedWeight(Weight):
             if fill is None:
                 self._pack(coded, placed, work)
             else:
-                fill(work, self.matrix)
+                fill(work, self)
 
     data: Tensor  # uint8 [bytes]
     levels: Tensor | None
@@ -168,7 +168,7 @@ class PackedWeight(Weight):
             layout=_struct(coded.layout),
             grouped=tuple(_grouped(at, tensor) for at, tensor in placed.items()),
         )
-        work.pack(self.matrix, stored, octets, *placed.values())
+        work.pack(self.matrix, stored, self.data, octets, *placed.values())
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.out_features if stop is None else stop

@@ -65,7 +65,9 @@ class SketchedHead(FloatsWeight):
             out_features=rows,
             in_features=columns,
             backlog=backlog,
-            fill=lambda work, matrix: work.sketch(self.matrix, matrix, margin),
+            fill=lambda work, to: work.sketch(
+                self.matrix, to.matrix, margin, to.data, self.margins
+            ),
         )
 
     margins: Tensor  # [out_features], of products with an input of norm 1

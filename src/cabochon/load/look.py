@@ -18,8 +18,7 @@ from cabochon.load.looked import SAMPLE, Looked, every_of
 from cabochon.nn.gguf_blocks import magnitudes
 from cabochon.nn.look import plainly
 
-# What is in the tensor that `meta` describes, looked at as a kind: a key of FLOATS or BLOCKS, POWERS,
-# NOTHING.
+# What is in the tensor that `meta` describes, looked at as `kind_of` says.
 Look = Callable[[Tensor, TensorMeta, str], Looked]
 
 

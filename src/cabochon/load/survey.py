@@ -5,50 +5,59 @@ No torch: it may be on its way.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cabochon.checkpoint.folder import cannot_be_read, cut_off
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import BITS, TensorMeta
-from cabochon.errors import UnreadableError
-from cabochon.kernels import library
 from cabochon.kernels.backlog import Backlog
-from cabochon.kernels.library import Stretch
-from cabochon.kernels.look import found_of, numbers_of
+from cabochon.kernels.library import library, threads_without_torch
+from cabochon.kernels.look import Looking
 from cabochon.load.looked import Looked, every_of, kind_of
 from cabochon.load.plan import LoadPlan
-from cabochon.nn.found import HASHED, NOTHING
+from cabochon.nn.found import NOTHING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _Begun(NamedTuple):
-    """A tensor that is looked at, and where what is seen is written."""
+@contextmanager
+def surveyed(plan: LoadPlan, threads: int | None) -> Iterator[Survey | None]:
+    """A survey of `plan` that goes on while the block runs; none without compiled code.
 
-    number: int  # of the task
-    kind: str
-    sums: ctypes.Array[ctypes.c_char]
-    sample: ctypes.Array[ctypes.c_char] | None
-    found: library.Found
+    `threads` are those that will compute; None: those that torch takes.
+    """
+    compiled = library()
+    if compiled is None:
+        yield None
+        return
+    with Backlog(compiled, threads or threads_without_torch()) as backlog:
+        yield Survey(plan, backlog)
 
 
 class Survey:
     """Begins at once, in the order of the files. A call waits for what is in one tensor.
-
-    It must live until `backlog` has ended, which writes to it.
 
     Raises:
         UnreadableError: a file cannot be opened.
     """
 
     def __init__(self, plan: LoadPlan, backlog: Backlog) -> None:
-        self._backlog = backlog
-        wanted = sorted(_wanted(plan), key=lambda tensor: (str(tensor[0].file), tensor[0].span))
-        self._begun = {meta.name: self._begin(meta, kind) for meta, kind in wanted}
+        self.backlog = backlog
+        wanted = sorted(_wanted(plan), key=lambda tensor: _place(tensor[0]))
+        self._begun = {_place(meta): self._begin(meta, kind) for meta, kind in wanted}
+
+    def _begin(self, meta: TensorMeta, kind: str) -> Looking:
+        blocks = kind in BLOCKS
+        unit = BLOCKS[kind][1] if blocks else BITS.get(kind, 8) // 8
+        every = every_of(meta) if blocks else 0
+        try:
+            return Looking(self.backlog, meta.file, meta.span, kind, unit, every)
+        except OSError as error:
+            raise cannot_be_read(meta, error) from None
 
     def __call__(self, tensor: Tensor, meta: TensorMeta, kind: str) -> Looked:
         """What is in the tensor that `meta` describes.
@@ -56,53 +65,31 @@ class Survey:
         Raises:
             UnreadableError: its file ends early, or cannot be read.
         """
-        begun = self._begun[meta.name]
-        assert begun.kind == kind
-        self._backlog.wait(begun.number)
-        if begun.found.error:
-            raise self._unreadable(meta, begun.found.error)
-        found = found_of(kind, begun.sums.raw, begun.found)
+        looking = self._begun[_place(meta)]
+        try:
+            found = looking.found()
+        except EOFError:
+            raise cut_off(meta, meta.file.stat().st_size) from None
+        except OSError as error:
+            raise cannot_be_read(meta, error) from None
+        sample = None
+        if kind in BLOCKS and not found.damaged:
+            sample = _magnitudes(looking.sample(), kind)
         digest = hashlib.sha256(found.hashed).digest()
-        sample = _magnitudes(begun) if begun.sample is not None and not found.damaged else None
         return Looked(digest, found.numbers, found.zeros, found.largest, found.damaged, sample)
 
-    def _begin(self, meta: TensorMeta, kind: str) -> _Begun:
-        try:
-            file = self._backlog.file(meta.file)
-        except OSError as error:
-            raise cannot_be_read(meta, error.errno or 0) from None
-        size = BLOCKS[kind][1] if kind in BLOCKS else BITS.get(kind, 8) // 8
-        every = every_of(meta) if kind in BLOCKS else 0
-        whole, rest = divmod(meta.nbytes, HASHED)
-        sums = ctypes.create_string_buffer(whole * 8 + rest)
-        count = -(-meta.nbytes // (size * every)) if every else 0
-        sample = ctypes.create_string_buffer(count * size) if count else None
-        found = library.Found()
-        stretch = Stretch(
-            file=file,
-            at=meta.span[0],
-            size=meta.nbytes,
-            every=every if count else 0,
-            numbers=numbers_of(kind, size),
-            sums=ctypes.addressof(sums),
-            sample=None if sample is None else ctypes.addressof(sample),
-            found=ctypes.pointer(found),
-        )
-        return _Begun(self._backlog.look(stretch), kind, sums, sample, found)
 
-    def _unreadable(self, meta: TensorMeta, error: int) -> UnreadableError:
-        if error < 0:
-            return cut_off(meta, meta.file.stat().st_size)
-        return cannot_be_read(meta, error)
+def _place(meta: TensorMeta) -> tuple[str, int, int]:
+    """Of a tensor, or of some of its rows, which go by the same name."""
+    return (str(meta.file), *meta.span)
 
 
-def _magnitudes(begun: _Begun) -> Tensor:
+def _magnitudes(blocks: bytearray, kind: str) -> Tensor:
     import torch
 
     from cabochon.nn.gguf_blocks import magnitudes
 
-    blocks = torch.frombuffer(begun.sample, dtype=torch.uint8)
-    return magnitudes(blocks.view(-1, BLOCKS[begun.kind][1]), begun.kind)
+    return magnitudes(torch.frombuffer(blocks, dtype=torch.uint8).view(-1, BLOCKS[kind][1]), kind)
 
 
 def _wanted(plan: LoadPlan) -> Iterator[tuple[TensorMeta, str]]:

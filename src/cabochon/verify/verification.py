@@ -15,15 +15,14 @@ from cabochon.engine.request import Prompt
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
-from cabochon.kernels.library import library
-from cabochon.kernels.packed import Activations
-from cabochon.llm import open_text
+from cabochon.kernels.library import Activations, library
 from cabochon.load.certify import certify
 from cabochon.load.execute import execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.in_file import in_file
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
+from cabochon.ready import open_text
 from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes
