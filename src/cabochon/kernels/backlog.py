@@ -38,6 +38,7 @@ class Backlog:
         self._library = library
         self._handle = library.backlog(threads - 1)
         self._kept: deque[_Kept] = deque()
+        self._pending = 0  # bytes of what is kept
         self._written: list[tuple[object, ...]] = []
         self._files: dict[Path, int] = {}
         self.when_waiting: Callable[[], object] | None = None  # Python has nothing else to do
@@ -82,19 +83,21 @@ class Backlog:
 
     def _keep(self, number: int, to: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
         """Let memory that a task writes to and reads live until it is done."""
-        self._kept.append(_Kept(number, sum(part.nbytes for part in parts), (*to, *parts)))
+        kept = _Kept(number, sum(part.nbytes for part in parts), (*to, *parts))
+        self._kept.append(kept)
+        self._pending += kept.read
         self._settle(_PENDING)
 
     def _settle(self, most: int) -> None:
         """Let go of what is done with, until no more than `most` bytes are read."""
-        pending = sum(kept.read for kept in self._kept)
         while self._kept:
             first = self._kept[0]
-            if most and pending <= most and not self._library.wait(self._handle, first.number, 0):
+            done = self._library.wait(self._handle, first.number, 0)
+            if not done and most and self._pending <= most:
                 return
             self.wait(first.number)
             self._kept.popleft()
-            pending -= first.read
+            self._pending -= first.read
 
     def __enter__(self) -> Backlog:
         return self
