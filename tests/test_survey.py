@@ -17,9 +17,9 @@ from cabochon.load.certificate import Certificate
 from cabochon.load.execute import execute
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
-from cabochon.load.survey import surveyed
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
+from cabochon.survey import surveyed
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler at installation")
 

@@ -6,23 +6,22 @@ bytes: to read them takes as long.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from cabochon.checkpoint.source import Source
 from cabochon.config import Gemma4Config
-from cabochon.errors import CabochonError, ResourceError
+from cabochon.errors import ResourceError
 from cabochon.garbage import uncollected
 from cabochon.kernels.library import Activations
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
-from cabochon.load.survey import surveyed
+from cabochon.options import Dtype, KvDtype, Options
+from cabochon.survey import surveyed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,33 +32,6 @@ if TYPE_CHECKING:
     from cabochon.gemma4.sounds import Wave
     from cabochon.load.execute import Progress
     from cabochon.prompts import AnyPrompt, Message
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-KvDtype = Literal["auto", "float16", "float32", "int8"]
-
-logger = logging.getLogger(__name__)
-
-_CHOICES = {
-    "dtype": get_args(Dtype),
-    "activations": ("auto", *get_args(Activations)),
-    "kv_dtype": get_args(KvDtype),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What somebody who makes an `LLM` wishes, beside which model: see there."""
-
-    dtype: Dtype
-    activations: Activations | Literal["auto"]
-    kv_dtype: KvDtype
-    threads: int | None
-    max_batch: int
-    prefill_chunk: int
-    max_context: int | None
-    picture_tokens: int | None
-    draft_tokens: int | None
-    debug_nan: bool
 
 
 class LLM:
@@ -111,22 +83,12 @@ class LLM:
         debug_nan: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        _check_options(
-            {"dtype": dtype, "activations": activations, "kv_dtype": kv_dtype},
-            {
-                "threads": (threads, 1),
-                "kv_cache_bytes": (kv_cache_bytes, 1),
-                "max_batch": (max_batch, 1),
-                "prefill_chunk": (prefill_chunk, 1),
-                "max_context": (max_context, 1),
-                "draft_tokens": (draft_tokens, 0),
-            },
-        )
         options = Options(
             dtype=dtype,
             activations=activations,
             kv_dtype=kv_dtype,
             threads=threads,
+            kv_cache_bytes=kv_cache_bytes,
             max_batch=max_batch,
             prefill_chunk=prefill_chunk,
             max_context=max_context,
@@ -145,11 +107,11 @@ class LLM:
             plan = self.report.plan
             assert plan is not None
             self.config: Gemma4Config = plan.config
-            budget = kv_cache_bytes or _memory_for(plan, source.path) // 8
+            memory = _memory_for(plan, source.path)
             with surveyed(plan, threads) as survey:
                 from cabochon.ready import make_ready
 
-                ready = make_ready(self.report, options, budget, survey, progress)
+                ready = make_ready(self.report, options, memory, survey, progress)
         self.prefill_chunk = prefill_chunk
         self.certificate = ready.certificate
         self.kernels = ready.kernels
@@ -242,14 +204,3 @@ def _memory_for(plan: LoadPlan, path: Path) -> int:
             f" {memory / 1e9:.2f} GB in all"
         )
     return memory
-
-
-def _check_options(choices: Mapping[str, str], sizes: Mapping[str, tuple[int | None, int]]) -> None:
-    """Each of `choices` is one that there is, each of `sizes` at least so large if it is set."""
-    for name, choice in choices.items():
-        if choice not in _CHOICES[name]:
-            expected = ", ".join(_CHOICES[name])
-            raise CabochonError(f"{name} is {choice!r}, expected one of {expected}")
-    for name, (size, least) in sizes.items():
-        if size is not None and size < least:
-            raise CabochonError(f"{name} is {size}, expected at least {least}")

@@ -21,14 +21,14 @@ from cabochon.kernels.choose import Kernels
 from cabochon.kernels.layers import fuse
 from cabochon.kernels.library import Activations, library
 from cabochon.kernels.pages import enlarge
-from cabochon.llm import Options
 from cabochon.load.certificate import Certificate
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.look import look
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report
-from cabochon.load.survey import Survey
+from cabochon.options import Options
 from cabochon.prompts import Prompts
+from cabochon.survey import Survey
 
 logger = logging.getLogger(__name__)
 
@@ -107,17 +107,18 @@ class Ready(NamedTuple):
 def make_ready(
     report: Report,
     options: Options,
-    budget: int,
+    memory: int,
     survey: Survey | None,
     progress: Progress | None,
 ) -> Ready:
-    """Load what `report` plans, with `budget` bytes for keys and values."""
+    """Load what `report` plans into a machine of so many bytes of memory."""
     plan = report.plan
     assert plan is not None
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     numbers = _Numbers.of(options.dtype, options.kv_dtype, options.activations)
     config, batch, longest = plan.config.text, options.max_batch, options.max_context
+    budget = options.kv_cache_bytes or memory // 8
     fit = partial(CachePlan.fit, config, numbers.kept, budget, batch, max_context=longest)
     kernels = Kernels(library(), numbers.activations, None if survey is None else survey.backlog)
     with ThreadPoolExecutor(1) as pool:
