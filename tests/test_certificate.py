@@ -23,6 +23,7 @@ from checkpoints import (
     tensors_of,
 )
 
+from cabochon.checkpoint.folder import Checkpoint
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.load.certificate import Certificate
@@ -172,6 +173,23 @@ def test_any_bit_of_the_weights_counts(tmp_path: Path, folder: Path, where: floa
         return
     whole = certified(folder)
     assert damaged.plan_hash == whole.plan_hash
+    assert damaged.weights_hash != whole.weights_hash
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_all_rows_of_a_matrix_that_is_read_in_parts_count(tmp_path: Path, row: int) -> None:
+    """llama.cpp's converter puts queries, keys and values of some files into one tensor."""
+    file = Path(shutil.copy(FIXTURES / "gguf" / "31b" / "31b-q5_0.gguf", tmp_path / "31b.gguf"))
+    stored = Checkpoint.open(file).tensors["blk.0.attn_qkv.weight"]
+    content = bytearray(file.read_bytes())
+    size = stored.nbytes // stored.shape[0]
+    first = stored.span[0] if row == 0 else stored.span[1] - size
+    content[first + 21] ^= 1  # codes, behind the scale
+    plan = inspect_checkpoint(file).plan
+    assert plan is not None
+    whole = execute(plan, dtype=torch.float32).certificate
+    file.write_bytes(content)
+    damaged = execute(plan, dtype=torch.float32).certificate
     assert damaged.weights_hash != whole.weights_hash
 
 

@@ -44,12 +44,12 @@ class Measure:
         self._thorough = thorough
         self._look = look
         self._sites: dict[str, list[SiteStatistics]] = {}
-        self._hashes: dict[str, bytes] = {}
+        self._hashes: dict[tuple[str, int], bytes] = {}  # rows of one tensor may be apart
 
     def tensor(self, tensor: Tensor, meta: TensorMeta, kind: str = NOTHING) -> Looked:
         """What is in a stored tensor, looked at as that kind."""
         looked = self._look(tensor, meta, kind)
-        self._hashes[meta.name] = looked.digest
+        self._hashes[meta.name, meta.span[0]] = looked.digest
         return looked
 
     def site(
@@ -90,8 +90,8 @@ class Measure:
     def certificate(self, plan: LoadPlan, filled: int) -> Certificate:
         """Of the load of `plan`, after which so many matrices and parameters are filled."""
         bytes_hash = hashlib.sha256()
-        for name in sorted(self._hashes):
-            bytes_hash.update(hashlib.sha256(name.encode()).digest() + self._hashes[name])
+        for (name, _), digest in sorted(self._hashes.items()):
+            bytes_hash.update(hashlib.sha256(name.encode()).digest() + digest)
         return Certificate(
             plan_hash=plan_hash(plan),
             weights_hash=bytes_hash.hexdigest(),
