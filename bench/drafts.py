@@ -26,9 +26,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cabochon import LLM, SamplingParams
+from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine import engine
 from cabochon.engine.drafts import Drafter
-from cabochon.ready import DRAFT_TOKENS
 
 LEAST = 8  # texts shorter than so many tokens say nothing
 EDITS = 120

@@ -62,7 +62,7 @@ def same_logits(folder: Path, model: Any, *, picture: bool = True) -> None:
     images = (noise(100, 60),) if picture else ()
     # Without kernels: they add up in another order, and are held to these products by themselves.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cabochon.ready.library", lambda: None)
+        patch.setattr("cabochon.assembly.library", lambda: None)
         llm = LLM(folder, dtype="float32")
     with llm:
         tokens = [2, 4, *range(300, 320), *[llm.config.tokens.image] * picture, *range(320, 340), 5]

@@ -10,10 +10,10 @@ import torch
 from thin import fixture
 
 from cabochon import LLM, SamplingParams
+from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine.cache import PAGE
 from cabochon.engine.drafts import LEAST_ALIKE, MOST_ALIKE, Drafter
 from cabochon.engine.request import Completion, Prompt
-from cabochon.ready import DRAFT_TOKENS
 
 MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16")
 CIRCLE = [2, *(300 + i % 5 for i in range(40))]

@@ -22,8 +22,8 @@ _FILES = {"errors", "files"}
 _MODEL = {*_FILES, "config", "nn", "gemma4"}
 _LOAD = {*_MODEL, "checkpoint", "quant"}
 _ENGINE = {*_MODEL, "text"}
-_READY = {*_ENGINE, *_LOAD, "load", "engine", "prompts", "kernels", "options", "survey"}
-_LLM = {*_READY, "ready", "garbage"}
+_ASSEMBLY = {*_ENGINE, *_LOAD, "load", "engine", "prompts", "kernels", "options", "survey"}
+_LLM = {*_ASSEMBLY, "assembly", "garbage"}
 _APP = {*_LLM, "llm", "settings", "flags", "console", "cabochon"}
 
 MAY_NEED = {
@@ -42,7 +42,7 @@ MAY_NEED = {
     "prompts": {*_ENGINE, "engine"},
     "options": {*_MODEL, "kernels"},
     "survey": {*_LOAD, "load", "kernels"},
-    "ready": _READY,
+    "assembly": _ASSEMBLY,
     "garbage": set(),
     "llm": _LLM,
     "settings": {"errors"},

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
+from cabochon.assembly import open_text
 from cabochon.config import PatchConfig, VisionConfig
 from cabochon.errors import CabochonError, ConfigError, RequestError
 from cabochon.gemma4.pictures import (
@@ -32,7 +33,6 @@ from cabochon.gemma4.pictures import (
     parse_processor,
 )
 from cabochon.load.report import plan_checkpoint
-from cabochon.ready import open_text
 
 SIZES = [
     (1, 1), (1, 2), (2, 1), (3, 3), (16, 16), (47, 48), (48, 48), (49, 47), (100, 1), (1, 1000),

@@ -17,6 +17,7 @@ from ct_writer import compress
 from thin import fixture
 from torch import nn
 
+from cabochon.assembly import open_text
 from cabochon.engine.request import Prompt
 from cabochon.errors import UnreadableError
 from cabochon.files import DEMO
@@ -26,7 +27,6 @@ from cabochon.kernels.library import library
 from cabochon.load.in_file import InFile, in_file
 from cabochon.load.report import plan_checkpoint
 from cabochon.nn.weight import DenseWeight
-from cabochon.ready import open_text
 from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes

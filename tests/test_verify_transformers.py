@@ -18,13 +18,13 @@ from conftest import MEMBERS
 from thin import fixture
 from torch import nn
 
+from cabochon.assembly import open_text
 from cabochon.config.types import PictureSight
 from cabochon.errors import UnreadableError
 from cabochon.gemma4.model import Gemma4
 from cabochon.nn.attention import KeyValues, visible
 from cabochon.nn.experts import Experts
 from cabochon.nn.weight import DenseWeight
-from cabochon.ready import open_text
 from cabochon.verify.probes import probes
 from cabochon.verify.reference import against_transformers
 from cabochon.verify.stage import Finding

@@ -109,20 +109,20 @@ class LLM:
             self.config: Gemma4Config = plan.config
             memory = _memory_for(plan, source.path)
             with surveyed(plan, threads) as survey:
-                from cabochon.ready import make_ready
+                from cabochon.assembly import assemble
 
-                ready = make_ready(self.report, options, memory, survey, progress)
+                made = assemble(self.report, options, memory, survey, progress)
         self.prefill_chunk = prefill_chunk
-        self.certificate = ready.certificate
-        self.kernels = ready.kernels
-        self.prompts = ready.text.prompts
-        self.defaults = ready.text.generation.sampling
-        self.grammars = ready.grammars
-        self.max_context = ready.text.cache.max_context
-        self.capacity = ready.capacity
-        self.runner = ready.runner
-        self.engine = ready.engine
-        self._longest_step = ready.text.longest_step
+        self.certificate = made.certificate
+        self.kernels = made.kernels
+        self.prompts = made.text.prompts
+        self.defaults = made.text.generation.sampling
+        self.grammars = made.grammars
+        self.max_context = made.text.cache.max_context
+        self.capacity = made.capacity
+        self.runner = made.runner
+        self.engine = made.engine
+        self._longest_step = made.text.longest_step
 
     @property
     def fingerprint(self) -> str:

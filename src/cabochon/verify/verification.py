@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from cabochon.assembly import open_text
 from cabochon.config import Gemma4Config, TextConfig
 from cabochon.engine.request import Prompt
 from cabochon.errors import LoadError, UnreadableError
@@ -22,7 +23,6 @@ from cabochon.load.forecast import machine_memory
 from cabochon.load.in_file import in_file
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report, plan_checkpoint
-from cabochon.ready import open_text
 from cabochon.verify.against import Models, modules_against, weights_against
 from cabochon.verify.alive import is_alive
 from cabochon.verify.probes import probes

@@ -92,7 +92,7 @@ class _Aside:
         return told
 
 
-class Ready(NamedTuple):
+class Assembled(NamedTuple):
     """What an `LLM` is made of."""
 
     text: Text
@@ -104,13 +104,13 @@ class Ready(NamedTuple):
     engine: Engine
 
 
-def make_ready(
+def assemble(
     report: Report,
     options: Options,
     memory: int,
     survey: Survey | None,
     progress: Progress | None,
-) -> Ready:
+) -> Assembled:
     """Load what `report` plans into a machine of so many bytes of memory."""
     plan = report.plan
     assert plan is not None
@@ -146,7 +146,7 @@ def make_ready(
         draft_tokens=_draft_tokens(gemma) if drafts is None else drafts,
     )
     grammars = Grammars(tokenizer, config.vocab_size, generation.ends)
-    return Ready(text, certificate, kernels, grammars, capacity, runner, engine)
+    return Assembled(text, certificate, kernels, grammars, capacity, runner, engine)
 
 
 def open_text(report: Report) -> tuple[Prompts, GenerationDefaults]:
