@@ -53,9 +53,9 @@ def check_value(slot: Slot, tensor: Tensor, meta: TensorMeta, site: Site) -> Non
 
 def check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
     """Refuse floats that are not finite in `dtype`; `meta` says where they come from."""
-    bad = int((~tensor.to(dtype).isfinite()).sum())
-    if bad:
-        raise _values_refusal(meta, bad, dtype)
+    finite = tensor.to(dtype).isfinite()
+    if not finite.all():
+        raise _values_refusal(meta, finite.numel() - int(finite.sum()), dtype)
 
 
 def _not_finite(part: Tensor, kind: str, dtype: torch.dtype) -> int:
