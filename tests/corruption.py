@@ -166,7 +166,7 @@ def header_byte(copy: Copy, chance: random.Random) -> Words:
     (length,) = struct.unpack("<Q", raw[:8])
     raw[chance.randrange(8 + length)] = chance.choice(b'aZ09"[]{},:_.\x00\xff')
     copy.file.write_bytes(raw)
-    return (WEIGHTS, "model.")  # the file, or a tensor
+    return (WEIGHTS, "model.", "_projection")  # the file, or a tensor
 
 
 def cut(copy: Copy, chance: random.Random) -> Words:

@@ -61,6 +61,7 @@ def attending(
         intermediate_size=dense,
         window=window,
         pictures=sight,
+        shares_kv=False,
         kv_source=0,
     )
 

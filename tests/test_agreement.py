@@ -135,8 +135,6 @@ def test_what_agrees_is_not_questioned(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "Gemma4AssistantForCausalLM": "a drafter",
-    "Gemma4UnifiedAssistantForCausalLM": "a drafter",
     "Gemma4DSparkForCausalLM": "a drafter",
     "DSparkGemma4ForCausalLM": "a drafter",
     "DiffusionGemmaForCausalLM": "a diffusion model",

@@ -177,7 +177,7 @@ def listed(key: str, *values: Any) -> Describe:
 
 
 METADATA: dict[str, tuple[Describe, str]] = {
-    "a drafter": (said("general.architecture", "gemma4-assistant", STRING), "a drafter"),
+    "no drafter": (said("general.architecture", "gemma4-assistant", STRING), "block_count"),
     "another family": (said("general.architecture", "llama", STRING), "no Gemma 4"),
     "an earlier one": (said("general.architecture", "gemma3n", STRING), "earlier generation"),
     "an adapter": (said("general.type", "adapter", STRING), "general.type"),

@@ -120,7 +120,7 @@ def test_inspecting_imports_no_torch_and_takes_no_second() -> None:
 
 
 def foreign(config: Config) -> None:
-    config["architectures"] = ["Gemma4AssistantForCausalLM"]
+    config["architectures"] = ["Gemma3ForConditionalGeneration"]
 
 
 @pytest.mark.parametrize("folder", [DENSE, *QUANTIZED, *NVFP4], ids=lambda folder: folder.name)

@@ -352,11 +352,9 @@ KNOWN = (
     ),
     # Drafters
     Known(
-        "vLLM #41745, #47091, #46426",
+        "vLLM #41745, #46426, #47091",
         "a drafter, whose own quantization engines mix up with its target's",
-        E2B,
-        config=architecture("Gemma4AssistantForCausalLM"),
-        refused=("FOREIGN", "drafter"),
+        FIXTURES / "31b-assistant",
     ),
     Known(
         "omlx #3536",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DENSE, NVFP4, QUANTIZED, W4A16, Tensors, altered, plan_of
-from corruption import files
+from checkpoints import W4A16, Tensors, altered, plan_of
+from corruption import files, folders
 from test_loading import with_a_table
 
 from cabochon.errors import LoadError, UnreadableError
@@ -51,11 +51,12 @@ def dense(weight: Weight | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("path", [DENSE, *QUANTIZED, *NVFP4, *files()], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*folders(), *files()], ids=lambda path: path.name)
 def test_it_is_certified_as_without(path: Path, threads: int) -> None:
     plan = plan_checkpoint(path).plan
     assert plan is not None
-    model, expected = execute(plan, dtype=torch.float32)
+    at_once = Kernels(library(), "int8").for_weight
+    model, expected = execute(plan, dtype=torch.float32, prepare=at_once)
     certificate, found = loaded(plan, threads)
     assert certificate == expected
     for name, entries in entries_of(model).items():

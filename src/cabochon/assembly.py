@@ -16,6 +16,7 @@ from cabochon.engine.engine import Engine
 from cabochon.engine.grammar import Grammars
 from cabochon.engine.runner import Runner
 from cabochon.errors import ResourceError
+from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.layers import fuse
@@ -28,7 +29,7 @@ from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report
 from cabochon.options import Options
 from cabochon.prompts import Prompts
-from cabochon.survey import Survey
+from cabochon.survey import Survey, surveyed
 
 logger = logging.getLogger(__name__)
 
@@ -106,12 +107,13 @@ class Assembled(NamedTuple):
 
 def assemble(
     report: Report,
+    drafting: LoadPlan | None,
     options: Options,
     memory: int,
     survey: Survey | None,
     progress: Progress | None,
 ) -> Assembled:
-    """Load what `report` plans into a machine of so many bytes of memory."""
+    """Load what `report` and `drafting` plan into a machine of so many bytes of memory."""
     plan = report.plan
     assert plan is not None
     if options.threads is not None:
@@ -120,7 +122,7 @@ def assemble(
     config, batch, longest = plan.config.text, options.max_batch, options.max_context
     budget = options.kv_cache_bytes or memory // 8
     fit = partial(CachePlan.fit, config, numbers.kept, budget, batch, max_context=longest)
-    kernels = Kernels(library(), numbers.activations, None if survey is None else survey.backlog)
+    kernels = _kernels(numbers, survey)
     with ThreadPoolExecutor(1) as pool:
         aside = _Aside(pool, partial(_read_text, report, options, fit))
         if survey is None:
@@ -129,6 +131,7 @@ def assemble(
             survey.backlog.when_waiting = aside.begin
         told = aside.or_error(progress)
         gemma, certificate = _load(plan, numbers.compute, kernels, survey, told)
+        assert isinstance(gemma, Gemma4)
         text = aside.result()
     capacity = text.cache.describe(numbers.kept, asked=batch)
     logger.info("%s", capacity)
@@ -143,10 +146,15 @@ def assemble(
         ends=generation.ends,
         suppressed=generation.suppressed,
         prefill_chunk=options.prefill_chunk,
-        draft_tokens=_draft_tokens(gemma) if drafts is None else drafts,
+        draft_tokens=_draft_tokens(gemma, drafting) if drafts is None else drafts,
+        drafter=_load_drafter(drafting, numbers, options, progress) if drafting else None,
     )
     grammars = Grammars(tokenizer, config.vocab_size, generation.ends)
     return Assembled(text, certificate, kernels, grammars, capacity, runner, engine)
+
+
+def _kernels(numbers: _Numbers, survey: Survey | None) -> Kernels:
+    return Kernels(library(), numbers.activations, None if survey is None else survey.backlog)
 
 
 def open_text(report: Report) -> tuple[Prompts, GenerationDefaults]:
@@ -176,7 +184,7 @@ def _load(
     dtype: torch.dtype,
     kernels: Kernels,
     survey: Survey | None,
-    progress: Progress,
+    progress: Progress | None,
 ) -> Loaded:
     """The model, its kernels chosen, filled, said and joined."""
     try:
@@ -198,15 +206,27 @@ def _load(
         raise
     level = logging.INFO if kernels.built else logging.WARNING
     logger.log(level, "%s", kernels.describe())
-    logger.info("%s", fuse(loaded.model, library()))
+    logger.info("%s", fuse(loaded.model, library(), exact=kernels.activations == "float32"))
     enlarge(loaded.model, library())
     return loaded
 
 
-def _draft_tokens(model: Gemma4) -> int:
+def _load_drafter(
+    plan: LoadPlan, numbers: _Numbers, options: Options, progress: Progress | None
+) -> Drafter:
+    with surveyed(plan, options.threads) as survey:
+        kernels = _kernels(numbers, survey)
+        drafter, _ = _load(plan, numbers.compute, kernels, survey, progress)
+    assert isinstance(drafter, Drafter)
+    return drafter
+
+
+def _draft_tokens(model: Gemma4, drafting: LoadPlan | None) -> int:
     """How many guesses are worth their price.
 
     Kernels that round activations compute every column by itself, so that a token's logits are the
-    same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are.
+    same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are, so
+    that there nothing is guessed unless somebody asks for it.
     """
-    return DRAFT_TOKENS if model.model.language_model.together is not None else 0
+    fast = model.model.language_model.together is not None
+    return DRAFT_TOKENS if fast or drafting is not None else 0

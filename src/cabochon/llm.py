@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cabochon.checkpoint.source import Source
-from cabochon.config import Gemma4Config
-from cabochon.errors import ResourceError
+from cabochon.config import Gemma4Config, beside
+from cabochon.errors import LoadError, ResourceError
 from cabochon.garbage import uncollected
 from cabochon.kernels.library import Activations
 from cabochon.load.forecast import machine_memory
@@ -52,8 +53,10 @@ class LLM:
         max_context: Tokens of prompt and answer; None takes what model and cache allow.
         picture_tokens: That a picture may take: one of `SOFT_TOKEN_BUDGETS`. None takes the
             checkpoint's own setting, and upstream's 280 where it has none, as a GGUF.
-        draft_tokens: Tokens guessed from what a text repeats and checked in one step, among all
-            requests; 0 for none. None is 15 where answers are the same to the bit, else 0.
+        drafter: A small model made to guess for this one, such as `org/name-assistant`.
+        draft_tokens: Tokens guessed from what a text repeats, or by the drafter, and checked in one
+            step, among all requests; 0 for none. None is 15 with a drafter, and where answers are
+            the same to the bit; else 0.
         weights_only: Leave activations as they are where a recipe quantizes them.
         debug_nan: Name the module that first gave numbers that are none; slows every step.
         progress: Called while loading with bytes done and bytes in all.
@@ -78,6 +81,7 @@ class LLM:
         prefill_chunk: int = 512,
         max_context: int | None = None,
         picture_tokens: int | None = None,
+        drafter: str | Path | Source | None = None,
         draft_tokens: int | None = None,
         weights_only: bool = False,
         debug_nan: bool = False,
@@ -97,21 +101,21 @@ class LLM:
             debug_nan=debug_nan,
         )
         with uncollected():
-            source = (
-                model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
-            )
+            source = _source(model, weights_only)
             self.name = source.name
             self.report = plan_checkpoint(
                 source.path, weights_only=weights_only, source=source.shown
             )
+            self.report.require_model()
             plan = self.report.plan
             assert plan is not None
             self.config: Gemma4Config = plan.config
-            memory = _memory_for(plan, source.path)
+            drafting = None if drafter is None else _plan_drafter(drafter, plan, weights_only)
+            memory = _memory_for([plan, *([drafting] if drafting else [])], source.path)
             with surveyed(plan, threads) as survey:
                 from cabochon.assembly import assemble
 
-                made = assemble(self.report, options, memory, survey, progress)
+                made = assemble(self.report, drafting, options, memory, survey, progress)
         self.prefill_chunk = prefill_chunk
         self.certificate = made.certificate
         self.kernels = made.kernels
@@ -191,16 +195,37 @@ class LLM:
         self.close()
 
 
-def _memory_for(plan: LoadPlan, path: Path) -> int:
+def _source(model: str | Path | Source | None, weights_only: bool) -> Source:
+    return model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
+
+
+def _plan_drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: bool) -> LoadPlan:
+    """How a drafter is loaded that guesses for `target`; read with it in mind, before any weight.
+
+    Raises:
+        UnreadableError, LoadError: it is no drafter that loads, or one of another model.
+    """
+    source = _source(drafter, weights_only)
+    report = plan_checkpoint(source.path, weights_only=weights_only, source=source.shown)
+    report.require_drafter()
+    assert report.plan is not None
+    try:
+        return replace(report.plan, config=beside(report.plan.config, target.config))
+    except LoadError as error:
+        raise LoadError(f"{source.shown}: {error}") from None
+
+
+def _memory_for(plans: Sequence[LoadPlan], path: Path) -> int:
     """Bytes of this machine's memory, which hold the weights at the least.
 
     Raises:
         ResourceError: they do not.
     """
     memory = machine_memory()
-    if plan.nbytes > memory:
+    nbytes = sum(plan.nbytes for plan in plans)
+    if nbytes > memory:
         raise ResourceError(
-            f"the weights of {path} take {plan.nbytes / 1e9:.2f} GB of memory, and there are"
+            f"the weights of {path} take {nbytes / 1e9:.2f} GB of memory, and there are"
             f" {memory / 1e9:.2f} GB in all"
         )
     return memory

@@ -111,12 +111,19 @@ class EngineSettings(BaseModel):
         description="Tokens that a picture may take: 70, 140, 280, 560 or 1120; as the checkpoint"
         " says without it, and 280 where it says nothing, as a GGUF does",
     )
+    drafter: str | None = Field(
+        None,
+        min_length=1,
+        description="A small model made to guess for this one, such as org/name-assistant or its"
+        " folder",
+    )
     draft_tokens: int | None = Field(
         None,
         ge=0,
         le=63,
-        description="Tokens guessed from what a text repeats and checked in one step, among all"
-        " requests; 15 without it where that changes no bit of an answer, else 0",
+        description="Tokens guessed, from what a text repeats or by the drafter, and checked in one"
+        " step, among all requests; without it 15 with a drafter and where that changes no bit of"
+        " an answer, else 0",
     )
     weights_only: bool = Field(
         False, description="Leave activations as they are where a recipe quantizes them"

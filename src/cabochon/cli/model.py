@@ -40,8 +40,14 @@ def load(model: str | None, settings: Settings) -> LLM:
 
     with progress_bar("downloading") as progress:
         source = obtain(given(model), progress, weights_only=settings.weights_only)
+    options = settings.engine_options()
+    if settings.drafter is not None:
+        with progress_bar("downloading the drafter") as progress:
+            options["drafter"] = obtain(
+                settings.drafter, progress, weights_only=settings.weights_only
+            )
     with progress_bar("loading") as progress:
-        llm = LLM(source, **settings.engine_options(), progress=progress)
+        llm = LLM(source, **options, progress=progress)
     for note in llm.certificate.notes:
         tell("\n".join(("the weights look odd:", *note.lines())))
     return llm

@@ -1,11 +1,14 @@
 """The Gemma 4 configuration: what it is, and how it is read."""
 
-from cabochon.config.architectures import ARCHITECTURES, ForeignArchitecture
+from cabochon.config.architectures import ARCHITECTURES, DRAFTERS, ForeignArchitecture
+from cabochon.config.drafting import beside
 from cabochon.config.gguf import Described, parse_gguf, unknown_keys
 from cabochon.config.kv import KeptLayers, kept_bytes, kept_layers
 from cabochon.config.read import parse_config, read_config
 from cabochon.config.types import (
     AudioConfig,
+    Clusters,
+    Drafting,
     ExpertsConfig,
     FrameConfig,
     Gemma4Config,
@@ -21,8 +24,11 @@ from cabochon.config.types import (
 
 __all__ = [
     "ARCHITECTURES",
+    "DRAFTERS",
     "AudioConfig",
+    "Clusters",
     "Described",
+    "Drafting",
     "ExpertsConfig",
     "ForeignArchitecture",
     "FrameConfig",
@@ -36,6 +42,7 @@ __all__ = [
     "SpecialTokens",
     "TextConfig",
     "VisionConfig",
+    "beside",
     "kept_bytes",
     "kept_layers",
     "parse_config",

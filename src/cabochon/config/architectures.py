@@ -10,6 +10,7 @@ from cabochon.errors import ConfigError, LoadError
 
 UNIFIED = frozenset({"Gemma4UnifiedForConditionalGeneration", "Gemma4UnifiedForCausalLM"})
 TEXT_ONLY = frozenset({"Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"})
+DRAFTERS = frozenset({"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"})
 ARCHITECTURES = frozenset({"Gemma4ForConditionalGeneration"}) | UNIFIED | TEXT_ONLY
 
 # The first that matches counts. Some of these have Gemma 4's tensor names and other computations.
@@ -18,7 +19,7 @@ _FOREIGN = tuple(
     for pattern, what in (
         (
             r"Gemma4\w*Assistant\w*|gemma4-assistant|dflash|.*DSpark.*",
-            "a drafter, which proposes tokens to a larger model and is none by itself",
+            "a drafter of another kind or file format than those that are read",
         ),
         (
             r"(?i:.*diffusion.*)",
@@ -56,6 +57,6 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise ConfigError(f"config.json: architectures is {names!r}, expected a list of one name")
     name: str = names[0]
-    if name not in ARCHITECTURES:
+    if name not in ARCHITECTURES | DRAFTERS:
         raise ForeignArchitecture(name)
     return name

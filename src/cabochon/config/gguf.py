@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cabochon.config.architectures import ForeignArchitecture
+from cabochon.config.drafting import UNKNOWN
 from cabochon.config.gguf_towers import (
     Shapes,
     audio_of,
@@ -22,6 +23,7 @@ from cabochon.config.gguf_towers import (
 )
 from cabochon.config.section import Section
 from cabochon.config.types import (
+    Drafting,
     ExpertsConfig,
     Gemma4Config,
     LayerConfig,
@@ -34,6 +36,7 @@ from cabochon.config.types import (
 from cabochon.errors import ConfigError
 
 ARCHITECTURE = "gemma4"
+DRAFTER = "gemma4-assistant"
 TOKENS = "tokenizer.ggml.tokens"
 STILL = 1e30  # by what the converter divides frequencies of pairs that do not rotate
 
@@ -58,7 +61,6 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "expert_weights_scale": (1.0,),
     "expert_weights_norm": (True,),
     "expert_gating_func": (1,),  # softmax
-    "nextn_predict_layers": (0,),
 }
 
 
@@ -72,7 +74,8 @@ _READ = frozenset(
         "attention.value_length", "attention.value_length_swa", "attention.shared_kv_layers",
         "attention.sliding_window", "attention.sliding_window_pattern",
         "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa",
-        "rope.dimension_count", "rope.dimension_count_swa",
+        "rope.dimension_count", "rope.dimension_count_swa", "nextn_predict_layers",
+        "embedding_length_out",
     }
 )  # fmt: skip
 
@@ -100,19 +103,20 @@ def parse_gguf(described: Described) -> Gemma4Config:
     name = metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ConfigError(f"{described.file}: general.architecture is {name!r}, expected a name")
-    if name != ARCHITECTURE:
+    if name not in (ARCHITECTURE, DRAFTER):
         raise ForeignArchitecture(name)
     if metadata.get("general.type", "model") != "model":
         kind = metadata["general.type"]
         raise ConfigError(f"{described.file}: general.type is {kind!r}, expected a model")
+    if name == DRAFTER:
+        return _drafter(described)
     projector = dict(described.projector or {})
     kinds = tuple(_projector_kind(projector, part) for part in ("vision", "audio"))
     if kinds not in _NAMES:
         known = " or ".join(f"{v} and {a}" if a else str(v) for v, a in list(_NAMES)[1:])
         raise ConfigError(f"{described.file}: its projector is {kinds}, expected {known}")
     text = _section(metadata, ARCHITECTURE, described.file)
-    for key, allowed in _ONLY.items():
-        text.only(key, *allowed)
+    _check(text, nextn_predict_layers=0)
     towers = (vision_of, audio_of) if kinds[0] != "gemma4uv" else (patches_of, frames_of)
     see, hear = towers
     config = _text(text, described, unified=kinds[0] == "gemma4uv")
@@ -129,9 +133,30 @@ def parse_gguf(described: Described) -> Gemma4Config:
     )
 
 
+def _drafter(described: Described) -> Gemma4Config:
+    """The converter leaves clusters of tokens out: every token gets a logit."""
+    text = _section(described.metadata, DRAFTER, described.file)
+    _check(text, nextn_predict_layers=text.count("block_count"))
+    for key in ("embedding_length_per_layer_input", "expert_count"):
+        text.only(key, 0)
+    return Gemma4Config(
+        architecture="Gemma4AssistantForCausalLM",
+        text=_text(text, described, unified=False),
+        vision=None,
+        audio=None,
+        tokens=_special_tokens(described, media=False),
+        drafting=Drafting(target_size=text.needed("embedding_length_out"), clusters=None),
+    )
+
+
+def _check(text: Section, **only: Any) -> None:
+    for key, allowed in {**_ONLY, **{key: (value,) for key, value in only.items()}}.items():
+        text.only(key, *allowed)
+
+
 def unknown_keys(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys of the architecture that are not read: they might change what is computed."""
-    start = ARCHITECTURE + "."
+    start = f"{metadata.get('general.architecture')}."
     known = _READ | _ONLY.keys()
     return tuple(
         key for key in metadata if key.startswith(start) and key[len(start) :] not in known
@@ -226,12 +251,7 @@ def _layers(
         if num_heads % heads:
             detail = f"no multiple of the {heads} key and value heads of a layer"
             raise section.wrong("attention.head_count", num_heads, detail)
-    shared = section.integer("attention.shared_kv_layers", 0)
-    if shared >= count or not set(kinds) <= set(kinds[: count - shared]):
-        detail = f"which leaves a kind of the {count} layers without keys and values"
-        raise section.wrong("attention.shared_kv_layers", shared, detail)
-    last = {kind: i for i, kind in enumerate(kinds[: count - shared])}
-    sources = [i if i < count - shared else last[kind] for i, kind in enumerate(kinds)]
+    sources = [UNKNOWN] * count if section.name == DRAFTER else _kv_sources(section, kinds)
     ple = section.integer("embedding_length_per_layer_input", 0) > 0
     k_eq_v = not ple and _no_values(described.shapes, kinds, sources)
     window = section.needed("attention.sliding_window")
@@ -246,10 +266,21 @@ def _layers(
             intermediate_size=widths[i],
             window=window if kind == "sliding" else None,
             pictures=sight[kind],
+            shares_kv=sources[i] != i,
             kv_source=sources[i],
         )
         for i, kind in enumerate(kinds)
     )
+
+
+def _kv_sources(section: Section, kinds: Sequence[LayerKind]) -> list[int]:
+    """The layer whose keys and values each one uses: the last of its kind before sharing."""
+    count, shared = len(kinds), section.integer("attention.shared_kv_layers", 0)
+    if shared >= count or not set(kinds) <= set(kinds[: count - shared]):
+        detail = f"which leaves a kind of the {count} layers without keys and values"
+        raise section.wrong("attention.shared_kv_layers", shared, detail)
+    last = {kind: i for i, kind in enumerate(kinds[: count - shared])}
+    return [i if i < count - shared else last[kind] for i, kind in enumerate(kinds)]
 
 
 def _kinds(section: Section, count: int) -> list[LayerKind]:

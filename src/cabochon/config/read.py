@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cabochon.config.architectures import TEXT_ONLY, UNIFIED, architecture_of
+from cabochon.config.architectures import DRAFTERS, TEXT_ONLY, UNIFIED, architecture_of
+from cabochon.config.drafting import UNKNOWN, drafting_of
 from cabochon.config.section import Section
 from cabochon.config.types import (
     AudioConfig,
@@ -57,22 +58,23 @@ def parse_config(raw: Mapping[str, Any]) -> Gemma4Config:
         ForeignArchitecture: a model that this engine does not run.
     """
     architecture = architecture_of(raw)
-    unified = architecture in UNIFIED
+    unified, drafter = architecture in UNIFIED, architecture in DRAFTERS
     top = Section(raw, "")
     if architecture in TEXT_ONLY and "text_config" not in raw:
         text, vision, audio = top, None, None
     else:
         text = Section(raw.get("text_config") or {}, "text_config")
         vision, audio = raw.get("vision_config"), raw.get("audio_config")
-    if architecture in TEXT_ONLY:
+    if architecture in TEXT_ONLY | DRAFTERS:
         vision = audio = None
     see, hear = (_patches, _frames) if unified else (_vision, _audio)
     return Gemma4Config(
         architecture=architecture,
-        text=_text(text, unified),
+        text=_text(text, unified, drafter),
         vision=None if vision is None else see(Section(vision, "vision_config")),
         audio=None if audio is None else hear(Section(audio, "audio_config")),
         tokens=_special_tokens(top),
+        drafting=drafting_of(top, text) if drafter else None,
     )
 
 
@@ -88,7 +90,7 @@ def _special_tokens(section: Section) -> SpecialTokens:
     )
 
 
-def _text(section: Section, unified: bool) -> TextConfig:
+def _text(section: Section, unified: bool, drafter: bool) -> TextConfig:
     section.only("hidden_activation", "gelu_pytorch_tanh")
     section.only("attention_bias", False)
     section.only("rope_scaling")  # older models' way to say what rope_parameters says
@@ -102,12 +104,12 @@ def _text(section: Section, unified: bool) -> TextConfig:
         vocab_size=vocab_size,
         hidden_size=section.size("hidden_size", 2304),
         num_heads=num_heads,
-        layers=_layers(section, unified, num_heads),
+        layers=_layers(section, unified, drafter, num_heads),
         experts=_experts(section),
         rope=_rope(section),
         eps=section.number("rms_norm_eps", 1e-6),
         softcap=softcap or None,
-        ple_dim=0 if unified else _ple_dim(section),
+        ple_dim=0 if unified or drafter else _ple_dim(section),
         ple_vocab_size=section.integer("vocab_size_per_layer_input", 262_144),
         max_positions=section.size("max_position_embeddings", 262_144 if unified else 131_072),
         pad_token_id=pad,
@@ -134,7 +136,9 @@ def _experts(section: Section) -> ExpertsConfig | None:
     return experts
 
 
-def _layers(section: Section, unified: bool, num_heads: int) -> tuple[LayerConfig, ...]:
+def _layers(
+    section: Section, unified: bool, drafter: bool, num_heads: int
+) -> tuple[LayerConfig, ...]:
     kinds = _layer_kinds(section)
     k_eq_v = section.flag("attention_k_eq_v", False)
     head_dims, kv_heads = _head_sizes(section, kinds, k_eq_v)
@@ -142,7 +146,8 @@ def _layers(section: Section, unified: bool, num_heads: int) -> tuple[LayerConfi
         if num_heads % count:
             detail = f"no multiple of the {count} key and value heads of a layer"
             raise section.wrong("num_attention_heads", num_heads, detail)
-    sources = _kv_sources(kinds, section.integer("num_kv_shared_layers", 0))
+    shared = section.integer("num_kv_shared_layers", 0)
+    sources = [UNKNOWN] * len(kinds) if drafter else _kv_sources(kinds, shared)
     window = section.size("sliding_window", 1024 if unified else 512)
     width = section.size("intermediate_size", 9216)
     double = section.flag("use_double_wide_mlp", False)
@@ -157,6 +162,7 @@ def _layers(section: Section, unified: bool, num_heads: int) -> tuple[LayerConfi
             intermediate_size=2 * width if double and sources[i] != i else width,
             window=window if kind == "sliding" else None,
             pictures=sight[kind],
+            shares_kv=sources[i] != i,
             kv_source=sources[i],
         )
         for i, kind in enumerate(kinds)

@@ -33,11 +33,8 @@ class LayerConfig:
     intermediate_size: int
     window: int | None  # tokens a query sees, itself included; None: all before it
     pictures: PictureSight
-    kv_source: int  # the layer whose keys and values this one attends to; `index` if its own
-
-    @property
-    def shares_kv(self) -> bool:
-        return self.kv_source != self.index
+    shares_kv: bool  # has no keys and values of its own
+    kv_source: int  # the layer whose keys and values it attends to; of a drafter, in its target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +137,26 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Clusters:
+    """Tokens in groups of equal size, of which only the likeliest few get logits."""
+
+    count: int
+    chosen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drafting:
+    """What a drafter has beside layers: it proposes tokens to a larger model, its target."""
+
+    target_size: int  # hidden size of the target
+    clusters: Clusters | None  # None: every token gets a logit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gemma4Config:
     architecture: str
     text: TextConfig
     vision: VisionConfig | PatchConfig | None
     audio: AudioConfig | FrameConfig | None
     tokens: SpecialTokens
+    drafting: Drafting | None = None  # None: a model that stands by itself

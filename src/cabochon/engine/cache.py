@@ -274,6 +274,13 @@ class PagedCache:
             table.settled = max(settled, whole)
 
 
+def slots_of(pages: Sequence[int], positions: Tensor) -> Tensor:
+    """Where in the pool the tokens at `positions`, in a row, of a sequence with these pages lie."""
+    first = int(positions[0]) // PAGE
+    held = torch.tensor(pages[first : int(positions[-1]) // PAGE + 1], device=positions.device)
+    return held[positions // PAGE - first] * PAGE + positions % PAGE
+
+
 def _first_seen(pages: int, window: int | None) -> int:
     """The first page that the query behind `pages` whole ones sees."""
     return 0 if window is None else max(0, pages * PAGE - window + 1) // PAGE
@@ -360,15 +367,10 @@ class CacheStep:
     def _write_slots(self, group: int) -> Tensor:
         return torch.cat(
             [
-                self._slots(chunk.table.pages[group], span)
+                slots_of(chunk.table.pages[group], span)
                 for chunk, span in zip(self.chunks, self._spans, strict=True)
             ]
         )
-
-    def _slots(self, pages: Sequence[int], positions: Tensor) -> Tensor:
-        first = int(positions[0]) // PAGE
-        held = torch.tensor(pages[first : int(positions[-1]) // PAGE + 1], device=self.cache.device)
-        return held[positions // PAGE - first] * PAGE + positions % PAGE
 
     def _reading(self, group: int, index: int) -> _Reading:
         chunk, asking = self.chunks[index], self._queries[index]
@@ -376,7 +378,7 @@ class CacheStep:
         window = layout.window
         first = 0 if window is None else max(0, int(asking[0]) - window + 1)
         span = torch.arange(first, chunk.stop, device=self.cache.device)
-        slots = self._slots(chunk.table.pages[group], span)
+        slots = slots_of(chunk.table.pages[group], span)
         if len(asking) == 1 and int(asking[0]) == chunk.stop - 1:  # sees all that is read
             return _Reading(slots, None)
         mask = visible(asking, span, window, layout.pictures, chunk.pictures)

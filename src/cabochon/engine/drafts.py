@@ -1,78 +1,94 @@
-"""Guesses of what an answer says next, looked up in what was said before.
-
-Answers repeat: code that is edited, a text that is quoted, the keys of a record. Where the last few
-tokens stood before, what followed them is guessed to follow again, and the model checks a row of
-guesses in one step for little more than the price of one token, as weights are read once. Answers
-do not change: every token is drawn from the model's own logits, and a guess only counts if it is
-the very token that was drawn.
-
-"Prompt lookup decoding" (A. Saxena, 2023); no second model is needed.
-"""
+"""Guesses of a drafter, which reads what its target keeps of each sequence and keeps nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
+import torch
+from torch import Tensor
 
-LEAST_ALIKE = 2  # tokens that must stand alike before a guess
-MOST_ALIKE = 8  # more of them make no better guess
-FIRST_REACH = 3
-LONGEST_PAUSE = 16
+from cabochon.engine.cache import PAGE, PagedCache, PageTable, slots_of
+from cabochon.engine.runner import Runner
+from cabochon.engine.scheduler import TokenSequence
+from cabochon.gemma4.drafter import Drafter
+from cabochon.nn.attention import Paged, attention
 
 
-class Drafter:
-    """Guesses for one sequence: more at a time while they are right, none for a while if not."""
+class Drafts:
+    """Guesses for the sequences of one cache, all together."""
 
-    def __init__(self) -> None:
-        self._tokens = np.empty(256, dtype=np.int32)
-        self._length = 0
-        self._reach = FIRST_REACH
-        self._pause = 0  # tokens to be drawn without a guess
-        self._last_pause = 0
+    def __init__(self, drafter: Drafter, target: Runner, cache: PagedCache) -> None:
+        self.drafter = drafter
+        self._target = target
+        self._cache = cache
 
-    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow `tokens`, which only ever grow."""
-        self._read(tokens)
-        if self._pause:
-            self._pause -= 1
-            return []
-        return self._look_up(min(most, self._reach))
-
-    def judge(self, guessed: int, right: int) -> None:
-        """Learn that the first `right` of `guessed` tokens were right."""
-        if right:
-            self._last_pause = 0
-            self._reach = 2 * self._reach if right == guessed else right + 1
-        else:
-            self._last_pause = min(2 * self._last_pause + 1, LONGEST_PAUSE)
-            self._pause, self._reach = self._last_pause, FIRST_REACH
-
-    def _read(self, tokens: Sequence[int]) -> None:
-        if len(tokens) > len(self._tokens):
-            room = np.empty(2 * len(tokens), dtype=np.int32)
-            room[: self._length] = self._tokens[: self._length]
-            self._tokens = room
-        self._tokens[self._length : len(tokens)] = tokens[self._length :]
-        self._length = len(tokens)
-
-    def _look_up(self, most: int) -> list[int]:
-        """What followed the latest of the places that are most alike."""
-        tokens, last = self._tokens, self._length - 1
-        places = np.flatnonzero(tokens[:last] == tokens[last])
-        for back in range(1, MOST_ALIKE):
-            alike = places[places >= back]
-            alike = alike[tokens[alike - back] == tokens[last - back]]
-            if not len(alike):
-                if back < LEAST_ALIKE:
-                    return []
-                break
-            places = alike
-        if not len(places):
-            return []
-        distance = last - int(places[-1])
-        guesses: list[int] = []
-        for i in range(most):  # what repeats at a shorter distance than is guessed goes round
-            known = last + 1 + i - distance
-            guesses.append(int(tokens[known]) if i < distance else guesses[i - distance])
+    @torch.inference_mode()
+    def __call__(self, sequences: Sequence[TokenSequence], count: int) -> list[list[int]]:
+        """`count` tokens for each sequence, of which all but the latest token is computed."""
+        device, dtype = self._target.device, self._target.dtype
+        ends = [sequence.computed for sequence in sequences]
+        past = Past(self._cache, [sequence.table for sequence in sequences], ends)
+        # Guesses stand in no place of their own: upstream leaves positions as they are.
+        positions = torch.tensor(ends, device=device)
+        tokens = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=device)
+        states = torch.stack([s.guesses.state for s in sequences if s.guesses.state is not None])
+        embed = self._target.model.model.language_model.embed_tokens
+        made = []
+        for _ in range(count):
+            hidden, states = self.drafter(embed(tokens, dtype), states, positions, past)
+            tokens = self.drafter.likeliest(hidden)
+            made.append(tokens)
+        guesses: list[list[int]] = torch.stack(made, dim=1).tolist()
         return guesses
+
+
+class Past:
+    """What lies before the next token of each sequence: the `KeyValues` of one row for each.
+
+    A row sees what the token itself will see there, of which it is the last.
+    """
+
+    def __init__(self, cache: PagedCache, tables: Sequence[PageTable], ends: Sequence[int]) -> None:
+        self._cache = cache
+        self._tables = tables
+        self._ends = ends
+        self._paged: dict[int, tuple[Tensor, ...]] = {}  # pages to high, by group
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        raise AssertionError("a drafter has no keys and values of its own")
+
+    def attend(self, layer: int, queries: Tensor) -> Tensor:
+        group = self._cache.group_of[layer]
+        out = torch.empty_like(queries)
+        for row, (table, end) in enumerate(zip(self._tables, self._ends, strict=True)):
+            span = torch.arange(self._first(group, end), end, device=queries.device)
+            slots = slots_of(table.pages[group], span)
+            keys = self._cache.keys[layer].read(slots, queries.dtype)
+            values = self._cache.values[layer].read(slots, queries.dtype)
+            out[row : row + 1] = attention(queries[row : row + 1], keys, values, None)
+        return out
+
+    def paged(self, layer: int) -> Paged:
+        group = self._cache.group_of[layer]
+        if group not in self._paged:
+            self._paged[group] = self._pages_of(group)
+        none = self._paged[group][0][:0].long()
+        return Paged(self._cache.keys[layer], self._cache.values[layer], none, *self._paged[group])
+
+    def _pages_of(self, group: int) -> tuple[Tensor, ...]:
+        pages: list[int] = []
+        page_at: list[int] = []
+        for table, end in zip(self._tables, self._ends, strict=True):
+            page_at.append(len(pages))
+            pages.extend(table.pages[group][: -(-end // PAGE)])
+        low = [self._first(group, end) for end in self._ends]
+        whole = (pages, page_at, low, self._ends)
+        return tuple(torch.tensor(x, dtype=torch.int32) for x in whole)
+
+    def narrow(self, rows: Tensor) -> Past:
+        chosen = rows.tolist()
+        return Past(self._cache, [self._tables[i] for i in chosen], [self._ends[i] for i in chosen])
+
+    def _first(self, group: int, end: int) -> int:
+        window = self._cache.plan.groups[group].window
+        return 0 if window is None else min(max(0, end - window + 1), end - 1)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count
 
 from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
-from cabochon.engine.drafts import Drafter
+from cabochon.engine.drafts import Drafts
+from cabochon.engine.guesses import Guesser
 from cabochon.engine.guide import Guide
 from cabochon.engine.prediction import Prediction, Whole
 from cabochon.engine.reader import Reader, delta_of
@@ -32,6 +33,7 @@ from cabochon.errors import (
     NumericalError,
     RequestError,
 )
+from cabochon.gemma4.drafter import Drafter
 from cabochon.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class Engine:
         suppressed: Sequence[int] = (),
         prefill_chunk: int,
         draft_tokens: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
@@ -70,7 +73,8 @@ class Engine:
         self.suppressed = list(suppressed)
         self.max_context = plan.max_context
         self.cache = PagedCache(plan, runner.kv_dtype, runner.device)
-        self.scheduler = Scheduler(self.cache, prefill_chunk, draft_tokens)
+        drafts = Drafts(drafter, runner, self.cache) if drafter else None
+        self.scheduler = Scheduler(self.cache, prefill_chunk, Guesser(draft_tokens, drafts))
         self.limits = Limits()
         self.stats = Stats()
         self._waiting_tokens = 0  # of what the scheduler holds
@@ -155,7 +159,6 @@ class Engine:
             )
         sequence = new_sequence(self.runner.model, prompt, self.cache)
         sequence.scored = params.prompt_logprobs is not None
-        sequence.drafter = Drafter() if self.scheduler.draft_tokens else None
         vocab = self.runner.model.config.text.vocab_size
         most = self.max_context - length
         sequence.limit = length + min(params.max_tokens or most, most)
@@ -295,13 +298,15 @@ class Engine:
         """Score prompts by their rows, and draw the next tokens of what is complete."""
         works = [self._requests[self._by_sequence[s.sequence]] for s in part]
         few = [w.few for w, s in zip(works, part, strict=True) for _ in range(s.rows)]
-        predictions = iter(self.runner.predict(hidden, few))
+        predictions = self.runner.predict(hidden, few)
+        last = 0
         for work, scheduled in zip(works, part, strict=True):
-            rows = list(islice(predictions, scheduled.rows))
+            first, last = last, last + scheduled.rows
             if scheduled.sequence.scored:
-                self._score(work, scheduled, rows)
+                self._score(work, scheduled, predictions[first:last])
             if scheduled.complete:
-                self._draw(scheduled, rows[-1 - len(scheduled.sequence.guesses) :])
+                drawing = slice(last - 1 - len(scheduled.sequence.guesses.tokens), last)
+                self._draw(scheduled, predictions[drawing], hidden[drawing])
 
     def _score(self, request: Work, scheduled: Scheduled, rows: Sequence[Prediction]) -> None:
         """Tell the probabilities of the prompt's tokens, each by the row before it."""
@@ -315,13 +320,13 @@ class Engine:
         if scheduled.complete:
             request.sequence.scored = False
 
-    def _draw(self, scheduled: Scheduled, rows: Sequence[Prediction]) -> None:
+    def _draw(self, scheduled: Scheduled, rows: Sequence[Prediction], hidden: Tensor) -> None:
         """Draw the next token, and those behind it for as long as they are what was guessed.
 
         What goes wrong in a row ends its request alone.
         """
         sequence = scheduled.sequence
-        number, guesses = self._by_sequence[sequence], sequence.guesses
+        number, guesses = self._by_sequence[sequence], sequence.guesses.tokens
         right = 0
         for row, guess in zip(rows, [*guesses, None], strict=True):
             token = self._draw_one(number, scheduled, row)
@@ -330,7 +335,8 @@ class Engine:
             right += 1
             sequence.computed += 1
         self.stats.judged(len(guesses), right)
-        sequence.judge(right)
+        sequence.guesses.judge(right)
+        sequence.guesses.state = hidden[right]
 
     def _draw_one(self, number: int, scheduled: Scheduled, row: Prediction) -> int | None:
         """The token that a row gives a request; None if that fails."""

@@ -110,7 +110,7 @@ class Runner:
                 soft_at.extend(range(first, first + len(rows)))
                 soft.append(rows)
             sequence = scheduled.sequence
-            tokens.extend((sequence.tokens[start:stop] + sequence.guesses)[: stop - start])
+            tokens.extend((sequence.tokens[start:stop] + sequence.guesses.tokens)[: stop - start])
             positions.extend(range(start, stop))
             wanted.extend(range(len(tokens) - scheduled.rows, len(tokens)))
         if every:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cabochon.engine.cache import PAGE, Chunk, PagedCache, PageTable
-from cabochon.engine.drafts import Drafter
+from cabochon.engine.guesses import Guesser, Guesses
 from cabochon.engine.pool import Name, Named
 from cabochon.engine.prefixes import Mark, marks, name_page, root
 from cabochon.gemma4.pictures import Picture
@@ -32,8 +32,7 @@ class TokenSequence:
     whole: Spans = ()  # pictures whose tokens see each other: no chunk ends inside one
     computed: int = 0  # tokens whose keys and values are in the cache
     limit: int = sys.maxsize  # tokens at which it ends
-    drafter: Drafter | None = None
-    guesses: list[int] = field(default_factory=list)  # of the tokens that the step draws
+    guesses: Guesses = field(default_factory=Guesses)
     soft: dict[int, Tensor] = field(default_factory=dict)  # soft tokens by first position
     started: bool = False
     cached: int = 0  # tokens of the prompt whose keys and values were there already
@@ -44,18 +43,6 @@ class TokenSequence:
     @property
     def decoding(self) -> bool:
         return len(self.tokens) - self.computed == 1
-
-    def guess(self, most: int) -> None:
-        """Guess up to `most` tokens, but not the one that would be its last."""
-        room = min(most, self.limit - len(self.tokens) - 1)
-        if self.drafter is not None and room > 0:
-            self.guesses = self.drafter.guess(self.tokens, room)
-
-    def judge(self, right: int) -> None:
-        """So many of the guesses were the tokens that have been drawn."""
-        if self.drafter is not None and self.guesses:
-            self.drafter.judge(len(self.guesses), right)
-        self.guesses = []
 
     def name_pages(self, stop: int) -> None:
         """Give names to the whole pages before token `stop`."""
@@ -87,7 +74,7 @@ class TokenSequence:
 
     def chunk(self, room: int) -> Chunk:
         """The next `room` positions; more, or fewer, where a picture must stay whole."""
-        known = len(self.tokens) + len(self.guesses)
+        known = len(self.tokens) + len(self.guesses.tokens)
         start, stop = self.computed, min(known, self.computed + room)
         for first, last in self.whole:
             if first < stop < last:
@@ -113,16 +100,18 @@ class Scheduled:
         """How many of its positions, the last of the chunk, logits are wanted of."""
         if self.sequence.scored:
             return self.chunk.stop - self.chunk.start
-        return 1 + len(self.sequence.guesses) if self.complete else 0
+        return 1 + len(self.sequence.guesses.tokens) if self.complete else 0
 
 
 class Scheduler:
     """Holds the waiting and the running sequences, in order of arrival."""
 
-    def __init__(self, cache: PagedCache, prefill_chunk: int, draft_tokens: int = 0) -> None:
+    def __init__(
+        self, cache: PagedCache, prefill_chunk: int, guesser: Guesser | None = None
+    ) -> None:
         self.cache = cache
         self.prefill_chunk = prefill_chunk
-        self.draft_tokens = draft_tokens
+        self.guesser = guesser or Guesser(0)
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []
         self.preemptions = 0
@@ -145,10 +134,10 @@ class Scheduler:
         step: list[Scheduled] = []
         room = self.prefill_chunk
         decoding = [s for s in self.running if s.decoding]
+        self.guesser(decoding)
         for sequence in decoding:
             if sequence in self.running:  # it may have given its pages to an earlier one
-                sequence.guess((1 + self.draft_tokens) // len(decoding) - 1)
-                self._schedule(sequence, 1 + len(sequence.guesses), step)
+                self._schedule(sequence, 1 + len(sequence.guesses.tokens), step)
         for sequence in [s for s in self.running if not s.decoding]:
             if room > 0 and sequence in self.running:
                 room -= self._schedule(sequence, room, step)
@@ -172,8 +161,8 @@ class Scheduler:
         chunk = sequence.chunk(room)
         sequence.name_pages(min(chunk.stop, len(sequence.tokens)))
         while not self.cache.reserve(chunk):
-            if sequence.guesses:  # nobody makes place for what may be wrong
-                sequence.guesses = []
+            if sequence.guesses.tokens:  # nobody makes place for what may be wrong
+                sequence.guesses.tokens = []
                 chunk = sequence.chunk(room)
                 continue
             loser = self.running[-1]
@@ -206,7 +195,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.computed = 0
-        sequence.guesses = []
+        sequence.guesses.tokens = []
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: TokenSequence) -> None:

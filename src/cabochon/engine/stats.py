@@ -59,7 +59,8 @@ class Stats:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     guessed: int = 0
-    guessed_right: int = 0
+    guessed_times: int = 0
+    guessed_right_at: Counter[int] = field(default_factory=Counter)  # by place among guesses
     ended: Counter[str] = field(default_factory=Counter)  # by finish reason, "error" and "abort"
     queue: Histogram = field(default_factory=_latencies)
     first_token: Histogram = field(default_factory=_latencies)
@@ -82,6 +83,10 @@ class Stats:
         done = self.prefill_tokens + self.decode_tokens
         return done / self.busy_seconds if self.busy_seconds else 0.0
 
+    @property
+    def guessed_right(self) -> int:
+        return self.guessed_right_at.total()
+
     def step(self, prefill: int, decode: int, computed: int) -> None:
         """A step has computed so many positions; those of guesses are of neither kind."""
         self.steps += 1
@@ -92,7 +97,8 @@ class Stats:
     def judged(self, guessed: int, right: int) -> None:
         """Guesses that were right are tokens that need no step of their own."""
         self.guessed += guessed
-        self.guessed_right += right
+        self.guessed_times += guessed > 0
+        self.guessed_right_at.update(range(right))
         self.decode_tokens += right
 
     def start(self, timeline: Timeline, now: float) -> None:

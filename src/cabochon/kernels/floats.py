@@ -31,7 +31,10 @@ class FloatsWeight(Weight):
         if move:
             with at_once(library, backlog) as work:
                 for name, buffer in list(stored.named_buffers(recurse=False)):
-                    setattr(stored, name, _moved(library, buffer, work))
+                    # Of all but the matrix, the description is made: that is needed at once.
+                    matrix = buffer.numel() == self.out_features * self.in_features
+                    moved = _moved(library, buffer, work) if matrix else buffer.clone()
+                    setattr(stored, name, moved)
         floats = stored.description()
         assert isinstance(floats, StoredFloats)
         self.stored = stored
@@ -70,6 +73,24 @@ class FloatsWeight(Weight):
             threads(),
         )
         return y.to(x.dtype).view(*x.shape[:-1], stop - start)
+
+    def among(self, x: Tensor, ids: Tensor) -> Tensor:
+        count = ids.shape[1]
+        flat, y = x.float().contiguous(), torch.empty(len(x), count)
+        for one, own, products in zip(flat, ids.contiguous(), y, strict=True):
+            self._library.times_rows(
+                self.matrix,
+                address(own),
+                address(one),
+                self.in_features,
+                1,
+                0,
+                count,
+                address(products),
+                count,
+                threads(),
+            )
+        return y.to(x.dtype)
 
 
 def _moved(library: Library, tensor: Tensor, work: Backlog) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels import mixtures
@@ -25,11 +26,14 @@ WIDTH = 16  # floats of the widest vectors; sizes must be multiples
 _KEPT = {torch.float32: 0, torch.float16: 1, torch.int8: 2}
 
 
-def fuse(model: Gemma4, library: Library | None) -> str:
-    """Let every layer that can be run in one call; returns what was fused, for people."""
+def fuse(model: Gemma4 | Drafter, library: Library | None, *, exact: bool) -> str:
+    """Let every layer that can be run in one call; returns what was fused, for people.
+
+    With `exact`, none: where inputs are not rounded, sums are PyTorch's.
+    """
     text = model.model.language_model
     fused: dict[int, FusedLayer] = {}
-    if library is not None:
+    if library is not None and not exact:
         for index, layer in enumerate(text.layers):
             assert isinstance(layer, DecoderLayer)
             if _fits(layer):
@@ -42,7 +46,7 @@ def fuse(model: Gemma4, library: Library | None) -> str:
 
 
 def _fits(layer: DecoderLayer) -> bool:
-    """Whether all matrices have kernels that round activations, and all sizes fill vectors."""
+    """Whether all matrices have kernels, and all sizes fill vectors."""
     attention, mlp = layer.self_attn, layer.mlp
     sizes = [attention.q_proj.in_features, mlp.gate_proj.out_features]
     sizes += [attention.layer.head_dim, *mixtures.sizes(layer)]
@@ -50,9 +54,8 @@ def _fits(layer: DecoderLayer) -> bool:
         sizes.append(layer.per_layer_input_gate.out_features)
     weights = [module.weight for module in _linears(layer).values()]
     known = all(isinstance(weight, PackedWeight | FloatsWeight) for weight in weights)
-    fast = any(isinstance(w, PackedWeight) and w.activations != "float32" for w in weights)
     whole = all(size % WIDTH == 0 for size in sizes)
-    return known and fast and whole and mixtures.has_kernels(layer)
+    return known and whole and mixtures.has_kernels(layer)
 
 
 def _linears(layer: DecoderLayer) -> dict[str, Module]:

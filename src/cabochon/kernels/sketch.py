@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library, Margin, address, threads
+from cabochon.kernels.library import Library, Margin, address
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.layout import Layout
 from cabochon.nn.shortlist import Allowed, Floor, Ids, Numbers, kth_largest, reaching, usable
@@ -75,14 +75,8 @@ class SketchedHead(FloatsWeight):
     def shortlist(self, x: Tensor, floor: Floor) -> Candidates:
         return Candidates(self, x, floor)
 
-    def products(self, x: Tensor, ids: Ids) -> Tensor:
-        """Those of one input `[in_features]` with the rows `ids`, as `linear` has them."""
-        y = torch.empty(len(ids))
-        count, chosen = len(ids), ids.ctypes.data
-        self._library.times_rows(
-            self.matrix, chosen, address(x), len(x), 1, 0, count, address(y), count, threads()
-        )
-        return y
+    def nearly(self, x: Tensor) -> Tensor:
+        return self.sketch.linear(x)
 
 
 class Candidates:
@@ -102,4 +96,5 @@ class Candidates:
         near = usable(self._near[row], never, allowed)
         margins = self._margins * np.float32(self._norms[row] * _SLACK)
         ids = reaching(near + margins, self._floor(kth_largest(near - margins, count)))
-        return ids, self._head.products(self._x[row], ids).numpy()
+        products = self._head.among(self._x[row : row + 1], torch.from_numpy(ids)[None])
+        return ids, products[0].numpy()

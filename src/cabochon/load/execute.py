@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cabochon.checkpoint.folder import read_tensor
 from cabochon.checkpoint.mapped import map_tensor, pieces
 from cabochon.errors import LoadError
+from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.certificate import Certificate
 from cabochon.load.look import Look, look
@@ -18,7 +19,7 @@ from cabochon.load.looked import Looked, kind_of
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.transforms import transform
-from cabochon.load.values import check_finite, check_looked, check_value
+from cabochon.load.values import check_finite, check_looked, check_order, check_value
 from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
@@ -27,8 +28,11 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Prepare = Callable[[Weight, bool], Weight]
 
 
+Model = Gemma4 | Drafter
+
+
 class Loaded(NamedTuple):
-    model: Gemma4
+    model: Model
     certificate: Certificate
 
 
@@ -68,7 +72,7 @@ def execute(
         if isinstance(read, SiteRead):
             weight = build_weight(read, dtype, measure)
             if prepare is not None and _multiplied(read, plan):
-                weight = prepare(weight, _is_head(read, plan))
+                weight = prepare(weight, _is_head(read, plan) and _makes_all_logits(plan))
             if read.part is None:
                 fill_site(model, read.site.name, weight)
             else:
@@ -85,11 +89,12 @@ def execute(
     return Loaded(model.eval(), measure.certificate(plan, _filled(model, plan)))
 
 
-def blank(plan: LoadPlan) -> Gemma4:
+def blank(plan: LoadPlan) -> Model:
     """The model that `plan`, which has no problems, describes, without a weight."""
     assert not plan.problems
+    kind = Gemma4 if plan.config.drafting is None else Drafter
     with torch.device("meta"):
-        model = Gemma4(plan.config, has_head=plan.has_head)
+        model: Model = kind(plan.config, has_head=plan.has_head)
     _assert_same(model, plan)
     return model
 
@@ -103,13 +108,18 @@ def _is_head(read: SiteRead, plan: LoadPlan) -> bool:
     return read.site.name.endswith("lm_head" if plan.has_head else ".embed_tokens")
 
 
+def _makes_all_logits(plan: LoadPlan) -> bool:
+    """A drafter with clusters of tokens makes those of a few."""
+    return plan.config.drafting is None or plan.config.drafting.clusters is None
+
+
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _assert_same(model: Gemma4, plan: LoadPlan) -> None:
+def _assert_same(model: Model, plan: LoadPlan) -> None:
     """The plan was made from `load.tree`; it must be of the model that was built."""
     modules = dict(model.named_modules())
     built = {name for name, module in modules.items() if isinstance(module, Linear | Embedding)}
@@ -120,7 +130,7 @@ def _assert_same(model: Gemma4, plan: LoadPlan) -> None:
     assert shapes == wanted, sorted(shapes.items() ^ wanted.items())
 
 
-def _filled(model: Gemma4, plan: LoadPlan) -> int:
+def _filled(model: Model, plan: LoadPlan) -> int:
     """How many matrices and parameters there are, none of which may be empty."""
     parameters = dict(tensors_of(model))
     for name, tensor in parameters.items():
@@ -136,7 +146,7 @@ def _position(read: SiteRead | ParameterRead) -> tuple[str, int]:
     return min((str(meta.file), meta.span[0]) for meta in metas)
 
 
-def fill_site(model: Gemma4, name: str, weight: Weight) -> None:
+def fill_site(model: Model, name: str, weight: Weight) -> None:
     module = model.get_submodule(name)
     assert isinstance(module, Linear | Embedding)
     module.weight = weight
@@ -170,15 +180,15 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
     return weight if read.activations is None else read.activations.around(weight, tensors)
 
 
-def fill_parameter(
-    model: Gemma4, read: ParameterRead, dtype: torch.dtype, measure: Measure
-) -> None:
+def fill_parameter(model: Model, read: ParameterRead, dtype: torch.dtype, measure: Measure) -> None:
     tensor = read_tensor(read.tensor)
     measure.tensor(tensor, read.tensor)
-    tensor = tensor.float()
+    tensor = tensor.long() if read.parameter.order else tensor.float()
     if read.transform is not None:
         tensor = transform(tensor, read.transform, read.parameter.shape)
-    if not read.parameter.bound:
+    if read.parameter.order:
+        check_order(tensor, read.tensor)
+    elif not read.parameter.bound:
         check_finite(tensor, read.tensor, dtype)
     elif tensor.isnan().any():
         raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
@@ -190,7 +200,7 @@ def fill_parameter(
         setattr(module, leaf, tensor)
 
 
-def check_bounds(model: Gemma4) -> None:
+def check_bounds(model: Model) -> None:
     """`LoadError` if a layer of a tower would let nothing through between its bounds."""
     for name, module in model.named_modules():
         if not isinstance(module, ClippableLinear) or not module.clipped:

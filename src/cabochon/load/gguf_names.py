@@ -37,6 +37,8 @@ _MODULES: Mapping[str, str] = {
     "per_layer_proj_norm": f"{TEXT}.per_layer_projection_norm",
     "output_norm": f"{TEXT}.norm",
     "output": HEAD,
+    "nextn.pre_projection": "pre_projection",
+    "nextn.post_projection": "post_projection",
     "blk.#.attn_norm": f"{_LAYER}.input_layernorm",
     "blk.#.attn_q": f"{_LAYER}.self_attn.q_proj",
     "blk.#.attn_k": f"{_LAYER}.self_attn.k_proj",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cabochon.checkpoint.headers import BITS
 from cabochon.load.findings import collapse
 from cabochon.load.plan import LoadPlan
 from cabochon.load.tree import (
@@ -20,6 +21,9 @@ from cabochon.load.tree import (
     VISION_PROJECTOR,
 )
 from cabochon.quant.scheme import Dense
+
+_PARAMETERS = "norms and scalars"
+_CLUSTERS = "clusters of tokens"
 
 # First match of a site's canonical name.
 _GROUPS = (
@@ -36,8 +40,9 @@ _GROUPS = (
     (re.compile(rf"{re.escape(VISION_PROJECTOR)}"), "vision projector"),
     (re.compile(rf"{re.escape(AUDIO)}\..+"), "audio tower"),
     (re.compile(rf"{re.escape(AUDIO_PROJECTOR)}"), "audio projector"),
+    (re.compile(r"(pre|post)_projection"), "drafter's projections"),
+    (re.compile(r"masked_embedding\..+"), _CLUSTERS),
 )
-_PARAMETERS = "norms and scalars"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,6 @@ def _stored(plan: LoadPlan) -> Iterator[tuple[str, str, int, int, int]]:
         yield group_of(site.name), read.stored_as, read.scheme.bits, entries, read.nbytes
     for parameter in plan.parameters:
         tensor = parameter.tensor
-        bits = 32 if tensor.dtype == "F32" else 16
+        group = _CLUSTERS if parameter.parameter.order else _PARAMETERS
         entries = math.prod(tensor.shape)
-        yield _PARAMETERS, tensor.dtype.lower(), bits, entries, tensor.nbytes
+        yield group, tensor.dtype.lower(), BITS[tensor.dtype], entries, tensor.nbytes

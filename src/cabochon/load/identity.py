@@ -40,7 +40,7 @@ class Identity:
         total = sum(entries.values()) + sum(math.prod(p.shape) for p in tree.parameters)
         size = (text.hidden_size, len(text.layers))
         return cls(
-            name=_NAMES.get(size, "a Gemma 4 of another size"),
+            name=_name(config),
             parameters=total,
             tables=tables,
             active=total - tables - _idle(experts, text.experts),
@@ -63,10 +63,22 @@ class Identity:
         }
 
 
+def _name(config: Gemma4Config) -> str:
+    text, drafting = config.text, config.drafting
+    if drafting is None:
+        return _NAMES.get((text.hidden_size, len(text.layers)), "a Gemma 4 of another size")
+    targets = (name for (hidden, _), name in _NAMES.items() if hidden == drafting.target_size)
+    target = next(targets, f"a Gemma 4 of {drafting.target_size:,}")
+    return f"a drafter, which guesses for {target}"
+
+
 def _idle(entries: int, experts: ExpertsConfig | None) -> int:
     return entries - entries * experts.chosen // experts.count if experts else 0
 
 
 def _takes(config: Gemma4Config) -> tuple[str, ...]:
+    """A drafter takes what its target has read."""
+    if config.drafting is not None:
+        return ()
     seen = ("pictures", "video") if config.vision is not None else ()
     return ("text", *seen, *(("sound",) if config.audio is not None else ()))

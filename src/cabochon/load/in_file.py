@@ -11,8 +11,14 @@ from torch import Tensor
 
 from cabochon.checkpoint.folder import read_tensor
 from cabochon.checkpoint.headers import TensorMeta
-from cabochon.gemma4.model import Gemma4
-from cabochon.load.execute import blank, build_weight, check_bounds, fill_parameter, fill_site
+from cabochon.load.execute import (
+    Model,
+    blank,
+    build_weight,
+    check_bounds,
+    fill_parameter,
+    fill_site,
+)
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, SiteRead
@@ -25,7 +31,7 @@ PIECE_BYTES = 32 << 20  # of stored rows that are in memory together
 
 def in_file(
     plan: LoadPlan, *, dtype: torch.dtype, hold: Callable[[Weight], Weight] | None = None
-) -> Gemma4:
+) -> Model:
     """The model that `plan` describes, of which only norms and scalars are in memory.
 
     With `hold`, so is what it makes of each matrix that is no table: only tables stay in files.

@@ -176,7 +176,9 @@ def drops(config: Gemma4Config) -> tuple[Drop, ...]:
         rows.append(
             (
                 rf"model\.language_model\.layers\.({layers})\.self_attn\.[kv]_(proj|norm)\..+",
-                "these layers use the keys and values of an earlier one",
+                "these layers use the keys and values of an earlier one"
+                if config.drafting is None
+                else "a drafter uses the keys and values of its target",
             )
         )
     bounds = "|".join(CLIP_BOUNDS)

@@ -28,7 +28,7 @@ from cabochon.quant.activations import ACTIVATION_LEAVES
 from cabochon.quant.claims import Claim, Rules
 from cabochon.quant.configs import read_rules
 from cabochon.quant.resolve import Refusal, resolve
-from cabochon.quant.scheme import FLOATS, Dense, Site
+from cabochon.quant.scheme import FLOATS, INTEGERS, Dense, Site
 
 
 @dataclass(slots=True)
@@ -250,8 +250,9 @@ def _match_parameters(tree: Tree, placed: _Placed) -> tuple[list[ParameterRead],
         meta = placed.parameters.get(parameter.name)
         if meta is None:
             continue
-        if meta.dtype not in FLOATS:
-            expected = " or ".join(sorted(FLOATS))
+        dtypes = INTEGERS if parameter.order else FLOATS
+        if meta.dtype not in dtypes:
+            expected = " or ".join(sorted(dtypes))
             problems.append(Problem("DTYPE", meta.name, f"is {meta.dtype}, expected {expected}"))
         elif meta.shape != parameter.shape:
             detail = f"has shape {list(meta.shape)}, expected {list(parameter.shape)}"

@@ -39,7 +39,8 @@ def printed(report: Report) -> str:
         lines += ["", *_table(report.groups)]
         lines.append(f"  {size(report.nbytes)} to read; head: {report.head}")
         lines += _high_precision(report.high_precision)
-        lines += ["", *_cache_table(report.kept)]
+        if report.kept:
+            lines += ["", *_cache_table(report.kept)]
     if report.forecast is not None:
         lines += ["", *_memory(report.forecast)]
     for title, found in (("dropped", report.dropped), ("notes", report.notes)):
@@ -87,10 +88,11 @@ def describe(identity: Identity) -> str:
     moving = identity.parameters - identity.tables
     active = f", {_count(identity.active)} active" if identity.active < moving else ""
     tables = f" of them {_count(identity.tables)} in tables{active}"
+    takes = f"; takes {', '.join(identity.takes)}" if identity.takes else ""
     return (
         f"{identity.name}: {_count(identity.parameters)} parameters,{tables};"
-        f" {identity.layers} layers of {identity.hidden_size:,}; takes"
-        f" {', '.join(identity.takes)}; context {identity.context:,}"
+        f" {identity.layers} layers of {identity.hidden_size:,}{takes}; context"
+        f" {identity.context:,}"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cabochon.checkpoint.folder import Checkpoint, Sizes
-from cabochon.config import ForeignArchitecture, kept_layers
+from cabochon.config import DRAFTERS, ForeignArchitecture, kept_layers
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.files import read_json_object
 from cabochon.load.describe import describe
@@ -66,13 +66,22 @@ class Report:
         return tuple(map(Kept.of, kept_layers(self.plan.config.text))) if self.plan else ()
 
     @property
+    def is_drafter(self) -> bool:
+        return self.plan is not None and self.plan.config.drafting is not None
+
+    @property
     def identity(self) -> Identity | None:
         return Identity.of(self.plan.config, has_head=self.plan.has_head) if self.plan else None
 
     @property
     def forecast(self) -> Forecast | None:
-        """Of the machine that asks. A refused plan does not say what would be read."""
-        return Forecast.of(self.plan, machine_memory()) if self.plan and self.loads else None
+        """Of the machine that asks. A refused plan does not say what would be read.
+
+        A drafter needs what its target needs, and its own weights.
+        """
+        if self.plan is None or not self.loads or self.is_drafter:
+            return None
+        return Forecast.of(self.plan, machine_memory())
 
     @property
     def head(self) -> str:
@@ -114,6 +123,22 @@ class Report:
             raise UnreadableError(
                 f"{self.source} holds headers without their tensors: they can be inspected, not"
                 " loaded"
+            )
+
+    def require_model(self) -> None:
+        """`LoadError` if this is a drafter."""
+        if self.is_drafter:
+            raise LoadError(
+                f"{self.source} is a drafter, which guesses for a larger model and answers nobody"
+                " by itself: name it with --drafter beside that model"
+            )
+
+    def require_drafter(self) -> None:
+        """`LoadError` if this is none."""
+        if not self.is_drafter:
+            raise LoadError(
+                f"{self.source} is no drafter but a {self.architecture}; a drafter's architecture"
+                f" is one of {', '.join(sorted(DRAFTERS))}"
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cabochon.config import (
     AudioConfig,
+    Drafting,
     ExpertsConfig,
     Gemma4Config,
     LayerConfig,
@@ -39,6 +40,7 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     bound: bool = False  # a clip bound, which may be infinite
+    order: bool = False  # integers, each from 0 on once
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Tree:
 
 
 def needed(config: Gemma4Config, *, has_head: bool) -> Tree:
-    """Everything that a `Gemma4(config, has_head=has_head)` must be given."""
+    """Everything that a `Gemma4` or a `Drafter` of `config` must be given."""
     entries, hidden = [*_text(config.text)], config.text.hidden_size
     if config.vision is not None:
         vision = config.vision
@@ -59,6 +61,8 @@ def needed(config: Gemma4Config, *, has_head: bool) -> Tree:
         entries.append(_linear(AUDIO_PROJECTOR, hidden, config.audio.output_size))
     elif config.audio is not None:
         entries.append(_linear(AUDIO_PROJECTOR, hidden, config.audio.samples))
+    if config.drafting is not None:
+        entries += _drafting(config.text, config.drafting)
     if has_head:
         entries.append(_linear(HEAD, config.text.vocab_size, config.text.hidden_size))
     return Tree(
@@ -168,6 +172,15 @@ def _patches(vision: PatchConfig) -> Iterator[Site | Parameter]:
     yield from _layer_norm(f"{EMBEDDER}.patch_ln2", width)
     yield Parameter(f"{EMBEDDER}.pos_embedding", (vision.position_table_size, 2, width))
     yield from _layer_norm(f"{EMBEDDER}.pos_norm", width)
+
+
+def _drafting(text: TextConfig, drafting: Drafting) -> Iterator[Site | Parameter]:
+    hidden, target = text.hidden_size, drafting.target_size
+    yield _linear("pre_projection", hidden, 2 * target)
+    yield _linear("post_projection", target, hidden)
+    if drafting.clusters is not None:
+        yield _linear("masked_embedding.centroids", drafting.clusters.count, hidden)
+        yield Parameter("masked_embedding.token_ordering", (text.vocab_size,), order=True)
 
 
 def _layer_norm(name: str, dim: int) -> Iterator[Parameter]:

@@ -58,6 +58,15 @@ def check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
         raise _values_refusal(meta, finite.numel() - int(finite.sum()), dtype)
 
 
+def check_order(tensor: Tensor, meta: TensorMeta) -> None:
+    """Refuse integers that do not name each of `len(tensor)` things once."""
+    if not torch.equal(tensor.sort().values, torch.arange(len(tensor))):
+        raise LoadError(
+            f"{meta.file}: tensor {meta.name!r} puts tokens in order, and does not name each of"
+            f" {len(tensor):,} once: the file is damaged"
+        )
+
+
 def _not_finite(part: Tensor, kind: str, dtype: torch.dtype) -> int:
     octets = part.reshape(-1).view(torch.uint8)
     if kind == POWERS:

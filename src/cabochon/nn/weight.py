@@ -85,6 +85,14 @@ class Weight(nn.Module):
         """`x @ W.T` for those who want the largest products of each row alone."""
         return Products(self.linear(x), floor)
 
+    def among(self, x: Tensor, ids: Tensor) -> Tensor:
+        """The products of each of `x [n, in_features]` with its own rows `ids [n, m]`: `[n, m]`."""
+        return (self.rows(ids, x.dtype) @ x[..., None]).squeeze(-1)
+
+    def nearly(self, x: Tensor) -> Tensor:
+        """`x @ W.T` for those who only guess."""
+        return self.linear(x)
+
     def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """`x @ W[start:stop].T`: `[..., in_features]` to `[..., stop - start]`, in `x`'s dtype."""
         stop = self.out_features if stop is None else stop

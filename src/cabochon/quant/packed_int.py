@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cabochon.errors import LoadError
-from cabochon.quant.scheme import FLOATS, Site, Slot
+from cabochon.quant.scheme import FLOATS, INTEGERS, Site, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,7 @@ class PackedInt:
         slots = [
             Slot("weight_packed", _I32, ("out", self.width), "codes"),
             Slot("weight_scale", FLOATS, ("out", groups), "scales"),
-            Slot("weight_shape", frozenset({"I64", "I32"}), ("2",), "shape"),
+            Slot("weight_shape", INTEGERS, ("2",), "shape"),
         ]
         if not self.symmetric:
             slots.append(Slot("weight_zero_point", _I32, (self._words("out"), groups), "codes"))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cabochon.nn.weight import Weight
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
+INTEGERS = frozenset({"I32", "I64"})
 
 # Scales of bytes are exponents of two, E8M0. A divisor or a factor is one number for the whole
 # matrix; a table is looked up by codes; groups say which scales a column belongs to. A scale is one

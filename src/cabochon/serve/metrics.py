@@ -84,11 +84,20 @@ class EngineCollector(Collector):
             ("generation_tokens", "Tokens generated", stats.generated),
             ("prefix_cache_queries", "Tokens looked up in the cache", scheduler.prefix_queries),
             ("prefix_cache_hits", "Tokens found in the cache", hits),
+            ("spec_decode_num_drafts", "Steps of a request with guesses", stats.guessed_times),
             ("spec_decode_num_draft_tokens", "Tokens guessed", stats.guessed),
             ("spec_decode_num_accepted_tokens", "Guessed right", stats.guessed_right),
             ("num_preemptions", "Requests put off for want of pages", scheduler.preemptions),
         ):
             yield self._counter(name, about, value)
+        right = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guessed right, by place among the guesses of a step",
+            labels=(*_LABELS, "position"),
+        )
+        for place, count in sorted(stats.guessed_right_at.items()):
+            right.add_metric((*self._labels, str(place)), count)
+        yield right
         ended = CounterMetricFamily(
             "vllm:request_success", "Requests ended", labels=(*_LABELS, "finished_reason")
         )

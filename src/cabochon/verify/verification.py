@@ -18,7 +18,7 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import Activations, library
 from cabochon.load.certify import certify
-from cabochon.load.execute import execute
+from cabochon.load.execute import Model, execute
 from cabochon.load.forecast import machine_memory
 from cabochon.load.in_file import in_file
 from cabochon.load.plan import LoadPlan
@@ -82,21 +82,27 @@ class Subject:
     def __init__(self, path: Path, *, weights_only: bool = False) -> None:
         self.path = path
         self.report = plan_checkpoint(path, weights_only=weights_only)
+        self.report.require_model()
         assert self.report.plan is not None
         self.plan = self.report.plan
 
     @cached_property
     def model(self) -> Gemma4:
         if self.plan.nbytes > IN_MEMORY:
-            return in_file(self.plan, dtype=torch.float32)
-        return execute(self.plan, dtype=torch.float32).model
+            return _whole(in_file(self.plan, dtype=torch.float32))
+        return _whole(execute(self.plan, dtype=torch.float32).model)
 
     def served(self, kernels: Kernels) -> Gemma4:
         """A model for many steps: as it is served, if what is read in each step has room."""
         tables = sum(read.nbytes for read in self.plan.sites if read.site.kind == "embedding")
         if self.plan.nbytes <= IN_MEMORY or self.plan.nbytes - tables > ROOM * machine_memory():
             return self.model
-        return in_file(self.plan, dtype=torch.float32, hold=kernels.for_weight)
+        return _whole(in_file(self.plan, dtype=torch.float32, hold=kernels.for_weight))
+
+
+def _whole(model: Model) -> Gemma4:
+    assert isinstance(model, Gemma4)
+    return model
 
 
 def verify(

@@ -12,10 +12,11 @@ from thin import fixture
 from cabochon import LLM, SamplingParams
 from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine.cache import PAGE
-from cabochon.engine.drafts import LEAST_ALIKE, MOST_ALIKE, Drafter
+from cabochon.engine.guesses import Reach
+from cabochon.engine.lookup import LEAST_ALIKE, MOST_ALIKE, Lookup
 from cabochon.engine.request import Completion, Prompt
 
-MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16")
+MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16", "e2b-bf16", "26b-bf16")
 CIRCLE = [2, *(300 + i % 5 for i in range(40))]
 
 
@@ -25,14 +26,14 @@ def loaded(name: str, draft_tokens: int | None, **options: int) -> LLM:
 
 def written(llm: LLM, prompt: list[int], **params: object) -> Completion:
     asked = SamplingParams(max_tokens=100, ignore_eos=True, **params)  # type: ignore[arg-type]
-    return llm.generate(prompt, asked)[0]
+    return llm.generate(Prompt(tuple(prompt)), asked)[0]
 
 
 @pytest.mark.parametrize("activations", ["int8", "int16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_beside_guesses_are_those_alone_to_the_bit(name: str, activations: str) -> None:
     with LLM(fixture(name), activations=activations) as llm:  # type: ignore[arg-type]
-        assert llm.engine.scheduler.draft_tokens == DRAFT_TOKENS
+        assert llm.engine.scheduler.guesser.most == DRAFT_TOKENS
         prompt = [2, *np.random.default_rng(1).integers(280, 380, 60).tolist()]
         found = []
         for llm.prefill_chunk in range(1, DRAFT_TOKENS + 2):
@@ -121,7 +122,7 @@ def test_guesses_take_no_page_from_anybody() -> None:
 
 
 def test_exact_modes_guess_nothing(tiny: LLM) -> None:
-    assert tiny.engine.scheduler.draft_tokens == 0
+    assert tiny.engine.scheduler.guesser.most == 0
 
 
 def test_a_prompt_whose_tokens_are_scored(pair: tuple[LLM, LLM]) -> None:
@@ -135,7 +136,7 @@ def test_a_prompt_whose_tokens_are_scored(pair: tuple[LLM, LLM]) -> None:
 
 
 def spelled_out(tokens: list[int], most: int) -> list[int]:
-    """What the drafter should guess, looked for place by place."""
+    """What should be guessed, looked for place by place."""
     best, place = 0, None
     for end in range(len(tokens) - 1):
         alike = 0
@@ -156,27 +157,25 @@ def test_guesses_follow_the_latest_place_that_is_most_alike() -> None:
     guessed = 0
     for _ in range(300):
         tokens = rng.integers(0, rng.integers(2, 9), rng.integers(1, 60)).tolist()
-        found = Drafter().guess(tokens, 3)
+        found = Lookup().guess(tokens, 3)
         assert found == spelled_out(tokens, 3)
         guessed += bool(found)
     assert guessed > 100
 
 
-def test_a_drafter_learns() -> None:
-    """It guesses further while it is right, and pauses longer and longer while it is wrong."""
-    drafter, tokens = Drafter(), [1, 2, 3, 4, 5, 6, 7, 8] * 2
-    lengths = []
+def test_reach_learns() -> None:
+    """It goes further while guesses are right, and pauses longer and longer while they are not."""
+    reach, lengths = Reach(), []
     for _ in range(3):
-        guesses = drafter.guess(tokens, 8)
-        lengths.append(len(guesses))
-        tokens += guesses
-        drafter.judge(len(guesses), len(guesses))
-    assert lengths == [3, 6, 8]
+        lengths.append(reach.now())
+        reach.judge(lengths[-1], lengths[-1])
+    reach.judge(12, 5)
+    assert [*lengths, reach.now()] == [3, 6, 12, 6]
     pauses = []
-    for _ in range(4):
-        drafter.judge(3, 0)
+    for _ in range(6):
+        reach.judge(3, 0)
         pause = 0
-        while not drafter.guess(tokens, 8):
+        while not reach.now():
             pause += 1
         pauses.append(pause)
-    assert pauses == [1, 3, 7, 15]
+    assert pauses == [1, 3, 7, 15, 16, 16]

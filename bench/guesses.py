@@ -1,14 +1,16 @@
-"""How many tokens a step draws when guesses are looked up, on texts that people wrote.
+"""How many tokens a step draws with guesses, and how fast that is.
 
-    python bench/drafts.py [REPOSITORY] [--most 15] [--model MODEL]
+    python bench/guesses.py [REPOSITORY] [--most 15] [--model MODEL [--drafter DRAFTER]]
 
-Three kinds of answers, token by token as they stand (no model writes them): the new version of a
-file after a prompt that holds the old one, from the history of a git repository; the second half of
-a page of its documentation after the first; and the second half of a file of code. The tokenizer is
-a BPE of 32,768 tokens, trained on Python's own library.
+Looked up, in three kinds of answers, token by token as they stand (no model writes them): the new
+version of a file after a prompt that holds the old one, from the history of a git repository; the
+second half of a page of its documentation after the first; and the second half of a file of code.
+The tokenizer is a BPE of 32,768 tokens, trained on Python's own library.
 
 With a model, its answers are drawn with as many guesses in each step, and as many right ones, as in
 the text of each kind that is in the middle: what it says itself does not matter for its speed.
+With a drafter too, that one guesses, and as many of its guesses are put right as `--right` says: a
+drafter of random weights takes as long as a trained one.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cabochon import LLM, SamplingParams
 from cabochon.assembly import DRAFT_TOKENS
-from cabochon.engine import engine
-from cabochon.engine.drafts import Drafter
+from cabochon.engine.drafts import Drafts
+from cabochon.engine.guesses import Guesser, Guesses, Reach
+from cabochon.engine.scheduler import TokenSequence
 
 LEAST = 8  # texts shorter than so many tokens say nothing
 EDITS = 120
@@ -87,40 +89,64 @@ Trace = list[tuple[int, int]]  # of each step: guesses, and right ones
 
 def follow(prompt: list[int], answer: list[int], most: int) -> Trace:
     """The steps that draw `answer`."""
-    drafter, tokens = Drafter(), [*prompt, answer[0]]
+    guesses, tokens = Guesses(), [*prompt, answer[0]]
     trace, done = [(0, 0)], 1
     while done < len(answer):
-        guesses = drafter.guess(tokens, min(most, len(answer) - done - 1))
-        right = 0
-        while right < len(guesses) and guesses[right] == answer[done + right]:
+        guesses.look_up(tokens, min(most, len(answer) - done - 1))
+        guessed, right = guesses.tokens, 0
+        while right < len(guessed) and guessed[right] == answer[done + right]:
             right += 1
-        if guesses:
-            drafter.judge(len(guesses), right)
+        guesses.judge(right)
         tokens += answer[done : done + right + 1]
         done += right + 1
-        trace.append((len(guesses), right))
+        trace.append((len(guessed), right))
     return trace
 
 
-class Replay:
-    """A drafter that guesses as right and as wrong as in `trace`, knowing the answer."""
+def imagined(rates: Sequence[float], most: int, length: int) -> Trace:
+    """Steps of a drafter of whose guesses such shares are right, the first, the second, ...
 
-    def __init__(self, trace: Trace, prompt: int, answer: Sequence[int]) -> None:
+    Behind the last that is known, shares go on falling as they did.
+    """
+    reach, rng, rates = Reach(), random.Random(1), list(rates)
+    while len(rates) < most:
+        rates.append(rates[-1] * rates[-1] / rates[-2])
+    trace, done = [(0, 0)], 1
+    while done < length:
+        guessed = min(most, reach.now(), length - done - 1)
+        luck = rng.random()
+        right = sum(luck < rate for rate in rates[:guessed])
+        if guessed:
+            reach.judge(guessed, right)
+        done += right + 1
+        trace.append((guessed, right))
+    return trace
+
+
+class Replay(Guesser):
+    """Guesses as right and as wrong as in `trace`, knowing the answer; a drafter works in vain."""
+
+    def __init__(
+        self, trace: Trace, prompt: int, answer: Sequence[int], drafts: Drafts | None
+    ) -> None:
+        super().__init__(max((guessed for guessed, _ in trace), default=0))
         self._steps = iter(trace)
         self._prompt, self._answer = prompt, answer
+        self._work = drafts
 
-    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        guessed, right = next(self._steps, (0, 0))
-        at = len(tokens) - self._prompt
-        true = list(self._answer[at : at + right])
-        wrong = [self._answer[at + right] ^ 1] if at + right < len(self._answer) else []
-        return [*true, *wrong * (guessed - right)][:most]
+    def __call__(self, sequences: Sequence[TokenSequence]) -> None:
+        for sequence in sequences:
+            guessed, right = next(self._steps, (0, 0))
+            if self._work is not None and guessed:
+                self._work([sequence], guessed)
+            at = len(sequence.tokens) - self._prompt
+            true = list(self._answer[at : at + right])
+            wrong = [self._answer[at + right] ^ 1] if at + right < len(self._answer) else []
+            most = sequence.limit - len(sequence.tokens) - 1
+            sequence.guesses.tokens = [*true, *wrong * (guessed - right)][:most]
 
-    def judge(self, guessed: int, right: int) -> None:
-        pass
 
-
-def replay(llm: LLM, trace: Trace) -> tuple[float, float]:
+def replay(llm: LLM, trace: Trace, drafts: Drafts | None = None) -> tuple[float, float]:
     """Tokens a second with such guesses, and without any."""
     length = min(LENGTH, sum(right + 1 for _, right in trace))
     prompt = [2, *(random.Random(0).randrange(1000, 200_000) for _ in range(511))]
@@ -129,7 +155,7 @@ def replay(llm: LLM, trace: Trace) -> tuple[float, float]:
     speeds: dict[bool, list[float]] = {False: [], True: []}
     for guessing in (False, *[False, True] * ROUNDS):  # the first says what the answer is
         steps = trace[1:] if guessing else []
-        engine.Drafter = partial(Replay, steps, len(prompt), answer)  # type: ignore[misc]
+        llm.engine.scheduler.guesser = Replay(steps, len(prompt), answer, drafts)
         clock, tokens = [], []
         for delta in llm.stream(llm.prompts.raw(prompt), params):
             tokens += delta.tokens
@@ -145,9 +171,21 @@ def main() -> None:
     parser.add_argument("repository", nargs="?", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--most", type=int, default=DRAFT_TOKENS, help="guesses a step")
     parser.add_argument("--model", help="whose speed is measured")
+    parser.add_argument("--drafter", help="that guesses for the model")
+    parser.add_argument(
+        "--right", default="0.92,0.78,0.67,0.57", help="share of its guesses, by their place"
+    )
     args = parser.parse_args()
+    llm = None
+    if args.model:
+        llm = LLM(args.model, max_context=2048, drafter=args.drafter, draft_tokens=args.most)
+    if llm is not None and args.drafter:
+        drafts = llm.engine.scheduler.guesser.drafts
+        assert drafts is not None
+        rates = [float(rate) for rate in args.right.split(",")]
+        tell("a drafter", [imagined(rates, args.most, LENGTH)], llm, drafts)
+        return
     tokenizer = train()
-    llm = LLM(args.model, max_context=2048, draft_tokens=args.most) if args.model else None
     for name, texts in (
         ("a file with a change", edits(args.repository)),
         ("the second half of a page", halves(args.repository, ".md")),
@@ -158,19 +196,24 @@ def main() -> None:
             one, other = tokenizer.encode(prompt).ids, tokenizer.encode(answer).ids
             if min(len(one), len(other)) >= LEAST:
                 traces.append(follow(one, other, args.most))
-        total = sum(right + 1 for trace in traces for _, right in trace)
-        steps = sum(map(len, traces))
-        rows = sum(guessed + 1 for trace in traces for guessed, _ in trace)
-        print(
-            f"{name}: {len(traces)} texts, {total:,} tokens, {total / steps:.2f} a step,"
-            f" {rows / steps:.2f} rows a step",
-            flush=True,
-        )
-        if llm is not None:
-            long = [trace for trace in traces if sum(r + 1 for _, r in trace) >= LENGTH]
-            long.sort(key=lambda trace: sum(r + 1 for _, r in trace) / len(trace))
-            fast, plain = replay(llm, long[len(long) // 2])
-            print(f"  {fast:.1f} tokens/s, {plain:.1f} without guesses: {fast / plain:.2f} times")
+        tell(name, traces, llm)
+
+
+def tell(name: str, traces: list[Trace], llm: LLM | None, drafts: Drafts | None = None) -> None:
+    """How many tokens steps draw in all of `traces`, and how fast the one in the middle is."""
+    total = sum(right + 1 for trace in traces for _, right in trace)
+    steps = sum(map(len, traces))
+    rows = sum(guessed + 1 for trace in traces for guessed, _ in trace)
+    print(
+        f"{name}: {len(traces)} texts, {total:,} tokens, {total / steps:.2f} a step,"
+        f" {rows / steps:.2f} rows a step",
+        flush=True,
+    )
+    if llm is not None:
+        long = [trace for trace in traces if sum(r + 1 for _, r in trace) >= LENGTH]
+        long.sort(key=lambda trace: sum(r + 1 for _, r in trace) / len(trace))
+        fast, plain = replay(llm, long[len(long) // 2], drafts)
+        print(f"  {fast:.1f} tokens/s, {plain:.1f} without guesses: {fast / plain:.2f} times")
 
 
 if __name__ == "__main__":
