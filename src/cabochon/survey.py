@@ -39,7 +39,7 @@ def surveyed(plan: LoadPlan, threads: int | None) -> Iterator[Survey | None]:
 
 
 class Survey:
-    """Begins at once, in the order of the files. A call waits for what is in one tensor.
+    """Begins at once, in the order of the files. A call waits for what is in one tensor, once.
 
     Raises:
         UnreadableError: a file cannot be opened.
@@ -65,7 +65,7 @@ class Survey:
         Raises:
             UnreadableError: its file ends early, or cannot be read.
         """
-        looking = self._begun[_place(meta)]
+        looking = self._begun.pop(_place(meta))  # of fifty thousand tensors, memory counts
         try:
             found = looking.found()
         except EOFError:

@@ -39,7 +39,7 @@ class Backlog:
         self._handle = library.backlog(threads - 1)
         self._kept: deque[_Kept] = deque()
         self._pending = 0  # bytes of what is kept
-        self._written: list[tuple[object, ...]] = []
+        self._written: dict[int, tuple[object, ...]] = {}
         self._files: dict[Path, int] = {}
         self.when_waiting: Callable[[], object] | None = None  # Python has nothing else to do
 
@@ -54,8 +54,8 @@ class Backlog:
 
         The number is what `wait` takes.
         """
-        self._written.append(kept)
         number: int = self._library.look(self._handle, stretch)
+        self._written[number] = kept
         return number
 
     def pack(self, matrix: Matrix, stored: Stored, to: Tensor, *parts: Tensor) -> None:
@@ -76,6 +76,7 @@ class Backlog:
             self.when_waiting()
         while not self._library.wait(self._handle, number, _PATIENCE):
             pass
+        self._written.pop(number, None)
 
     def finish(self) -> None:
         """Wait until all is done that fills memory."""
