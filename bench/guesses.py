@@ -27,10 +27,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cabochon import LLM, SamplingParams
+from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine.drafts import Drafts
 from cabochon.engine.guesses import Guesser, Guesses, Reach
 from cabochon.engine.scheduler import TokenSequence
-from cabochon.llm import DRAFT_TOKENS
 
 LEAST = 8  # texts shorter than so many tokens say nothing
 EDITS = 120

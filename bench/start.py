@@ -1,13 +1,13 @@
 """From the start of a process to its first token: Cabochon and llama.cpp in turns.
 
-    python bench/start.py MODEL [--threads 2] [--rounds 5] [--without-llama]
+    python bench/start.py MODEL [--theirs OTHER.gguf] [--threads 2] [--rounds 5] [--without-llama]
 
-Needs llama-cpp-python, unless it is left out, as for a MODEL that is no GGUF. Each start is a
-process of its own, timed from before it exists, as a user waits for it: Python, imports, weights, a
-prompt of 9 tokens. `cabochon run` is timed to the first character that it prints. A first round
-that does not count leaves the file in memory, and memory that the system has at hand: a virtual
-machine may have to ask its host for pages that nobody used of late, and then pages cost more than
-all else. Processor time tells such a system by its share.
+Needs llama-cpp-python, unless it is left out; where MODEL is no GGUF, it loads another. Each start
+is a process of its own, timed from before it exists, as a user waits for it: Python, imports,
+weights, a prompt of 9 tokens. `cabochon run` is timed to the first character that it prints. A
+first round that does not count leaves the file in memory, and memory that the system has at hand: a
+virtual machine may have to ask its host for pages that nobody used of late, and then pages cost
+more than all else. Processor time tells such a system by its share.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def command(_: str, model: str, threads: int) -> Times:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
+    parser.add_argument("--theirs", help="what llama.cpp loads, if it is another file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--without-llama", action="store_true")
@@ -90,7 +91,8 @@ def main() -> None:
     seen: dict[str, list[Times]] = {name: [] for name in ways}
     for turn in range(arguments.rounds + 1):
         for name, way in ways.items():
-            found = way(name, arguments.model, arguments.threads)
+            model = arguments.theirs if name == "llama.cpp" else None
+            found = way(name, model or arguments.model, arguments.threads)
             if turn:
                 seen[name].append(found)
     print(f"seconds from the start of the process, medians of {arguments.rounds} (and all)")

@@ -13,8 +13,7 @@ from cabochon.engine.cache import CachePlan, CacheStep, Chunk, PagedCache
 from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.layers import FusedLayer
-from cabochon.kernels.library import Library
-from cabochon.kernels.packed import Activations
+from cabochon.kernels.library import Activations, Library
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.linear import Linear
 from cabochon.nn.rotary import text_rotation

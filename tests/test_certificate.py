@@ -23,6 +23,7 @@ from checkpoints import (
     tensors_of,
 )
 
+from cabochon.checkpoint.folder import Checkpoint
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
 from cabochon.load.certificate import Certificate
@@ -33,7 +34,6 @@ from cabochon.load.look import look_at, scales_of
 from cabochon.load.measure import Measure
 from cabochon.load.report import inspect_checkpoint
 from cabochon.nn.linear import Embedding, Linear
-from cabochon.nn.look import plainly
 
 GATE = "model.language_model.layers.1.mlp.gate_proj"
 FILES = (DENSE, *QUANTIZED, *NVFP4)
@@ -94,7 +94,7 @@ def test_scales_in_blocks_are_those_of_the_library(file: Path) -> None:
             largest = entries.abs().view(-1, group).amax(1)
             stored = torch.from_numpy(tensor.data.copy()).view(torch.uint8)
             meta = TensorMeta(tensor.name, kind, (len(entries),), file, (0, stored.numel()))
-            found = scales_of(stored, look_at([stored.flatten()], meta, kind, plainly))
+            found = scales_of(stored, look_at([stored.flatten()], meta, kind))
             assert found.count == len(largest)
             assert found.dead <= int((largest == 0).sum())
             assert float(largest.max()) <= found.largest * most
@@ -190,11 +190,28 @@ def test_any_bit_of_the_weights_counts(tmp_path: Path, folder: Path, where: floa
     assert damaged.weights_hash != whole.weights_hash
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_all_rows_of_a_matrix_that_is_read_in_parts_count(tmp_path: Path, row: int) -> None:
+    """llama.cpp's converter puts queries, keys and values of some files into one tensor."""
+    file = Path(shutil.copy(FIXTURES / "gguf" / "31b" / "31b-q5_0.gguf", tmp_path / "31b.gguf"))
+    stored = Checkpoint.open(file).tensors["blk.0.attn_qkv.weight"]
+    content = bytearray(file.read_bytes())
+    size = stored.nbytes // stored.shape[0]
+    first = stored.span[0] if row == 0 else stored.span[1] - size
+    content[first + 21] ^= 1  # codes, behind the scale
+    plan = inspect_checkpoint(file).plan
+    assert plan is not None
+    whole = execute(plan, dtype=torch.float32).certificate
+    file.write_bytes(content)
+    damaged = execute(plan, dtype=torch.float32).certificate
+    assert damaged.weights_hash != whole.weights_hash
+
+
 def test_words_that_change_places_count() -> None:
     def hashed(words: torch.Tensor) -> str:
         measure = Measure()
         meta = TensorMeta("weight", "I64", tuple(words.shape), Path("none"), (0, words.nbytes))
-        measure.tensor(meta, [words])
+        measure.tensor(words, meta)
         return measure.certificate(plan_of(W4A16), 0).weights_hash
 
     words = torch.arange(1 << 14, dtype=torch.int64)  # 128 KiB

@@ -355,7 +355,7 @@ def test_memory_that_runs_out_on_the_way_is_told(monkeypatch: pytest.MonkeyPatch
     def fail(*_: object, **__: object) -> None:
         torch.empty(1 << 60)
 
-    monkeypatch.setattr("cabochon.llm.execute", fail)
+    monkeypatch.setattr("cabochon.assembly.execute", fail)
     with pytest.raises(ResourceError, match="memory ran out"):
         LLM(TINY)
 

@@ -11,12 +11,12 @@ import torch
 from thin import fixture
 
 from cabochon import LLM, SamplingParams
+from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine.cache import PAGE
 from cabochon.engine.guesses import Reach
 from cabochon.engine.guide import TurnRules
 from cabochon.engine.lookup import LEAST_ALIKE, MOST_ALIKE, Lookup
 from cabochon.engine.request import Completion, Prompt
-from cabochon.llm import DRAFT_TOKENS
 from cabochon.text.parser import Structure
 
 MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16", "e2b-bf16", "26b-bf16")

@@ -22,7 +22,8 @@ _FILES = {"errors", "files"}
 _MODEL = {*_FILES, "config", "nn", "gemma4"}
 _LOAD = {*_MODEL, "checkpoint", "quant"}
 _ENGINE = {*_MODEL, "text"}
-_LLM = {*_ENGINE, *_LOAD, "load", "engine", "prompts", "kernels"}
+_ASSEMBLY = {*_ENGINE, *_LOAD, "load", "engine", "prompts", "kernels", "options", "survey"}
+_LLM = {*_ASSEMBLY, "assembly", "garbage"}
 _APP = {*_LLM, "llm", "settings", "flags", "console", "cabochon"}
 
 MAY_NEED = {
@@ -39,6 +40,10 @@ MAY_NEED = {
     "load": _LOAD,
     "engine": _ENGINE,
     "prompts": {*_ENGINE, "engine"},
+    "options": {*_MODEL, "kernels"},
+    "survey": {*_LOAD, "load", "kernels"},
+    "assembly": _ASSEMBLY,
+    "garbage": set(),
     "llm": _LLM,
     "settings": {"errors"},
     "flags": {"errors", "settings"},
@@ -74,6 +79,8 @@ TORCHLESS = (
     "cabochon.load.explain",
     "cabochon.load.obtain",
     "cabochon.load.places",
+    "cabochon.survey",
+    "cabochon.llm",
 )
 
 

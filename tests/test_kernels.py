@@ -17,8 +17,8 @@ from torch import Tensor
 from cabochon.errors import CabochonError
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library, library
-from cabochon.kernels.packed import ACTIVATIONS, Activations, PackedWeight
+from cabochon.kernels.library import Activations, Library, library
+from cabochon.kernels.packed import ACTIVATIONS, PackedWeight
 from cabochon.nn.affine import AffineWeight
 from cabochon.nn.bits import pack
 from cabochon.nn.byte_codes import ByteWeight

@@ -188,7 +188,6 @@ COUNTING = """
 import os, torch
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import library
-from cabochon.kernels.look import looking
 from cabochon.load.measure import Measure
 from cabochon.nn.gguf_blocks import BlockWeight
 from cabochon.nn.weight import DenseWeight
@@ -197,9 +196,8 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(2)
-kernels, look = Kernels(library(), "int8"), looking(library())
+kernels = Kernels(library(), "int8")
 octets = torch.empty(8192, 864, dtype=torch.uint8).random_(0, 56)
-look(octets.flatten(), "Q4_0")  # begins the threads of the kernels
 before = threads()
 weight = BlockWeight(octets, "Q4_0", in_features=1536)
 Measure()._entries(weight)

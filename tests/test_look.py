@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.library import library
-from cabochon.kernels.look import looking
+from cabochon.kernels.look import Looking
+from cabochon.nn.found import HASHED, NOTHING, POWERS, Found
 from cabochon.nn.gguf_blocks import KINDS, magnitudes
-from cabochon.nn.look import FLOATS, HASHED, NOTHING, POWERS, Found, Look, plainly
+from cabochon.nn.look import FLOATS, plainly
 
 COMPILED = library()
-LOOKS = [plainly, pytest.param(looking(COMPILED), marks=pytest.mark.skipif(
+Look = Callable[[Tensor, str], Found]
+
+
+def unit_of(kind: str) -> int:
+    return KINDS[kind].layout.nbytes if kind in KINDS else WIDTHS[kind]
+
+
+def compiled(octets: Tensor, kind: str) -> Found:
+    """By compiled code, somewhere in a file."""
+    assert COMPILED is not None
+    before = 4321
+    with NamedTemporaryFile() as file, Backlog(COMPILED, 2) as backlog:
+        file.write(bytes(before) + bytes(octets.numpy()) + bytes(99))
+        file.flush()
+        span = (before, before + len(octets))
+        return Looking(backlog, Path(file.name), span, kind, unit_of(kind)).found()
+
+
+LOOKS = [plainly, pytest.param(compiled, marks=pytest.mark.skipif(
     COMPILED is None, reason="there was no C++ compiler when cabochon was installed"
 ))]  # fmt: skip
 both = pytest.mark.parametrize("look", LOOKS, ids=["numpy", "compiled"])
@@ -148,9 +171,33 @@ def test_blocks_with_a_byte_that_is_no_scale(
 @pytest.mark.parametrize("kind", [*WIDTHS, *KINDS])
 def test_compiled_code_finds_what_numpy_finds_in_anything(kind: str) -> None:
     for seed in range(3):
-        unit = KINDS[kind].layout.nbytes if kind in KINDS else WIDTHS[kind]
-        octets = octets_of(5003 * unit, seed)
-        one, other = looking(COMPILED)(octets, kind), plainly(octets, kind)
+        octets = octets_of(5003 * unit_of(kind), seed)
+        one, other = compiled(octets, kind), plainly(octets, kind)
         if one.damaged:  # what else there is does not count then
             one, other = (Found(f.hashed, damaged=f.damaged) for f in (one, other))
         assert repr(one) == repr(other)  # NaN is NaN
+
+
+@pytest.mark.skipif(COMPILED is None, reason="there was no C++ compiler at installation")
+@pytest.mark.parametrize("every", [1, 7, 5003, 9000])
+def test_one_block_in_so_many_is_kept(tmp_path: Path, every: int) -> None:
+    blocks = blocks_of("Q6_K", 5003)
+    file = tmp_path / "blocks"
+    file.write_bytes(bytes(3) + bytes(blocks.numpy()))
+    with Backlog(COMPILED, 2) as backlog:
+        looking = Looking(backlog, file, (3, 3 + blocks.numel()), "Q6_K", blocks.shape[1], every)
+        looking.found()
+        assert looking.sample() == bytes(blocks[::every].numpy())
+
+
+@pytest.mark.skipif(COMPILED is None, reason="there was no C++ compiler at installation")
+def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "short"
+    file.write_bytes(bytes(5 * HASHED))
+    with Backlog(COMPILED, 1) as backlog:
+        with pytest.raises(EOFError):
+            Looking(backlog, file, (0, 5 * HASHED + 1), NOTHING, 1).found()
+        with pytest.raises(IsADirectoryError):
+            Looking(backlog, tmp_path, (0, HASHED), NOTHING, 1).found()
+        with pytest.raises(FileNotFoundError):
+            Looking(backlog, tmp_path / "none", (0, HASHED), NOTHING, 1)

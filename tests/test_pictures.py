@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
+from cabochon.assembly import open_text
 from cabochon.config import PatchConfig, VisionConfig
 from cabochon.errors import CabochonError, ConfigError, RequestError
 from cabochon.gemma4.pictures import (
@@ -31,7 +32,6 @@ from cabochon.gemma4.pictures import (
     decode_picture,
     parse_processor,
 )
-from cabochon.llm import open_text
 from cabochon.load.report import plan_checkpoint
 
 SIZES = [

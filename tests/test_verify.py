@@ -17,13 +17,13 @@ from ct_writer import compress
 from thin import fixture
 from torch import nn
 
+from cabochon.assembly import open_text
 from cabochon.engine.request import Prompt
 from cabochon.errors import UnreadableError
 from cabochon.files import DEMO
 from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import library
-from cabochon.llm import open_text
 from cabochon.load.in_file import InFile, in_file
 from cabochon.load.report import plan_checkpoint
 from cabochon.nn.weight import DenseWeight

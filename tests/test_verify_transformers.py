@@ -18,10 +18,10 @@ from conftest import MEMBERS
 from thin import fixture
 from torch import nn
 
+from cabochon.assembly import open_text
 from cabochon.config.types import PictureSight
 from cabochon.errors import UnreadableError
 from cabochon.gemma4.model import Gemma4
-from cabochon.llm import open_text
 from cabochon.nn.attention import KeyValues, visible
 from cabochon.nn.experts import Experts
 from cabochon.nn.weight import DenseWeight

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from cabochon.garbage import uncollected
 
 if TYPE_CHECKING:
     from cabochon.engine.request import SamplingParams
@@ -30,10 +31,5 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'cabochon' has no attribute {name!r}")
     module, attribute = _WHERE[name]
-    collects = gc.isenabled()
-    gc.disable()  # what imports make stays: to look through it for garbage took a fifth of the time
-    try:
+    with uncollected():
         return getattr(import_module(module), attribute)
-    finally:
-        if collects:
-            gc.enable()

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from cabochon.config import Gemma4Config
@@ -27,6 +28,7 @@ from cabochon.text.gguf import read_template, read_tokenizer
 from cabochon.text.guard import Guard
 from cabochon.text.tokenizer import Tokenizer
 
+AnyPrompt = str | Sequence[int] | Prompt
 Message = Mapping[str, Any]
 MediaKind = Literal["image", "audio", "video"]
 
@@ -168,9 +170,23 @@ class Prompts:
         elif self.config.vision is None:
             raise RequestError("this model does not see: its checkpoint has no vision", "messages")
 
+    def complete(self, prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[Prompt]:
+        """What the model is to go on with: one prompt, or several.
+
+        Text that does not start with the beginning-of-sequence token gets it: Gemma repeats itself
+        without. Token ids and `Prompt`s are taken as they are.
+        """
+        begun = (
+            f"<bos>{prompt}"
+            if isinstance(prompt, str) and not prompt.startswith("<bos>")
+            else prompt
+            for prompt in _as_list(prompts)
+        )
+        return [self.raw(prompt) for prompt in begun]
+
     def raw(
         self,
-        prompt: str | Sequence[int],
+        prompt: AnyPrompt,
         images: Sequence[Image.Image | Picture] = (),
         sounds: Sequence[Wave | Sound] = (),
         videos: Sequence[bytes | Video] = (),
@@ -180,11 +196,14 @@ class Prompts:
         Special tokens stand in the text by their names: `<bos>`, one `<|image|>`, `<|audio|>` or
         `<|video|>` for each of the media, in order. Token ids may also bring media expanded
         already, as upstream's processor does. Media may come as `picture`, `sound` and `video`
-        made them.
+        made them. A `Prompt` is one already.
 
         Raises:
             RequestError: media and their tokens differ in number, or the model cannot take them.
         """
+        if isinstance(prompt, Prompt):
+            assert not any((images, sounds, videos))
+            return prompt
         films = self._films(videos)
         if isinstance(prompt, str):
             prompt = _with_timestamps(prompt, films)
@@ -284,6 +303,15 @@ class Prompts:
                     )
                 yield position, item
                 position += length
+
+
+def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[AnyPrompt]:
+    """Several prompts, also where one was given: text, a `Prompt`, or a row of token ids."""
+    if isinstance(prompts, str | Prompt):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    row = bool(many) and not isinstance(many[0], str | Prompt) and np.ndim(many[0]) == 0
+    return [many] if row else many
 
 
 def _parts(message: Message) -> list[Mapping[str, Any]]:

@@ -203,7 +203,7 @@ def _read(meta: TensorMeta, shape: tuple[int, ...], start: int) -> Tensor:
                     break
                 done += count
     except OSError as error:
-        raise UnreadableError(f"{meta.file}: tensor {meta.name!r}: {error.strerror}") from None
+        raise cannot_be_read(meta, error) from None
     if done < len(buffer):
         raise cut_off(meta, start + done)
     return flat.view(shape)
@@ -215,3 +215,8 @@ def cut_off(meta: TensorMeta, end: int) -> UnreadableError:
         f"{meta.file} ends at byte {end}, inside tensor {meta.name!r}, which should reach byte"
         f" {meta.span[1]}. Download it again."
     )
+
+
+def cannot_be_read(meta: TensorMeta, error: OSError) -> UnreadableError:
+    """What to say of a tensor at which the system failed."""
+    return UnreadableError(f"{meta.file}: tensor {meta.name!r}: {error.strerror}")

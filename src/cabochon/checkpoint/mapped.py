@@ -10,9 +10,9 @@ import ctypes
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cabochon.checkpoint.folder import TORCH_NAMES, cut_off, read_tensor
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 SMALL = 1 << 14  # bytes that are read faster than mapped
 PIECE = 32 << 20  # bytes that are in memory together while all of a tensor is looked at
 SHARED = 8 << 20  # bytes whose pages threads have at hand sooner than one of them
-AHEAD = 256 << 20  # bytes that the system is asked to read before they are needed
 
 _POPULATE_READ = 22  # of Linux 5.14, for madvise
 
@@ -35,8 +34,8 @@ def map_tensor(meta: TensorMeta) -> Tensor:
     """The tensor that `meta` describes, as `read_tensor` gives it, in its file's own memory.
 
     It must not be written to. A small one is read, and so is one that cannot be mapped, for its
-    place in the file or for the file system's sake. What cannot be read is told here if it is no
-    larger than a piece; beyond, a process that looks at it would be killed by the system.
+    place in the file or for the file system's sake. A process that looks at what cannot be read
+    is killed by the system: look at `pieces` first, or have it looked at.
 
     Raises:
         UnreadableError: the file ends early, or cannot be read.
@@ -55,8 +54,6 @@ def map_tensor(meta: TensorMeta) -> Tensor:
         return read_tensor(meta)
     dtype = getattr(torch, TORCH_NAMES[meta.dtype])
     flat = torch.frombuffer(area, dtype=dtype, count=meta.nbytes // size, offset=skip)
-    if meta.nbytes <= PIECE:
-        _populate(meta, flat.data_ptr() - skip, skip + meta.nbytes)
     return flat.view(meta.shape)
 
 
@@ -81,10 +78,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def _populate(meta: TensorMeta, address: int, length: int) -> None:
+def _populate(tensor: Tensor, meta: TensorMeta) -> Tensor:
     """Have all pages there at once. Many are shared among threads; others run meanwhile."""
     import torch
 
+    skip = tensor.data_ptr() % mmap.PAGESIZE
+    address, length = tensor.data_ptr() - skip, tensor.nbytes + skip
     threads = torch.get_num_threads() if length >= SHARED else 1
     step = -(-length // threads // mmap.PAGESIZE) * mmap.PAGESIZE
     shares = [(address + at, min(step, length - at)) for at in range(0, length, step)]
@@ -98,6 +97,7 @@ def _populate(meta: TensorMeta, address: int, length: int) -> None:
             f"{meta.file}: tensor {meta.name!r}: {os.strerror(_EIO)}; the file ends early, or what"
             " it lies on fails"
         )
+    return tensor
 
 
 def _asked(share: tuple[int, int]) -> int:
@@ -108,46 +108,23 @@ def _asked(share: tuple[int, int]) -> int:
 _EIO, _EFAULT = 5, 14
 
 
-def pieces(tensor: Tensor, meta: TensorMeta) -> Iterable[Tensor]:
+def pieces(tensor: Tensor, meta: TensorMeta) -> Iterator[Tensor]:
     """All of `tensor`, which `meta` describes: itself, or flat pieces of it if it is large.
 
-    A piece is a multiple of 64 KiB, and of whole blocks of ggml.
+    A piece is a multiple of 64 KiB, and of whole blocks of ggml. They are mapped one at a time, so
+    that none needs to stay in memory.
+
+    Raises:
+        UnreadableError: a piece cannot be read.
     """
-    return [tensor] if meta.nbytes <= PIECE else _Pieces(meta)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """Mapped one at a time, so that none needs to stay in memory."""
-
-    meta: TensorMeta
-
-    def __iter__(self) -> Iterator[Tensor]:
-        meta = self.meta
-        dtype = "U8" if meta.dtype in BLOCKS else meta.dtype
-        unit = math.lcm(1 << 16, BLOCKS.get(meta.dtype, (1, 1))[1])
-        step, size = max(1, PIECE // unit) * unit, BITS[dtype] // 8
-        for start in range(0, meta.nbytes, step):
-            stop = min(start + step, meta.nbytes)
-            span = (meta.span[0] + start, meta.span[0] + stop)
-            yield map_tensor(replace(meta, dtype=dtype, shape=((stop - start) // size,), span=span))
-
-
-class ReadAhead:
-    """Has the system read what comes next in a file while something is done to what is there."""
-
-    def __init__(self) -> None:
-        self._asked: dict[str, int] = {}  # up to which byte of a file
-
-    def __call__(self, meta: TensorMeta) -> None:
-        """`meta` is needed now, and what lies behind it soon."""
-        name, stop = str(meta.file), meta.span[1] + AHEAD
-        start = max(self._asked.get(name, 0), meta.span[0])
-        if not hasattr(os, "posix_fadvise") or stop - start < AHEAD // 4:
-            return
-        self._asked[name] = stop
-        try:
-            with meta.file.open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            return  # reading it will say so
+    if meta.nbytes <= PIECE:
+        yield _populate(tensor, meta)
+        return
+    dtype = "U8" if meta.dtype in BLOCKS else meta.dtype
+    unit = math.lcm(1 << 16, BLOCKS.get(meta.dtype, (1, 1))[1])
+    step, size = max(1, PIECE // unit) * unit, BITS[dtype] // 8
+    for start in range(0, meta.nbytes, step):
+        stop = min(start + step, meta.nbytes)
+        span = (meta.span[0] + start, meta.span[0] + stop)
+        part = replace(meta, dtype=dtype, shape=((stop - start) // size,), span=span)
+        yield _populate(map_tensor(part), part)

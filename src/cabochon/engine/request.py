@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from cabochon.errors import CabochonError, RequestError
-from cabochon.gemma4.pictures import Picture
-from cabochon.gemma4.sounds import Sound
-from cabochon.text.calls import ToolCall
 
 if TYPE_CHECKING:
     from cabochon.engine.guide import TurnRules
+    from cabochon.gemma4.pictures import Picture
+    from cabochon.gemma4.sounds import Sound
+    from cabochon.text.calls import ToolCall
 
 FinishReason = Literal["stop", "length"]
 

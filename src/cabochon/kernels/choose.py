@@ -7,9 +7,10 @@ from collections import Counter
 import torch
 from torch import nn
 
+from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library
-from cabochon.kernels.packed import Activations, PackedWeight, unsupported
+from cabochon.kernels.library import Activations, Library
+from cabochon.kernels.packed import PackedWeight, unsupported
 from cabochon.kernels.sketch import SketchedHead, sketchable
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
@@ -20,11 +21,18 @@ class Kernels:
     Args:
         library: the compiled kernels; None: everything stays as `nn` computes it.
         activations: how inputs of quantized matrices are rounded.
+        backlog: what fills them; they may compute when that is finished. Without one, at once.
     """
 
-    def __init__(self, library: Library | None, activations: Activations) -> None:
+    def __init__(
+        self,
+        library: Library | None,
+        activations: Activations,
+        backlog: Backlog | None = None,
+    ) -> None:
         self.activations = activations
         self._library = library
+        self._backlog = backlog
         self._chosen: Counter[str] = Counter()
 
     @property
@@ -61,9 +69,9 @@ class Kernels:
                 return None
             if head and not exact and sketchable(described):
                 self._chosen["stored floats, the likeliest found by a sketch"] += 1
-                return SketchedHead(library, weight)
+                return SketchedHead(library, weight, self._backlog)
             self._chosen["stored floats"] += 1
-            return FloatsWeight(library, weight)
+            return FloatsWeight(library, weight, backlog=self._backlog)
         if unsupported(described) is not None or (exact and not described.exact):
             return None
         self._chosen[f"{_name(described)}, activations {self.activations}"] += 1
@@ -73,6 +81,7 @@ class Kernels:
             self.activations,
             out_features=weight.out_features,
             in_features=weight.in_features,
+            backlog=self._backlog,
         )
 
     def describe(self) -> str:

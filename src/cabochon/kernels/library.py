@@ -1,7 +1,7 @@
 """The compiled kernels: a library without Python in it, called through ctypes.
 
 It is built when the package is installed. Where there was no compiler it is missing, and everything
-runs as `nn` computes it.
+runs as `nn` computes it. It is here before torch is: it reads weights while torch is imported.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from ctypes import (
 )
 from functools import cache
 from pathlib import Path
-
-import torch  # first, so that the library finds torch's OpenMP and brings no second one
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from cabochon.errors import CabochonError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Activations = Literal["int8", "int16", "float32"]  # what their inputs are rounded to
 
 VARIABLE = "CABOCHON_ISA"
 INSTRUCTION_SETS = ("avx512vnni", "avxvnni", "avx2", "neon", "scalar")  # the fastest first
@@ -80,6 +83,27 @@ class Layout(ctypes.Structure):
     )
 
 
+class Grouped(ctypes.Structure):
+    """`struct Grouped` of csrc/api.h."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("at", "row", "group")),
+        *((name, c_int32) for name in ("per_row", "size")),
+    )
+
+
+class Stored(ctypes.Structure):
+    """`struct Stored` of csrc/api.h."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        *((name, c_int64) for name in ("ld", "bytes")),
+        ("layout", Layout),
+        ("grouped", Grouped * 4),
+    )
+
+
 class Numbers(ctypes.Structure):
     """`struct Numbers` of csrc/api.h."""
 
@@ -94,6 +118,19 @@ class Found(ctypes.Structure):
         ("top", c_uint32),
         ("largest", c_float),
         ("octets", c_int64 * 256),
+        ("error", c_int32),
+    )
+
+
+class Stretch(ctypes.Structure):
+    """`struct Stretch` of csrc/api.h."""
+
+    _fields_ = (
+        ("file", c_int32),
+        *((name, c_int64) for name in ("at", "size", "every")),
+        ("numbers", Numbers),
+        *((name, c_void_p) for name in ("sums", "sample")),
+        ("found", POINTER(Found)),
     )
 
 
@@ -109,6 +146,12 @@ class Rows(ctypes.Structure):
         ("scale_rows", c_int32),
         ("scale_columns", c_int32),
     )
+
+
+class Margin(ctypes.Structure):
+    """`struct Margin` of csrc/api.h."""
+
+    _fields_ = (("of", c_void_p), *((name, c_float) for name in ("left", "all", "least")))
 
 
 class Linear(ctypes.Structure):
@@ -197,17 +240,14 @@ _SIGNATURES = {
         None,
         [POINTER(Rows), c_void_p, c_void_p, c_int64, c_int, c_int, c_int, c_void_p, c_int64, c_int],
     ),
-    "sketch": (None, [POINTER(Rows), c_void_p, c_void_p, c_void_p, c_void_p, c_int]),
+    "backlog": (c_void_p, [c_int]),
+    "wait": (c_int, [c_void_p, c_int64, c_int]),
+    "end": (None, [c_void_p]),
+    "look": (c_int64, [c_void_p, POINTER(Stretch)]),
+    "pack": (c_int64, [c_void_p, POINTER(Matrix), POINTER(Stored)]),
+    "sketch": (c_int64, [c_void_p, POINTER(Rows), POINTER(Matrix), POINTER(Margin)]),
+    "copy": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
-    "pack_codes": (None, [POINTER(Matrix), POINTER(Layout), c_void_p, c_int64, c_int64, c_int]),
-    "pack_scales": (
-        None,
-        [POINTER(Matrix), c_int64, c_void_p, c_int64, c_int64, c_int, c_int, c_int],
-    ),
-    "look": (
-        None,
-        [POINTER(Numbers), c_void_p, c_int64, c_void_p, POINTER(Found), c_int],
-    ),
     "layers": (
         None,
         [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(Turn), POINTER(Step), c_int],
@@ -215,7 +255,6 @@ _SIGNATURES = {
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
-    "copy": (None, [c_void_p, c_void_p, c_int64, c_int]),
     "enlarge": (None, [c_void_p, c_int64]),
 }
 
@@ -231,16 +270,18 @@ class Library:
             function.argtypes = arguments
         self.times = self._dll.cabochon_times
         self.times_rows = self._dll.cabochon_times_rows
-        self.sketch = self._dll.cabochon_sketch
-        self.dense = self._dll.cabochon_dense
-        self.pack_codes = self._dll.cabochon_pack_codes
-        self.pack_scales = self._dll.cabochon_pack_scales
+        self.backlog = self._dll.cabochon_backlog
+        self.wait = self._dll.cabochon_wait
+        self.end = self._dll.cabochon_end
         self.look = self._dll.cabochon_look
+        self.pack = self._dll.cabochon_pack
+        self.sketch = self._dll.cabochon_sketch
+        self.copy = self._dll.cabochon_copy
+        self.dense = self._dll.cabochon_dense
         self.layers = self._dll.cabochon_layers
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise
-        self.copy = self._dll.cabochon_copy
         self.enlarge = self._dll.cabochon_enlarge
         self.isa = ""
 
@@ -281,4 +322,12 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def threads() -> int:
+    import torch
+
     return torch.get_num_threads()
+
+
+def threads_without_torch() -> int:
+    """As many as torch would take."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and asked != "0" else os.cpu_count() or 1

@@ -1,16 +1,16 @@
-"""`nn.look` by compiled code."""
+"""`Looking`: compiled code finds what `nn.look` does. No torch, until something is found."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Mapping
-
-import numpy as np
-from torch import Tensor
+from pathlib import Path
 
 from cabochon.kernels import library
-from cabochon.kernels.library import Library, Numbers, address, threads
-from cabochon.nn.gguf_blocks import KINDS
-from cabochon.nn.look import FLOATS, HASHED, NOTHING, POWERS, Found, Look, magnitude_of, plainly
+from cabochon.kernels.backlog import Backlog
+from cabochon.kernels.library import Numbers, Stretch
+from cabochon.nn.found import HASHED, NOTHING, POWERS, Found
 
 _NOTHING, _HALF, _OCTETS, _Q2, _Q3, _Q4, _Q6, _IQ4 = 0, 5, 6, 7, 8, 9, 10, 11
 
@@ -25,46 +25,96 @@ _BLOCKS: Mapping[str, tuple[int, int, int]] = {
 }  # fmt: skip
 
 
-def looking(library: Library | None) -> Look:
-    """What looks at stored bytes: the library's code, or numpy where it was not built."""
-    if library is None:
-        return plainly
+def _numbers_of(kind: str, size: int) -> Numbers:
+    if kind in _BLOCKS:
+        form, first, second = _BLOCKS[kind]
+        return Numbers(form, size, first, second)
+    if kind == NOTHING:
+        return Numbers(_NOTHING)
+    if kind == POWERS:
+        return Numbers(1, 1, 0xFF)
+    return Numbers(size, size, (1 << (8 * size - 1)) - 1)
 
-    def look(octets: Tensor, kind: str) -> Found:
-        size = octets.numel()
-        sums = np.empty(size // HASHED, "<u8")
-        found = _found(library, octets, kind, sums)
-        hashed = sums.tobytes() + octets.numpy()[len(sums) * HASHED :].tobytes()
-        if kind in KINDS:
+
+class Looking:
+    """Looks at bytes of a file from now on.
+
+    Args:
+        span: from byte to byte.
+        kind: what they hold, as `nn.look` has it.
+        unit: bytes of a block or a float.
+        every: of how many blocks one is kept; 0 for none.
+
+    Raises:
+        OSError: there is no such file.
+    """
+
+    def __init__(
+        self,
+        backlog: Backlog,
+        path: Path,
+        span: tuple[int, int],
+        kind: str,
+        unit: int,
+        every: int = 0,
+    ) -> None:
+        self._backlog = backlog
+        self._kind = kind
+        start, stop = span
+        whole, rest = divmod(stop - start, HASHED)
+        self._sums = ctypes.create_string_buffer(whole * 8 + rest)
+        self._sample = ctypes.create_string_buffer(
+            -(-(stop - start) // (unit * every)) * unit if every else 0
+        )
+        self._found = library.Found()
+        self._number = backlog.look(
+            Stretch(
+                file=backlog.file(path),
+                at=start,
+                size=stop - start,
+                every=every,
+                numbers=_numbers_of(kind, unit),
+                sums=ctypes.addressof(self._sums),
+                sample=ctypes.addressof(self._sample),
+                found=ctypes.pointer(self._found),
+            ),
+            self._sums,
+            self._sample,
+            self._found,
+        )
+
+    def found(self) -> Found:
+        """What is there, when it has been seen.
+
+        Raises:
+            EOFError: the file has ended before.
+            OSError: it cannot be read.
+        """
+        from cabochon.nn.look import magnitude_of
+
+        self._backlog.wait(self._number)
+        found, kind, hashed = self._found, self._kind, self._sums.raw
+        if found.error:
+            raise EOFError if found.error < 0 else OSError(found.error, os.strerror(found.error))
+        if kind in _BLOCKS:
             return Found(hashed, found.count, *_scales(found, kind), found.bad)
         if kind == NOTHING:
             return Found(hashed)
         zeros = 0 if kind == POWERS else found.zeros
         return Found(hashed, found.count, zeros, magnitude_of(found.top, kind))
 
-    return look
-
-
-def _found(by: Library, octets: Tensor, kind: str, sums: np.ndarray) -> library.Found:
-    found = library.Found()
-    by.look(_numbers(kind), address(octets), octets.numel(), sums.ctypes.data, found, threads())
-    return found
-
-
-def _numbers(kind: str) -> Numbers:
-    if kind in KINDS:
-        form, first, second = _BLOCKS[kind]
-        return Numbers(form, KINDS[kind].layout.nbytes, first, second)
-    if kind == NOTHING:
-        return Numbers(_NOTHING)
-    if kind == POWERS:
-        return Numbers(1, 1, 0xFF)
-    size = FLOATS[kind].itemsize
-    return Numbers(size, size, (1 << (8 * size - 1)) - 1)
+    def sample(self) -> bytearray:
+        """The blocks that were kept, when `found` has returned."""
+        return bytearray(self._sample.raw)
 
 
 def _scales(found: library.Found, kind: str) -> tuple[int, float]:
     """How many are zero, and the largest."""
+    import numpy as np
+
+    from cabochon.nn.gguf_blocks import KINDS
+    from cabochon.nn.look import magnitude_of
+
     levels, form = KINDS[kind].levels, _BLOCKS[kind][0]
     if levels is not None:
         counts, known = np.ctypeslib.as_array(found.octets), levels.abs().numpy()

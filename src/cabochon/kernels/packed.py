@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cabochon.kernels import library
-from cabochon.kernels.library import Library, Matrix, address, threads
+from cabochon.kernels.backlog import Backlog, at_once
+from cabochon.kernels.library import Activations, Grouped, Library, Matrix, Stored, address, threads
 from cabochon.nn.layout import Layout
 from cabochon.nn.minifloat import E4M3, E8M0
 from cabochon.nn.weight import Coded, Weight
-
-Activations = Literal["int8", "int16", "float32"]
 
 ROWS, UNIT = 32, 32  # of a block, and columns of its units; csrc/api.h
 _ALIGNMENT = 64
@@ -58,6 +58,8 @@ class PackedWeight(Weight):
         coded: the matrix, which is not needed any more afterwards.
         activations: `int8` rounds each 32 inputs to 8 bits, `int16` to two times 8, `float32` not
             at all.
+        backlog: what does the work; it may compute when that is finished. Without one, at once.
+        fill: has `data` filled where codes and scales are nowhere yet, but on the meta device.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class PackedWeight(Weight):
         *,
         out_features: int,
         in_features: int,
+        backlog: Backlog | None = None,
+        fill: Callable[[Backlog, PackedWeight], None] | None = None,
     ) -> None:
         assert unsupported(coded) is None
         super().__init__(out_features, in_features)
@@ -80,7 +84,12 @@ class PackedWeight(Weight):
         elif halves > 1 and halves % 2:  # a scale may change within a unit: one for each half
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
-        self._pack(coded)
+        placed = self._placed(coded)
+        with at_once(library, backlog) as work:
+            if fill is None:
+                self._pack(coded, placed, work)
+            else:
+                fill(work, self)
 
     data: Tensor  # uint8 [bytes]
     levels: Tensor | None
@@ -118,53 +127,48 @@ class PackedWeight(Weight):
             matrix.values = (ctypes.c_float * 16)(*coded.values)
         return matrix
 
-    def _pack(self, coded: Coded) -> None:
-        matrix, kernels = self.matrix, self._library
-        stored = {
-            0: coded.scales,
-            1: coded.shared,
-            2: coded.zeros if coded.minima is None else coded.minima,
-            3: coded.shared_minima,
+    def _placed(self, coded: Coded) -> dict[int, Tensor]:
+        """Room for the matrix, and the numbers of its groups by their places in a block."""
+        matrix = self.matrix
+        numbers = {
+            "": coded.scales,
+            "shared": coded.shared,
+            "minima": coded.zeros if coded.minima is None else coded.minima,
+            "shared_minima": coded.shared_minima,
         }
         at = 0
-        places: dict[int, int] = {}
-        for index, tensor in stored.items():
-            places[index] = at
+        placed: dict[int, Tensor] = {}
+        for name, tensor in numbers.items():
+            if name:
+                setattr(matrix, f"{name}_at", at)
             if tensor is not None:
-                per_row = matrix.groups if index in (0, 2) else tensor.shape[1]
-                at += -(-per_row * ROWS * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        matrix.shared_at, matrix.minima_at, matrix.shared_minima_at = (places[i] for i in (1, 2, 3))
+                if name in ("", "minima") and tensor.shape[1] < matrix.groups:
+                    tensor = torch.nn.functional.pad(tensor, (0, 1))
+                placed[at] = tensor
+                size = tensor.shape[1] * ROWS * tensor.element_size()
+                at += -(-size // _ALIGNMENT) * _ALIGNMENT
         matrix.codes_at = at
         matrix.stride = at + matrix.units * _UNIT_BYTES[matrix.codes]
-        blocks = -(-self.out_features // ROWS)
+        nbytes = -(-self.out_features // ROWS) * matrix.stride
         # What is fetched ahead of the last block need not exist; a margin to align is all it takes.
-        room = torch.empty(blocks * matrix.stride + _ALIGNMENT, dtype=torch.uint8)
+        room = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
         skip = -room.data_ptr() % _ALIGNMENT
-        self.register_buffer("data", room[skip : skip + blocks * matrix.stride])
-        kernels.advise(address(self.data), self.data.numel())
+        self.register_buffer("data", room[skip : skip + nbytes])
+        self._library.advise(address(self.data), nbytes)
         matrix.data = address(self.data)
-        for index, tensor in stored.items():
-            if tensor is not None:
-                if index in (0, 2) and tensor.shape[1] < matrix.groups:
-                    tensor = torch.nn.functional.pad(tensor, (0, 1))
-                self._pack_scales(places[index], tensor)
+        return placed
+
+    def _pack(self, coded: Coded, placed: Mapping[int, Tensor], work: Backlog) -> None:
         octets = coded.octets
         assert octets.stride(1) == 1
-        kernels.pack_codes(
-            matrix,
-            _struct(coded.layout),
-            octets.data_ptr(),
-            octets.stride(0),
-            octets.shape[1],
-            threads(),
+        stored = Stored(
+            rows=octets.data_ptr(),
+            ld=octets.stride(0),
+            bytes=octets.shape[1],
+            layout=_struct(coded.layout),
+            grouped=tuple(_grouped(at, tensor) for at, tensor in placed.items()),
         )
-
-    def _pack_scales(self, place: int, tensor: Tensor) -> None:
-        size = tensor.element_size()
-        row, group = (step * size for step in tensor.stride())
-        self._library.pack_scales(
-            self.matrix, place, tensor.data_ptr(), row, group, tensor.shape[1], size, threads()
-        )
+        work.pack(self.matrix, stored, self.data, octets, *placed.values())
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.out_features if stop is None else stop
@@ -209,6 +213,12 @@ def _struct(layout: Layout) -> library.Layout:
         len(planes),
         (library.Plane * 2)(*planes),
     )
+
+
+def _grouped(at: int, tensor: Tensor) -> Grouped:
+    size = tensor.element_size()
+    row, group = (step * size for step in tensor.stride())
+    return Grouped(tensor.data_ptr(), at, row, group, tensor.shape[1], size)
 
 
 def _kind_of_scales(coded: Coded) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library, address, threads
+from cabochon.kernels.library import Library, Margin, address
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.layout import Layout
 from cabochon.nn.shortlist import Allowed, Floor, Ids, Numbers, kth_largest, reaching, usable
@@ -45,19 +46,29 @@ def sketchable(described: StoredFloats) -> bool:
 class SketchedHead(FloatsWeight):
     """The floats stay where they are, in their file if it is mapped."""
 
-    def __init__(self, library: Library, stored: Weight) -> None:
+    def __init__(self, library: Library, stored: Weight, backlog: Backlog | None = None) -> None:
         super().__init__(library, stored, move=False)
         rows, columns = self.out_features, self.in_features
-        codes = torch.empty(rows, columns, dtype=torch.uint8)
-        library.advise(address(codes), codes.nbytes)
-        scales = torch.empty(rows, columns // GROUP, dtype=torch.bfloat16)
-        left, norms = torch.empty(2, rows)
-        library.sketch(
-            self.matrix, address(codes), address(scales), address(left), address(norms), threads()
+        self.register_buffer("margins", torch.empty(rows))
+        margin = Margin(address(self.margins), _SLACK, _ROUNDING, _LOST)
+        coded = Coded(
+            octets=torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
+            layout=Layout.stream(8),
+            group=GROUP,
+            scales=torch.empty(rows, columns // GROUP, dtype=torch.bfloat16, device="meta"),
+            zero=128,
         )
-        coded = Coded(octets=codes, layout=Layout.stream(8), group=GROUP, scales=scales, zero=128)
-        self.sketch = PackedWeight(library, coded, "int16", out_features=rows, in_features=columns)
-        self.register_buffer("margins", left * _SLACK + norms * _ROUNDING + _LOST)
+        self.sketch = PackedWeight(
+            library,
+            coded,
+            "int16",
+            out_features=rows,
+            in_features=columns,
+            backlog=backlog,
+            fill=lambda work, to: work.sketch(
+                self.matrix, to.matrix, margin, to.data, self.margins
+            ),
+        )
 
     margins: Tensor  # [out_features], of products with an input of norm 1
 

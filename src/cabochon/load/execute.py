@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from cabochon.checkpoint.folder import read_tensor
-from cabochon.checkpoint.mapped import ReadAhead, map_tensor, pieces
+from cabochon.checkpoint.mapped import map_tensor, pieces
 from cabochon.errors import LoadError
 from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.certificate import Certificate
-from cabochon.load.look import Looked, kind_of, look_at
+from cabochon.load.look import Look, look
+from cabochon.load.looked import Looked, kind_of
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
 from cabochon.load.transforms import transform
 from cabochon.load.values import check_finite, check_looked, check_order, check_value
 from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Embedding, Linear
-from cabochon.nn.look import Look, plainly
 from cabochon.nn.weight import Stack, Weight
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -42,7 +42,7 @@ def execute(
     dtype: torch.dtype,
     progress: Progress | None = None,
     thorough: bool = False,
-    look: Look = plainly,
+    look: Look = look,
     prepare: Prepare | None = None,
 ) -> Loaded:
     """The model that `plan`, which has no problems, describes, and what was seen on the way.
@@ -68,10 +68,8 @@ def execute(
     reads: list[SiteRead | ParameterRead] = [*plan.sites, *plan.parameters]
     done, total = 0, plan.nbytes
     parts: dict[str, dict[int, Weight]] = {}
-    ahead = ReadAhead()
     for read in sorted(reads, key=_position):
         if isinstance(read, SiteRead):
-            ahead(next(iter(read.stored.values())))
             weight = build_weight(read, dtype, measure)
             if prepare is not None and _multiplied(read, plan):
                 weight = prepare(weight, _is_head(read, plan) and _makes_all_logits(plan))
@@ -162,13 +160,12 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
         LoadError: a value cannot be right; the text names the tensor.
     """
     tensors = {leaf: map_tensor(meta) for leaf, meta in read.stored.items()}
-    slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
+    see = look if measure is None else measure.tensor
     looked: dict[str, Looked] = {}
-    for slot in (slot for slot in slots if slot.leaf in tensors):
+    for slot in (slot for slot in read.slots if slot.leaf in tensors):
         meta, tensor = read.stored[slot.leaf], tensors[slot.leaf]
-        parts, kind = pieces(tensor, meta), kind_of(slot, meta)
-        seen = measure.tensor(meta, parts, kind) if measure else look_at(parts, meta, kind, plainly)
-        check_looked(slot, seen, parts, meta, dtype)
+        seen = see(tensor, meta, kind_of(slot, meta))
+        check_looked(slot, seen, pieces(tensor, meta), meta, dtype)
         check_value(slot, tensor, meta, read.site)
         looked[slot.leaf] = seen
         if slot.holds == "float8 scales":
@@ -185,7 +182,7 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
 
 def fill_parameter(model: Model, read: ParameterRead, dtype: torch.dtype, measure: Measure) -> None:
     tensor = read_tensor(read.tensor)
-    measure.tensor(read.tensor, [tensor])
+    measure.tensor(tensor, read.tensor)
     tensor = tensor.long() if read.parameter.order else tensor.float()
     if read.transform is not None:
         tensor = transform(tensor, read.transform, read.parameter.shape)

@@ -106,7 +106,7 @@ class InFile(Weight):
 
     def _rows(self, start: int, stop: int) -> Weight:
         read = self._read
-        slots = {slot.leaf: slot for slot in _slots(read)}
+        slots = {slot.leaf: slot for slot in read.slots}
         stored = {
             leaf: _slice(meta, slots[leaf], start, stop) for leaf, meta in read.stored.items()
         }
@@ -114,16 +114,12 @@ class InFile(Weight):
         return weight if read.activations is None else read.activations.around(weight, stored)
 
 
-def _slots(read: SiteRead) -> tuple[Slot, ...]:
-    return (*read.scheme.slots, *(read.activations.slots if read.activations else ()))
-
-
 def _step(read: SiteRead) -> int | None:
     """Of how many rows a part must be a multiple; None if rows are not stored one after another."""
     if read.transform is not None:
         return None
     step = 1
-    for slot in _slots(read):
+    for slot in read.slots:
         if slot.axes is None:
             return None
         if not any("out" in axis for axis in slot.axes):

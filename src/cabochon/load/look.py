@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,23 +13,13 @@ from torch import Tensor
 
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
+from cabochon.checkpoint.mapped import pieces
+from cabochon.load.looked import SAMPLE, Looked, every_of
 from cabochon.nn.gguf_blocks import magnitudes
-from cabochon.nn.look import NOTHING, POWERS, Look
-from cabochon.quant.scheme import Slot
+from cabochon.nn.look import plainly
 
-_SAMPLE = 1 << 12  # scales that a median is taken of
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """The sum of what is in the pieces of a tensor; see `nn.look.Found`."""
-
-    digest: bytes
-    count: int
-    zeros: int
-    largest: float
-    damaged: int
-    sample: Tensor | None  # of magnitudes of scales, of blocks that have them
+# What is in the tensor that `meta` describes, looked at as `kind_of` says.
+Look = Callable[[Tensor, TensorMeta, str], Looked]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +32,24 @@ class Scales:
     median: float  # of those that are not zero; of a sample where they are many
 
 
-def kind_of(slot: Slot, meta: TensorMeta) -> str:
-    """What is looked at in the tensor of `slot`, as `nn.look` calls it."""
-    if slot.holds == "float8 scales":
-        return "F8_E4M3"
-    if slot.holds in ("matrix", "scales"):
-        return POWERS if meta.dtype == "U8" else meta.dtype
-    return meta.dtype if slot.holds == "blocks" else NOTHING
+def look(tensor: Tensor, meta: TensorMeta, kind: str) -> Looked:
+    """What numpy sees in `tensor`, which `meta` describes."""
+    return look_at(pieces(tensor, meta), meta, kind)
 
 
-def look_at(parts: Iterable[Tensor], meta: TensorMeta, kind: str, by: Look) -> Looked:
+def look_at(parts: Iterable[Tensor], meta: TensorMeta, kind: str) -> Looked:
     """`parts` are all of the tensor that `meta` describes; but the last, multiples of 64 KiB."""
     digest, sample, blocks = hashlib.sha256(), [], 0
     count, zeros, largest, damaged = 0, 0, 0.0, 0
     for part in parts:
         octets = part.reshape(-1).view(torch.uint8)
-        found = by(octets, kind)
+        found = plainly(octets, kind)
         digest.update(found.hashed)
         count, zeros, damaged = count + found.numbers, zeros + found.zeros, damaged + found.damaged
         largest = found.largest if math.isnan(found.largest) else max(largest, found.largest)
         if kind in BLOCKS and not damaged:
             here = octets.view(-1, BLOCKS[kind][1])
-            every = max(1, meta.nbytes // here.shape[1] // _SAMPLE)
+            every = every_of(meta)
             sample.append(magnitudes(here[-blocks % every :: every], kind))
             blocks += len(here)
     joined = torch.cat(sample) if sample else None
@@ -83,7 +69,7 @@ def level_of(tensor: Tensor) -> float:
 
 def _sample_of(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
-    some = flat[:: max(1, len(flat) // _SAMPLE)]
+    some = flat[:: max(1, len(flat) // SAMPLE)]
     if some.dtype is torch.uint8:
         return torch.exp2(some.float() - 127)
     return some.float().abs()

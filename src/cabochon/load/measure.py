@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from cabochon.checkpoint.headers import TensorMeta
 from cabochon.load.certificate import FAR, Certificate, SiteStatistics, join
 from cabochon.load.fingerprint import plan_hash
 from cabochon.load.kv_scales import read_kv_scales
-from cabochon.load.look import Looked, Scales, level_of, look_at, scales_of
+from cabochon.load.look import Look, Scales, level_of, look, scales_of
+from cabochon.load.looked import Looked
 from cabochon.load.plan import LoadPlan, SiteRead
-from cabochon.nn.look import NOTHING, Look, plainly
+from cabochon.nn.found import NOTHING
 from cabochon.nn.packed_int import PackedIntWeight
 from cabochon.nn.weight import DenseWeight, Weight
 from cabochon.quant.gptq import Gptq
@@ -41,17 +42,17 @@ class Measure:
         look: what looks at stored bytes.
     """
 
-    def __init__(self, *, thorough: bool = False, look: Look = plainly) -> None:
+    def __init__(self, *, thorough: bool = False, look: Look = look) -> None:
         self._thorough = thorough
         self._look = look
         self._sites: dict[str, list[SiteStatistics]] = {}
-        self._hashes: dict[str, bytes] = {}
+        self._hashes: dict[tuple[str, int], bytes] = {}  # rows of one tensor may be apart
         self._untrained: list[str] = []
 
-    def tensor(self, meta: TensorMeta, parts: Iterable[Tensor], kind: str = NOTHING) -> Looked:
-        """What is in a stored tensor of that kind; all parts but the last are whole 64 KiB."""
-        looked = look_at(parts, meta, kind, self._look)
-        self._hashes[meta.name] = looked.digest
+    def tensor(self, tensor: Tensor, meta: TensorMeta, kind: str = NOTHING) -> Looked:
+        """What is in a stored tensor, looked at as that kind."""
+        looked = self._look(tensor, meta, kind)
+        self._hashes[meta.name, meta.span[0]] = looked.digest
         return looked
 
     def parameter(self, name: str, values: Tensor) -> None:
@@ -98,8 +99,8 @@ class Measure:
     def certificate(self, plan: LoadPlan, filled: int) -> Certificate:
         """Of the load of `plan`, after which so many matrices and parameters are filled."""
         bytes_hash = hashlib.sha256()
-        for name in sorted(self._hashes):
-            bytes_hash.update(hashlib.sha256(name.encode()).digest() + self._hashes[name])
+        for (name, _), digest in sorted(self._hashes.items()):
+            bytes_hash.update(hashlib.sha256(name.encode()).digest() + digest)
         return Certificate(
             plan_hash=plan_hash(plan),
             weights_hash=bytes_hash.hexdigest(),
@@ -168,9 +169,8 @@ def _offset(weight: PackedIntWeight) -> float:
 
 def _levels(read: SiteRead, stored: Mapping[str, Tensor]) -> dict[str, float]:
     """How large the numbers are that go with a matrix, by the leaf that holds them."""
-    slots = [*read.scheme.slots, *(read.activations.slots if read.activations else ())]
     return {
         slot.leaf: level_of(stored[slot.leaf])
-        for slot in slots
+        for slot in read.slots
         if slot.leaf in stored and slot.holds in _NUMBERS
     }

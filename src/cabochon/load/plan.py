@@ -15,7 +15,7 @@ from cabochon.config import Gemma4Config
 from cabochon.load.names import KV_SCALES
 from cabochon.load.transforms import Transform
 from cabochon.load.tree import Parameter
-from cabochon.quant.scheme import Activations, Scheme, Site
+from cabochon.quant.scheme import Activations, Scheme, Site, Slot
 
 Kind = Literal["FOREIGN", "CONFIG", "UNUSED", "MISSING", "TWICE", "SHAPE", "DTYPE", "SCHEME"]
 
@@ -63,6 +63,11 @@ class SiteRead:
         """How the matrix is stored and what is done to activations, as reports print it."""
         name = self.scheme.name
         return name if self.activations is None else f"{name}, inputs {self.activations.name}"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All that its tensors may be in."""
+        return (*self.scheme.slots, *(self.activations.slots if self.activations else ()))
 
     @property
     def nbytes(self) -> int:

@@ -11,8 +11,9 @@ from torch import Tensor
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.errors import LoadError
-from cabochon.load.look import Looked, kind_of
-from cabochon.nn.look import FLOATS, POWERS
+from cabochon.load.looked import Looked, kind_of
+from cabochon.nn.found import POWERS
+from cabochon.nn.look import FLOATS
 from cabochon.quant.scheme import Site, Slot
 
 NVFP4_MAX = 448 * 6  # the largest block scale times the largest entry
@@ -52,9 +53,9 @@ def check_value(slot: Slot, tensor: Tensor, meta: TensorMeta, site: Site) -> Non
 
 def check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:
     """Refuse floats that are not finite in `dtype`; `meta` says where they come from."""
-    bad = int((~tensor.to(dtype).isfinite()).sum())
-    if bad:
-        raise _values_refusal(meta, bad, dtype)
+    finite = tensor.to(dtype).isfinite()
+    if not finite.all():
+        raise _values_refusal(meta, finite.numel() - int(finite.sum()), dtype)
 
 
 def check_order(tensor: Tensor, meta: TensorMeta) -> None:

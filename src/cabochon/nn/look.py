@@ -14,21 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cabochon.nn.found import HASHED, NOTHING, POWERS, Found
 from cabochon.nn.gguf_blocks import KINDS, damaged, look_at
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-HASHED = 1 << 16  # bytes that one sum is of
 FACTOR = 0x9E3779B97F4A7C15
 
-# Numbers of which a magnitude is told by the bits: by the name that headers have for them. Those of
-# E8M0 are powers of two, the largest of which is none.
+# Numbers of which a magnitude is told by the bits: by the name that headers have for them.
 FLOATS = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,8 +35,6 @@ FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-POWERS = "F8_E8M0"
-NOTHING = ""  # bytes that are hashed alone
 
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by bytes
 _PLACES = np.arange(1, HASHED // 4, 2, dtype=np.uint64) * np.uint64(FACTOR)
@@ -46,22 +43,11 @@ _PIECE = 1 << 22  # floats that one thread looks through
 _TILE = 1 << 18  # entries, or blocks, that stay in its cache
 
 
-class Found(NamedTuple):
-    """Of a piece of a tensor that begins where a sum of its hash does."""
-
-    hashed: bytes  # what goes into the hash
-    numbers: int = 0  # floats, or scales in blocks
-    zeros: int = 0  # of either sign
-    largest: float = 0.0  # magnitude; NaN where a float is not a number
-    damaged: int = 0  # blocks with a scale that is no finite number
-
-
-# Takes bytes, uint8 `[n]`, and what they hold: a key of FLOATS or KINDS, POWERS, NOTHING.
-Look = Callable[[Tensor, str], Found]
-
-
 def plainly(octets: Tensor, kind: str) -> Found:
-    """What is found in `octets`, in as many threads as torch has."""
+    """What is found in uint8 `[n]`, in as many threads as torch has.
+
+    They hold a `kind`: a key of FLOATS or KINDS, POWERS, NOTHING.
+    """
     hashed = _hashed(octets.numpy())
     if kind in KINDS:
         return Found(hashed, *_look_at_blocks(octets, kind))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels.choose import Kernels
-from cabochon.kernels.packed import Activations
+from cabochon.kernels.library import Activations
 from cabochon.load.execute import build_weight
 from cabochon.load.plan import LoadPlan, SiteRead
 from cabochon.nn.weight import Weight

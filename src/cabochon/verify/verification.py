@@ -10,14 +10,13 @@ from typing import Any, Literal
 
 import torch
 
+from cabochon.assembly import open_text
 from cabochon.config import Gemma4Config, TextConfig
 from cabochon.engine.request import Prompt
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
-from cabochon.kernels.library import library
-from cabochon.kernels.packed import Activations
-from cabochon.llm import open_text
+from cabochon.kernels.library import Activations, library
 from cabochon.load.certify import certify
 from cabochon.load.execute import Model, execute
 from cabochon.load.forecast import machine_memory

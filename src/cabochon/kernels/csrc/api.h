@@ -53,6 +53,22 @@ struct Layout {
   Plane plane[2];
 };
 
+// Numbers of a matrix that go to `at` of each block: `per_row` of `size` bytes, rows and groups so
+// many bytes apart; null if there are none.
+struct Grouped {
+  const uint8_t* from;
+  int64_t at, row, group;
+  int32_t per_row, size;
+};
+
+// What a matrix is packed from: rows of `bytes`, `ld` apart, and the numbers of its groups.
+struct Stored {
+  const uint8_t* rows;
+  int64_t ld, bytes;
+  Layout layout;
+  Grouped grouped[4];
+};
+
 // Which numbers there are in stored bytes, for looking at them: kernels/look.py. Floats of so many
 // bytes, of which `first` masks the sign; or blocks of `bytes` with a float16 at `first` and, unless
 // it is negative, at `second`, and numbers beside it as in ggml's blocks; or so many octets.
@@ -71,6 +87,18 @@ struct Found {
   uint32_t top;
   float largest;
   int64_t octets[256];
+  int32_t error;  // with which a file could not be read; -1: it ended
+};
+
+// Bytes of a file to be looked at, and where to put what is in them: `sums` for the hash, and a copy
+// of one block in `every`, if that is not 0.
+struct Stretch {
+  int32_t file;
+  int64_t at, size, every;
+  Numbers numbers;
+  uint64_t* sums;
+  uint8_t* sample;
+  Found* found;
 };
 
 // A matrix of floats as a checkpoint stores it, row by row.
@@ -78,6 +106,13 @@ struct Rows {
   const uint8_t* data;
   const float* scales;   // [ceil(rows / scale_rows), ceil(columns / scale_columns)], or null
   int32_t rows, columns, type, scale_rows, scale_columns;
+};
+
+// How far off products with a sketch's rows are, for inputs of norm 1: room for that of each row, and
+// what the norms count in it of what the sketch leaves and of the row, and what is there at least.
+struct Margin {
+  float* of;
+  float left, all, least;
 };
 
 // Either of the two, or neither: then there is no such matrix.

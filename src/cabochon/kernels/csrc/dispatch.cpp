@@ -63,9 +63,8 @@ void cabochon_times_rows(const Rows* m, const int64_t* ids, const float* x, int6
   table->times_rows(m, ids, x, ldx, n, start, stop, y, ldy, threads);
 }
 
-void cabochon_sketch(const Rows* m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
-                     int threads) {
-  table->sketch(m, codes, scales, left, norms, threads);
+int64_t cabochon_sketch(Backlog* backlog, const Rows* m, const Matrix* to, const Margin* margin) {
+  return table->sketch(backlog, m, to, margin);
 }
 
 void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,

@@ -23,9 +23,8 @@ static void times_rows(const Rows* m, const int64_t* ids, const float* x, int64_
   multiply_rows(*m, ids, x, ldx, n, start, stop, y, ldy, threads);
 }
 
-static void sketch(const Rows* m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
-                   int threads) {
-  sketch_rows(*m, codes, scales, left, norms, threads);
+static int64_t sketch(Backlog* backlog, const Rows* m, const Matrix* to, const Margin* margin) {
+  return sketch_rows(backlog, *m, *to, *margin);
 }
 
 static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,

@@ -1,19 +1,26 @@
 // One pass over stored bytes: sums for their hash, and how the numbers among them look. What is
 // counted is defined by nn/look.py, which counts the same without this.
 //
-// Plain code: it runs at the speed of memory. A unit is hashed, and its numbers are looked at while
-// it is in the nearest cache.
+// Plain code: it runs at the speed of memory. Bytes are read into room that stays in a near cache,
+// not mapped: pages that are looked at once cost more to map than to copy, would count as memory of
+// the process, and end it where a file is cut meanwhile.
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
+#include <fcntl.h>
+#include <memory>
 #include <mutex>
+#include <unistd.h>
 
 #include "api.h"
-#include "pool.h"
+#include "backlog.h"
 
 namespace {
 
 constexpr int64_t HASHED = 1 << 16;    // bytes that one sum is of
-constexpr int UNITS = 4;               // that a thread takes together
+constexpr int64_t TAKEN = 4 * HASHED;  // that a thread takes together
+constexpr int64_t LARGEST = 512;       // bytes of a block, at most
+constexpr int64_t AHEAD = 64 << 20;    // bytes that the system is asked to read before their time
 constexpr uint64_t FACTOR = 0x9E3779B97F4A7C15;
 constexpr int LANES = 16;              // words, of which each has a sum of its own
 
@@ -139,21 +146,24 @@ void look_at_octets(const Numbers& s, const uint8_t* b, Found* f) {
   f->count += s.first;
 }
 
+int64_t after(int64_t place, int64_t unit) { return (place + unit - 1) / unit * unit; }
+
 template <class Look> void each_block(const Numbers& s, const uint8_t* from, const uint8_t* to,
                                       Found* f, const Look& look) {
   for (; from < to; from += s.bytes) look(s, from, f);
 }
 
-// What begins in `[start, stop)`; a block may end behind that.
+// `data` are the bytes from `start` on: what begins before `stop`; a block may end behind that.
 void look(const Numbers& s, const uint8_t* data, int64_t start, int64_t stop, Found* f) {
+  const int64_t size = stop - start;
   switch (s.form) {
     case NOTHING: return;
-    case FLOATS_1: return look_at_floats<uint8_t, 128>(data + start, stop - start, s.first, f);
-    case FLOATS_2: return look_at_floats<int16_t, 8192>(data + start, stop - start, s.first, f);
-    case FLOATS_4: return look_at_floats<int32_t, 8192>(data + start, stop - start, s.first, f);
+    case FLOATS_1: return look_at_floats<uint8_t, 128>(data, size, s.first, f);
+    case FLOATS_2: return look_at_floats<int16_t, 8192>(data, size, s.first, f);
+    case FLOATS_4: return look_at_floats<int32_t, 8192>(data, size, s.first, f);
   }
-  const uint8_t* from = data + (start + s.bytes - 1) / s.bytes * s.bytes;
-  const uint8_t* to = data + stop;
+  const uint8_t* from = data + after(start, s.bytes) - start;
+  const uint8_t* to = data + size;
   if (s.form == BLOCK_HALF) return each_block(s, from, to, f, look_at_halves);
   if (s.form == BLOCK_OCTETS) return each_block(s, from, to, f, look_at_octets);
   each_block(s, from, to, f, look_at_shared);
@@ -165,27 +175,56 @@ void add(const Found& part, Found* to) {
   to->zeros += part.zeros;
   to->top = std::max(to->top, part.top);
   to->largest = std::max(to->largest, part.largest);
+  if (part.error) to->error = part.error;
   for (int i = 0; i < 256; i++) to->octets[i] += part.octets[i];
+}
+
+// Copies of the blocks that begin in `[start, stop)` and whose number is a multiple of `every`.
+void sample(const Stretch& s, const uint8_t* data, int64_t start, int64_t stop) {
+  const int64_t size = s.numbers.bytes, step = size * s.every;
+  for (int64_t at = after(start, step); at < stop; at += step)
+    memcpy(s.sample + at / s.every, data + at - start, size);
+}
+
+// Reads `[start, stop)` of a stretch; the number of the error if that cannot be, -1 if the file ends.
+int fetch(const Stretch& s, int64_t start, int64_t stop, uint8_t* to) {
+#if defined(POSIX_FADV_WILLNEED)
+  posix_fadvise(s.file, s.at + start + AHEAD, stop - start, POSIX_FADV_WILLNEED);
+#endif
+  while (start < stop) {
+    const ssize_t count = pread(s.file, to, stop - start, s.at + start);
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) return count < 0 ? errno : -1;
+    start += count, to += count;
+  }
+  return 0;
+}
+
+// Sums of whole 64 KiB are words, and what is left lies behind them.
+void look_at_piece(const Stretch& s, int64_t piece, std::mutex* together) {
+  static thread_local const std::unique_ptr<uint8_t[]> room(new uint8_t[TAKEN + LARGEST]);
+  const int64_t begin = piece * TAKEN, end = std::min(s.size, begin + TAKEN);
+  Found part = {};
+  part.error = fetch(s, begin, std::min(s.size, end + LARGEST), room.get());
+  for (int64_t at = begin; at < end && !part.error; at += HASHED) {
+    const int64_t stop = std::min(end, at + HASHED);
+    const uint8_t* data = room.get() + (at - begin);
+    if (stop - at == HASHED) s.sums[at / HASHED] = hashed(data);
+    else memcpy(s.sums + at / HASHED, data, stop - at);
+    look(s.numbers, data, at, stop, &part);
+  }
+  if (s.every && !part.error) sample(s, room.get(), begin, end);
+  std::lock_guard<std::mutex> lock(*together);
+  add(part, s.found);
 }
 
 }  // namespace
 
 extern "C" {
-// `sums` has room for one of each whole 64 KiB; `found` is what is added to.
-void cabochon_look(const Numbers* stored, const uint8_t* data, int64_t size, uint64_t* sums,
-                   Found* found, int threads) {
-  constexpr int64_t TAKEN = UNITS * HASHED;
-  std::mutex together;
-  in_parallel((size + TAKEN - 1) / TAKEN, threads, [&](int64_t piece) {
-    Found part = {};
-    const int64_t end = std::min(size, (piece + 1) * TAKEN);
-    for (int64_t at = piece * TAKEN; at < end; at += HASHED) {
-      const int64_t stop = std::min(end, at + HASHED);
-      if (stop - at == HASHED) sums[at / HASHED] = hashed(data + at);
-      look(*stored, data, at, stop, &part);
-    }
-    std::lock_guard<std::mutex> lock(together);
-    add(part, found);
+int64_t cabochon_look(Backlog* backlog, const Stretch* stretch) {
+  const auto together = std::make_shared<std::mutex>();
+  return backlog->add((int)((stretch->size + TAKEN - 1) / TAKEN), [s = *stretch, together](int i) {
+    look_at_piece(s, i, together.get());
   });
 }
 }

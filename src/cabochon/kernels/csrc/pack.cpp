@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "api.h"
-#include "pool.h"
+#include "backlog.h"
+#include "pack.h"
 
 constexpr int AHEAD = 256;  // bytes of a row that are fetched before they are needed
 
@@ -99,13 +99,6 @@ template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to
   if (CODES == U6) memcpy(to + above, high, 4), memcpy(to + above + 128, high + 1, 4);
   if (CODES == U5 || CODES == U3) memcpy(to + above, high, 4);
 }
-
-// What is packed: rows of `bytes` each, `ld` apart.
-struct Stored {
-  Layout layout;
-  const uint8_t* rows;
-  int64_t ld, bytes;
-};
 
 // What is read over and over is copied: stores of bytes might change anything else.
 template <int CODES, class Codes>
@@ -225,28 +218,28 @@ static void pack_numbers(const uint8_t* from, int64_t row, int64_t group, int pe
     }
 }
 
+static void pack_grouped(const Grouped& g, int rows, uint8_t* to) {
+  if (g.size == 1) pack_numbers(g.from, g.row, g.group, g.per_row, rows, to);
+  else if (g.size == 2) pack_numbers(g.from, g.row, g.group, g.per_row, rows, (uint16_t*)to);
+  else pack_numbers(g.from, g.row, g.group, g.per_row, rows, (uint32_t*)to);
+}
+
+void pack(const Matrix& m, const Stored& stored, int64_t block) {
+  const int rows = (int)std::min<int64_t>(ROWS, m.rows - block * ROWS);
+  uint8_t* to = (uint8_t*)m.data + block * m.stride;
+  for (const Grouped& g : stored.grouped)
+    if (g.from) pack_grouped(g, rows, to + g.at);
+  pack_block(stored, rows, m, to + m.codes_at);
+}
+
 extern "C" {
-// The codes of all rows: each has `bytes`, `ld` apart.
-void cabochon_pack_codes(const Matrix* m, const Layout* layout, const uint8_t* octets, int64_t ld,
-                         int64_t bytes, int threads) {
-  in_parallel((m->rows + ROWS - 1) / ROWS, threads, [&](int64_t b) {
-    const Stored stored{*layout, octets + b * ROWS * ld, ld, bytes};
-    uint8_t* to = (uint8_t*)m->data + b * m->stride + m->codes_at;
-    pack_block(stored, std::min<int>(ROWS, m->rows - b * ROWS), *m, to);
+int64_t cabochon_pack(Backlog* backlog, const Matrix* matrix, const Stored* stored) {
+  return backlog->add((matrix->rows + ROWS - 1) / ROWS, [m = *matrix, all = *stored](int64_t block) {
+    Stored s = all;
+    s.rows += block * ROWS * s.ld;
+    for (Grouped& g : s.grouped)
+      if (g.from) g.from += block * ROWS * g.row;
+    pack(m, s, block);
   });
 }
-
-// Numbers of `size` bytes, `per_row` a row, to `[per_row, 32]` at `at` of each block.
-void cabochon_pack_scales(const Matrix* m, int64_t at, const uint8_t* from, int64_t row,
-                          int64_t group, int per_row, int size, int threads) {
-  in_parallel((m->rows + ROWS - 1) / ROWS, threads, [&](int64_t b) {
-    uint8_t* to = (uint8_t*)m->data + b * m->stride + at;
-    const uint8_t* rows = from + b * ROWS * row;
-    const int count = std::min<int>(ROWS, m->rows - b * ROWS);
-    if (size == 1) pack_numbers(rows, row, group, per_row, count, to);
-    else if (size == 2) pack_numbers(rows, row, group, per_row, count, (uint16_t*)to);
-    else pack_numbers(rows, row, group, per_row, count, (uint32_t*)to);
-  });
-}
-
 }

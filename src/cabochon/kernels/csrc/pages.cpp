@@ -9,7 +9,7 @@
 #include <cstring>
 #include <sys/mman.h>
 
-#include "pool.h"
+#include "backlog.h"
 
 namespace {
 
@@ -33,9 +33,9 @@ void cabochon_advise(void* data, int64_t size) {
 }
 
 // Fills memory with what lies elsewhere.
-void cabochon_copy(uint8_t* to, const uint8_t* from, int64_t size, int threads) {
-  constexpr int64_t PIECE = 1 << 20;
-  in_parallel((size + PIECE - 1) / PIECE, threads, [&](int64_t i) {
+int64_t cabochon_copy(Backlog* backlog, uint8_t* to, const uint8_t* from, int64_t size) {
+  constexpr int64_t PIECE = 1 << 18;
+  return backlog->add((int)((size + PIECE - 1) / PIECE), [=](int i) {
     memcpy(to + i * PIECE, from + i * PIECE, std::min(PIECE, size - i * PIECE));
   });
 }

@@ -1,6 +1,8 @@
 // A matrix of floats told again in eight bits an entry, and how far off that can be: enough to know
 // which of its products are the largest.
 #pragma once
+#include "backlog.h"
+#include "pack.h"
 #include "rows.h"
 
 namespace {
@@ -35,33 +37,40 @@ INL void sketch_group(const uint8_t* row, int k, uint8_t* codes, uint16_t* scale
   for (int i = 0; i < SKETCH_GROUP; i++) codes[i] = (uint8_t)((int)whole[i] + SKETCH_TOP + 1);
 }
 
-// Every row of `m`, whose columns are a multiple of SKETCH_GROUP: its codes, its scales, and the norms
-// of what the codes leave and of the row.
-template <int TYPE>
-static void sketch_as(const Rows& m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
-                      int threads) {
-  const int groups = m.columns / SKETCH_GROUP;
-  constexpr int EACH = 256;
-  in_parallel((m.rows + EACH - 1) / EACH, threads, [&](int piece) {
-    for (int64_t r = piece * EACH; r < std::min<int64_t>(m.rows, (piece + 1) * EACH); r++) {
-      const uint8_t* row = m.data + r * m.columns * SIZE<TYPE>;
-      Squares sums{fzero(), fzero()};
-      for (int g = 0; g < groups; g++)
-        sketch_group<TYPE>(row, g * SKETCH_GROUP, codes + (r * groups + g) * SKETCH_GROUP,
-                           scales + r * groups + g, &sums);
-      left[r] = std::sqrt(fsum(sums.left));
-      norms[r] = std::sqrt(fsum(sums.all));
-    }
-  });
+// What rows are packed from: codes of eight bits, in their order, and a bfloat16 for each group.
+inline Stored sketched(const uint8_t* codes, const uint16_t* scales, int columns) {
+  const int groups = columns / SKETCH_GROUP;
+  Stored s = {codes, columns, columns, {UNIT, UNIT, 0, 0, 1, {{0, 8, 0, 0}}}, {}};
+  s.grouped[0] = {(const uint8_t*)scales, 0, groups * 2, 2, groups, 2};
+  return s;
 }
 
-static void sketch_rows(const Rows& m, uint8_t* codes, uint16_t* scales, float* left, float* norms,
-                        int threads) {
-  switch (m.type) {
-    case ROW_BF16: return sketch_as<ROW_BF16>(m, codes, scales, left, norms, threads);
-    case ROW_F16: return sketch_as<ROW_F16>(m, codes, scales, left, norms, threads);
-    default: return sketch_as<ROW_F32>(m, codes, scales, left, norms, threads);
+// The block `b` of `to`, of as many rows of `m` with a multiple of SKETCH_GROUP columns; and how far
+// off products with it are, by the norms of what the codes leave and of the row.
+template <int TYPE>
+static void sketch_block(const Rows& m, const Matrix& to, const Margin& margin, int64_t b) {
+  const int groups = m.columns / SKETCH_GROUP, count = std::min<int64_t>(ROWS, m.rows - b * ROWS);
+  static thread_local Room room;
+  uint16_t* scales = (uint16_t*)room.of((ROWS * (m.columns + groups * 2) + 3) / 4);
+  uint8_t* codes = (uint8_t*)(scales + ROWS * groups);
+  for (int i = 0; i < count; i++) {
+    const int64_t r = b * ROWS + i;
+    const uint8_t* row = m.data + r * m.columns * SIZE<TYPE>;
+    Squares sums{fzero(), fzero()};
+    for (int g = 0; g < groups; g++)
+      sketch_group<TYPE>(row, g * SKETCH_GROUP, codes + (i * groups + g) * SKETCH_GROUP,
+                         scales + i * groups + g, &sums);
+    margin.of[r] = std::sqrt(fsum(sums.left)) * margin.left + std::sqrt(fsum(sums.all)) * margin.all +
+                   margin.least;
   }
+  pack(to, sketched(codes, scales, m.columns), b);
+}
+
+static int64_t sketch_rows(Backlog* backlog, const Rows& m, const Matrix& to, const Margin& margin) {
+  const auto block = m.type == ROW_BF16  ? sketch_block<ROW_BF16>
+                     : m.type == ROW_F16 ? sketch_block<ROW_F16>
+                                         : sketch_block<ROW_F32>;
+  return backlog->add((m.rows + ROWS - 1) / ROWS, [=](int b) { block(m, to, margin, b); });
 }
 
 }  // namespace

@@ -2,14 +2,15 @@
 #pragma once
 #include "api.h"
 
+class Backlog;
+
 struct Table {
   void (*times)(const Matrix*, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                 int64_t ldy, int threads);
   void (*times_rows)(const Rows*, const int64_t* ids, const float* x, int64_t ldx, int n, int start,
                      int stop, float* y, int64_t ldy, int threads);
   void (*layers)(const Layer* const*, const Cache*, const Rotation*, const Step*, int count);
-  void (*sketch)(const Rows*, uint8_t* codes, uint16_t* scales, float* left, float* norms,
-                 int threads);
+  int64_t (*sketch)(Backlog*, const Rows*, const Matrix* to, const Margin*);
   double (*peak)(int64_t rounds, int threads);
   void (*read)(const uint8_t* data, int64_t size, int threads);
   void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
