@@ -20,7 +20,7 @@ from cabochon.kernels.library import Activations
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
 from cabochon.load.plan import LoadPlan
-from cabochon.load.report import plan_checkpoint
+from cabochon.load.report import Report, plan_checkpoint
 from cabochon.options import Dtype, KvDtype, Options
 from cabochon.survey import surveyed
 
@@ -110,7 +110,8 @@ class LLM:
             plan = self.report.plan
             assert plan is not None
             self.config: Gemma4Config = plan.config
-            drafting = None if drafter is None else _plan_drafter(drafter, plan, weights_only)
+            self.drafter = None if drafter is None else _drafter(drafter, plan, weights_only)
+            drafting = self.drafter and self.drafter.plan
             memory = _memory_for([plan, *([drafting] if drafting else [])], source.path)
             with surveyed(plan, threads) as survey:
                 from cabochon.assembly import assemble
@@ -127,6 +128,11 @@ class LLM:
         self.runner = made.runner
         self.engine = made.engine
         self._longest_step = made.text.longest_step
+
+    def told(self) -> str:
+        """What was loaded and how, for people."""
+        drafter = [self.drafter.text()] if self.drafter else []
+        return "\n\n".join((self.report.text(), self.certificate.text(), *drafter))
 
     @property
     def fingerprint(self) -> str:
@@ -199,8 +205,8 @@ def _source(model: str | Path | Source | None, weights_only: bool) -> Source:
     return model if isinstance(model, Source) else obtain(model, weights_only=weights_only)
 
 
-def _plan_drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: bool) -> LoadPlan:
-    """How a drafter is loaded that guesses for `target`; read with it in mind, before any weight.
+def _drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: bool) -> Report:
+    """The report on a drafter, whose plan is for guessing for `target`; made before any weight.
 
     Raises:
         UnreadableError, LoadError: it is no drafter that loads, or one of another model.
@@ -210,7 +216,8 @@ def _plan_drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: 
     report.require_drafter()
     assert report.plan is not None
     try:
-        return replace(report.plan, config=beside(report.plan.config, target.config))
+        config = beside(report.plan.config, target.config)
+        return replace(report, plan=replace(report.plan, config=config))
     except LoadError as error:
         raise LoadError(f"{source.shown}: {error}") from None
 

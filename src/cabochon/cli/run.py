@@ -88,7 +88,7 @@ def run(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
     with load(model, settings) as llm:
         if verbose:
-            print(f"{llm.report.text()}\n\n{llm.certificate.text()}", file=sys.stderr)
+            print(llm.told(), file=sys.stderr)
         params = dataclasses.replace(llm.defaults, **changes)
         conversation = Conversation(llm, params, system=system, verbose=verbose)
         for medium in media:

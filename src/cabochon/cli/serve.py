@@ -28,7 +28,7 @@ def serve(model: Model = None, debug: Debug = False, *, settings: Settings) -> N
     with server.bind(settings.host, settings.port) as listener, load(model, settings) as llm:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"http://{host}:{listener.getsockname()[1]}"
-        say("\n\n".join((llm.report.text(), llm.certificate.text(), llm.capacity)))
+        say(f"{llm.told()}\n\n{llm.capacity}")
 
         def ready() -> None:
             say(f"ready: {url} (page at /, docs at /docs)\n\n{_curl(url, llm.name, settings)}\n")
