@@ -206,6 +206,18 @@ def test_the_state_is_where_the_latest_token_was_drawn(
         assert theirs(*upstream, Prompt(tuple(known)), latest, 3)[0] == guessed
 
 
+def test_a_prompt_whose_last_token_has_a_step_of_its_own(
+    together: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is drawn yet that a drafter could go on from."""
+    scheduler, prompt = together.engine.scheduler, [7, *WORDS[:16]]
+    monkeypatch.setattr(scheduler, "prefill_chunk", 16)
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    answer = together.generate([prompt], params)
+    monkeypatch.setattr(scheduler.guesser, "most", 0)
+    assert together.generate([prompt], params) == answer
+
+
 @pytest.mark.parametrize("name", ["e2b-w4a16", "e2b-nvfp4a16"])
 def test_no_answer_changes(name: str) -> None:
     """Where kernels round activations, to the bit, whatever a drafter guesses."""

@@ -71,7 +71,12 @@ class Guesses:
             self.tokens = self._lookup.guess(tokens, min(most, reach))
 
     def draft(self, most: int) -> int:
-        """How many tokens a drafter shall guess, up to `most`."""
+        """How many tokens a drafter shall guess, up to `most`.
+
+        None where nothing was drawn: a prompt's last token may have a step of its own.
+        """
+        if self.state is None:
+            return 0
         self._by = self._drafted
         return min(most, self._drafted.now())
 
