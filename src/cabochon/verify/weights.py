@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cabochon.errors import LoadError
+from cabochon.errors import UnreadableError
 from cabochon.load.in_file import opened
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.plan import LoadPlan
@@ -102,7 +102,7 @@ def compare(
     only one of them has, has no loss.
 
     Raises:
-        LoadError: a matrix has another size in `original`.
+        UnreadableError: a matrix has another size in `original`.
     """
     done = 0
     expected = {matrix.name: matrix for matrix in matrices(original)}
@@ -124,7 +124,7 @@ def compare(
 def _check_size(matrix: Matrix, other: Matrix) -> None:
     found, expected = ("x".join(map(str, m.size)) for m in (matrix, other))
     if found != expected:
-        raise LoadError(
+        raise UnreadableError(
             f"{matrix.name} is {found}, and {expected} in the other checkpoint: only models of the"
             " same sizes can be compared"
         )
