@@ -64,8 +64,9 @@ class Guesses:
 
     def find(self, tokens: Sequence[int], most: int) -> None:
         """Guess up to `most` tokens behind `tokens`: what must come, or what came there before."""
-        self._by = self._forced
-        self.tokens = list(self.forced()[: min(most, self._forced.now())])
+        if reach := self._forced.now():
+            self._by = self._forced
+            self.tokens = list(self.forced()[: min(most, reach)])
         if not self.tokens and (reach := self._looked_up.now()):
             self._by = self._looked_up
             self.tokens = self._lookup.guess(tokens, min(most, reach))
