@@ -33,6 +33,14 @@ from cabochon.load.obtain import inspect_model
 
 References = Callable[[str], Any]
 COUNT = 6  # guesses
+ROTATIONS = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.25,
+    },
+}
 BLOCKS = FORMATS["FP8 block, cut short"][0]
 SCHEMES = {
     "FP8 block": BLOCKS,
@@ -309,6 +317,7 @@ def changed(**values: object) -> Callable[[dict[str, Any]], None]:
         ({"sliding_window": 16}, "window of sliding layers is 16, and 32"),
         ({"per_layer_config": {}}, "SHAPE"),
         ({"num_key_value_heads": 2}, "key and value heads of sliding layers is 2, and 1"),
+        ({"rope_parameters": ROTATIONS}, "base of full layers is 500000.0, and 1000000.0 of"),
         ({"num_kv_shared_layers": 3}, "num_kv_shared_layers is 3"),
         ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input is 8"),
         ({"num_centroids": 7}, "num_centroids is 7"),
