@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import drafters
+import family
 import gguf
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from gguf_models import decoded
 from reference import inputs, relative_error
 from thin import fixture
 from torch import Tensor
+from transformers import AutoConfig
 
 from cabochon import LLM, SamplingParams
+from cabochon.config import beside, parse_config
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.drafts import Drafts
 from cabochon.engine.request import Prompt
@@ -30,6 +34,7 @@ from cabochon.engine.scheduler import Scheduled, TokenSequence
 from cabochon.errors import CabochonError, LoadError
 from cabochon.gemma4.drafter import Drafter
 from cabochon.load.obtain import inspect_model
+from cabochon.load.report import inspect_checkpoint
 
 References = Callable[[str], Any]
 COUNT = 6  # guesses
@@ -288,6 +293,38 @@ def test_a_drafter_in_gguf(references: References, name: str) -> None:
         sequence, cache = computed(llm, prompt, drawn=300)
         ours = Drafts(drafts_of(llm).drafter, llm.runner, cache)([sequence], COUNT)[0]
     assert ours == theirs(target, drafter, prompt, 300, COUNT)[0]
+
+
+@pytest.mark.parametrize("name", family.MEMBERS)
+def test_plans_of_the_real_sizes_read_what_upstreams_drafters_have(
+    tmp_path: Path, name: str
+) -> None:
+    described = family.drafter_config(name)
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    drafters.mend()
+    with torch.device("meta"):
+        made = drafters.class_of(name.lower())(AutoConfig.from_pretrained(tmp_path))
+    tensors = made.state_dict()
+    del tensors["lm_head.weight"]  # the token table
+    dtypes = {torch.int64: "I64", torch.float32: "BF16"}
+    layout = {key: (dtypes[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    report = inspect_checkpoint(family.write_headers(tmp_path, layout, described))
+    assert report.loads, report.text()
+    assert report.nbytes == family.nbytes(layout)
+    assert f"guesses for Gemma 4 {name}:" in report.text()
+
+
+@pytest.mark.parametrize("name", family.MEMBERS)
+def test_a_drafter_of_a_real_size_fits_its_target_alone(name: str) -> None:
+    drafter = parse_config(family.drafter_config(name))
+    targets = {other: parse_config(family.config(other)) for other in family.MEMBERS}
+    layers = targets[name].text.layers
+    read = [layers[layer.kv_source] for layer in beside(drafter, targets.pop(name)).text.layers]
+    assert [layer.kind for layer in read] == ["sliding"] * 3 + ["full"]
+    assert not any(layer.shares_kv for layer in read)
+    for other in targets.values():
+        with pytest.raises(LoadError, match="not of this model"):
+            beside(drafter, other)
 
 
 def refused(target: Path, drafter: Path) -> str:
