@@ -35,6 +35,15 @@ TEXT: Mapping[str, Mapping[str, Any]] = {
 }
 # fmt: on
 
+# Hidden size, width of MLPs and heads of each one's drafter.
+DRAFTERS = {
+    "E2B": (256, 2048, 4),
+    "E4B": (256, 2048, 4),
+    "12B": (1024, 8192, 16),
+    "26B-A4B": (1024, 8192, 16),
+    "31B": (1024, 8192, 32),
+}
+
 
 def is_full(member: str, layer: int) -> bool:
     return (layer + 1) % int(TEXT[member]["every"]) == 0
@@ -347,6 +356,33 @@ LOCAL = FP4 | {"dynamic": "local"}
 
 def nbytes(tensors: Layout) -> int:
     return sum(BYTES[dtype] * math.prod(shape) for dtype, shape in tensors.values())
+
+
+def drafter_config(member: str) -> dict[str, Any]:
+    """`config.json` of a model's drafter."""
+    hidden, width, heads = DRAFTERS[member]
+    kind = "gemma4_unified" if member == "12B" else "gemma4"
+    text = config(member)["text_config"] | {
+        "model_type": f"{kind}_text",
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 4,
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        "use_double_wide_mlp": False,
+        "enable_moe_block": False,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+    }
+    prefix = "Gemma4Unified" if member == "12B" else "Gemma4"
+    return {
+        "architectures": [f"{prefix}AssistantForCausalLM"],
+        "model_type": f"{kind}_assistant",
+        "backbone_hidden_size": TEXT[member]["hidden"],
+        "use_ordered_embeddings": member in ("E2B", "E4B"),
+        "text_config": text,
+    }
 
 
 def write_headers(folder: Path, tensors: Layout, described: Mapping[str, Any]) -> Path:

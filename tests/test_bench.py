@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 from command import cabochon
+from typer.testing import CliRunner
 
 from cabochon import LLM
 from cabochon.bench import machine, measure
+from cabochon.cli.app import app
+from cabochon.errors import CabochonError
+from cabochon.settings import Settings
 
 
 def test_every_figure_is_there_and_possible(tmp_path: Path) -> None:
@@ -52,3 +56,20 @@ def test_what_is_no_list_of_numbers_is_refused(text: str) -> None:
     done = cabochon("bench", "--streams", text)
     assert done.returncode == 2
     assert "--streams" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "guessed"), [([], 0), (["--drafter", "D"], None), (["--draft-tokens", "7"], 7)]
+)
+def test_nothing_is_guessed_unless_somebody_asks(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], guessed: int | None
+) -> None:
+    seen = []
+
+    def load(_: str, settings: Settings) -> None:
+        seen.append(settings.draft_tokens)
+        raise CabochonError("enough")
+
+    monkeypatch.setattr("cabochon.cli.bench.load", load)
+    CliRunner().invoke(app, ["bench", "MODEL", *flags])
+    assert seen == [guessed]

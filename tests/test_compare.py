@@ -55,6 +55,13 @@ def test_a_file_lost_nothing_against_itself() -> None:
     assert found.as_dict()["sites"][0]["loss"]["decibels"] is None  # infinity is no JSON
 
 
+@pytest.mark.parametrize("other", ["31b-bf16", "e2b-assistant"])
+def test_models_of_other_sizes_are_refused(other: str) -> None:
+    done = cabochon("compare", W4A16, FIXTURES / other)
+    assert done.returncode == 2
+    assert "only models of the same sizes can be compared" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["e2b-w4a16-embed", "26b-w4a16", "31b-bnb-nf4"])
 def test_large_matrices_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path, original = fixture(name), FIXTURES / f"{name[:3]}-bf16"

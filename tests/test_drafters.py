@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import drafters
+import family
 import gguf
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from gguf_models import decoded
 from reference import inputs, relative_error
 from thin import fixture
 from torch import Tensor
+from transformers import AutoConfig
 
 from cabochon import LLM, SamplingParams
+from cabochon.config import beside, parse_config
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.drafts import Drafts
 from cabochon.engine.request import Prompt
@@ -30,9 +34,18 @@ from cabochon.engine.scheduler import Scheduled, TokenSequence
 from cabochon.errors import CabochonError, LoadError
 from cabochon.gemma4.drafter import Drafter
 from cabochon.load.obtain import inspect_model
+from cabochon.load.report import inspect_checkpoint
 
 References = Callable[[str], Any]
 COUNT = 6  # guesses
+ROTATIONS = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.25,
+    },
+}
 BLOCKS = FORMATS["FP8 block, cut short"][0]
 SCHEMES = {
     "FP8 block": BLOCKS,
@@ -155,6 +168,18 @@ def test_guesses_are_upstreams(together: LLM, upstream: tuple[Any, Any], kind: s
         assert relative_error(mine, its) < 1e-5
 
 
+def test_kernels_guess_what_upstream_guesses(member: str, upstream: tuple[Any, Any]) -> None:
+    """Nearly always: they round otherwise, and a guess may hang by a last bit."""
+    rng, right = np.random.default_rng(6), 0
+    prompts = [Prompt((2, *rng.integers(280, 384, 5 + 3 * i).tolist())) for i in range(20)]
+    with LLM(FIXTURES / f"{member}-bf16", drafter=drafters.drafter(member)) as llm:
+        for prompt in prompts:
+            sequence, cache = computed(llm, prompt, drawn=300)
+            ours = Drafts(drafts_of(llm).drafter, llm.runner, cache)([sequence], 3)[0]
+            right += ours == theirs(*upstream, prompt, 300, 3)[0]
+    assert right >= 18
+
+
 def test_sequences_are_guessed_for_together(together: LLM) -> None:
     """Those of all lengths at once are those of each alone."""
     drafts, params = drafts_of(together), SamplingParams(temperature=0.0, max_tokens=40)
@@ -180,7 +205,7 @@ def test_the_state_is_where_the_latest_token_was_drawn(
     together: LLM, upstream: tuple[Any, Any]
 ) -> None:
     """Behind right guesses, wrong ones, and several of both: upstream guesses the same from it."""
-    drafts, answer = drafts_of(together), []
+    drafts = drafts_of(together)
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     answer = list(together.generate(WORDS[:30], params)[0].tokens)
     rng, seen = np.random.default_rng(4), []
@@ -204,6 +229,18 @@ def test_the_state_is_where_the_latest_token_was_drawn(
     for tokens, guessed in seen:
         *known, latest = tokens
         assert theirs(*upstream, Prompt(tuple(known)), latest, 3)[0] == guessed
+
+
+def test_a_prompt_whose_last_token_has_a_step_of_its_own(
+    together: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is drawn yet that a drafter could go on from."""
+    scheduler, prompt = together.engine.scheduler, [7, *WORDS[:16]]
+    monkeypatch.setattr(scheduler, "prefill_chunk", 16)
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    answer = together.generate([prompt], params)
+    monkeypatch.setattr(scheduler.guesser, "most", 0)
+    assert together.generate([prompt], params) == answer
 
 
 @pytest.mark.parametrize("name", ["e2b-w4a16", "e2b-nvfp4a16"])
@@ -258,6 +295,38 @@ def test_a_drafter_in_gguf(references: References, name: str) -> None:
     assert ours == theirs(target, drafter, prompt, 300, COUNT)[0]
 
 
+@pytest.mark.parametrize("name", family.MEMBERS)
+def test_plans_of_the_real_sizes_read_what_upstreams_drafters_have(
+    tmp_path: Path, name: str
+) -> None:
+    described = family.drafter_config(name)
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    drafters.mend()
+    with torch.device("meta"):
+        made = drafters.class_of(name.lower())(AutoConfig.from_pretrained(tmp_path))
+    tensors = made.state_dict()
+    del tensors["lm_head.weight"]  # the token table
+    dtypes = {torch.int64: "I64", torch.float32: "BF16"}
+    layout = {key: (dtypes[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()}
+    report = inspect_checkpoint(family.write_headers(tmp_path, layout, described))
+    assert report.loads, report.text()
+    assert report.nbytes == family.nbytes(layout)
+    assert f"guesses for Gemma 4 {name}:" in report.text()
+
+
+@pytest.mark.parametrize("name", family.MEMBERS)
+def test_a_drafter_of_a_real_size_fits_its_target_alone(name: str) -> None:
+    drafter = parse_config(family.drafter_config(name))
+    targets = {other: parse_config(family.config(other)) for other in family.MEMBERS}
+    layers = targets[name].text.layers
+    read = [layers[layer.kv_source] for layer in beside(drafter, targets.pop(name)).text.layers]
+    assert [layer.kind for layer in read] == ["sliding"] * 3 + ["full"]
+    assert not any(layer.shares_kv for layer in read)
+    for other in targets.values():
+        with pytest.raises(LoadError, match="not of this model"):
+            beside(drafter, other)
+
+
 def refused(target: Path, drafter: Path) -> str:
     with pytest.raises(LoadError) as caught:
         LLM(target, drafter=drafter, dtype="float32")
@@ -285,6 +354,7 @@ def changed(**values: object) -> Callable[[dict[str, Any]], None]:
         ({"sliding_window": 16}, "window of sliding layers is 16, and 32"),
         ({"per_layer_config": {}}, "SHAPE"),
         ({"num_key_value_heads": 2}, "key and value heads of sliding layers is 2, and 1"),
+        ({"rope_parameters": ROTATIONS}, "base of full layers is 500000.0, and 1000000.0 of"),
         ({"num_kv_shared_layers": 3}, "num_kv_shared_layers is 3"),
         ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input is 8"),
         ({"num_centroids": 7}, "num_centroids is 7"),

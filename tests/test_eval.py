@@ -257,6 +257,14 @@ def test_texts_are_compared_window_by_window(tmp_path: Path) -> None:
     assert "loss against the first" in done.stdout
 
 
+def test_a_single_window_has_no_interval(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four")
+    done = cabochon("eval", DENSE, "--task", "perplexity", "--data", text)
+    assert done.returncode == 0, done.stderr
+    assert "0.000 to inf |" in done.stdout
+
+
 def test_an_unknown_task_is_an_error(tmp_path: Path) -> None:
     fails(cabochon("eval", DEMO, "--task", "mmlu", "--data", tmp_path), 2, "--task is 'mmlu'")
 

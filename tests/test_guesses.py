@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from thin import fixture
 
 from cabochon import LLM, SamplingParams
 from cabochon.assembly import DRAFT_TOKENS
-from cabochon.engine.cache import PAGE
-from cabochon.engine.guesses import Reach
+from cabochon.engine.cache import PAGE, CachePlan, Chunk, PagedCache
+from cabochon.engine.guesses import Guesser, Reach
 from cabochon.engine.guide import TurnRules
 from cabochon.engine.lookup import LEAST_ALIKE, MOST_ALIKE, Lookup
 from cabochon.engine.request import Completion, Prompt
+from cabochon.engine.scheduler import Scheduler, TokenSequence
 from cabochon.text.parser import Structure
 
 MODELS = ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "31b-w4a16", "e2b-bf16", "26b-bf16")
@@ -122,6 +124,27 @@ def test_guesses_take_no_page_from_anybody() -> None:
         put_off = guessing.engine.scheduler.preemptions, plain.engine.scheduler.preemptions
         assert put_off[1] > 0
         assert put_off[0] <= put_off[1]
+
+
+def test_a_guess_takes_no_page_that_another_needs_in_the_same_step(tiny: LLM) -> None:
+    """Of three pages two sequences hold one each, and the second is about to begin the third."""
+    plan = CachePlan.single(tiny.config.text, 3 * PAGE, PAGE)
+    plan = replace(plan, pages=tuple(3 for _ in plan.groups), max_batch=2)
+    cache = PagedCache(plan, torch.float32, torch.device("cpu"))
+
+    class Far(Guesser):
+        def __call__(self, sequences: Sequence[TokenSequence]) -> None:
+            sequences[0].guesses.tokens = [7] * PAGE
+
+    scheduler = Scheduler(cache, PAGE, Far(PAGE))
+    for length in (PAGE // 2, PAGE + 1):
+        sequence = TokenSequence(cache.new_table(), [2] * length, {}, computed=length - 1)
+        assert cache.reserve(Chunk(sequence.table, 0, length - 1))
+        scheduler.running.append(sequence)
+    step = scheduler.schedule()
+    assert [s.sequence for s in step] == scheduler.running
+    assert [s.chunk.stop - s.chunk.start for s in step] == [1, 1]
+    assert (len(step), scheduler.preemptions) == (2, 0)
 
 
 def test_exact_modes_guess_nothing(tiny: LLM) -> None:

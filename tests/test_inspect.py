@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import (
     DENSE,
+    FIXTURES,
     NVFP4,
     QUANTIZED,
     W4A16,
@@ -129,6 +130,15 @@ def test_the_json_is_as_its_schema_says(folder: Path) -> None:
     jsonschema.validate(found, SCHEMA)
     assert found["memory"]["fits"]
     assert found["model"]["parameters"] > found["model"]["parameters_active"]
+
+
+def test_the_json_of_a_drafter_is_as_the_schema_says() -> None:
+    """It takes nothing by itself, keeps nothing, and needs the memory of its target."""
+    found = inspect_checkpoint(FIXTURES / "e2b-assistant").as_dict()
+    jsonschema.validate(found, SCHEMA)
+    assert found["verdict"] == "loads"
+    assert found["model"]["name"] == "a drafter, which guesses for a Gemma 4 of 64"
+    assert found["memory"] is None
 
 
 def test_the_json_of_refusals_is_as_the_schema_says(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ class LLM:
             assert plan is not None
             self.config: Gemma4Config = plan.config
             self.drafter = None if drafter is None else _drafter(drafter, plan, weights_only)
-            drafting = self.drafter and self.drafter.plan
+            drafting = self.drafter.plan if self.drafter else None
             memory = _memory_for([plan, *([drafting] if drafting else [])], source.path)
             with surveyed(plan, threads) as survey:
                 from cabochon.assembly import assemble

@@ -43,7 +43,8 @@ def bench(
     from cabochon.bench import measure
 
     counts, lengths = _numbers("--streams", streams), _numbers("--prompts", prompts)
-    if settings.draft_tokens is None:  # what follows a random prompt repeats itself as no text does
+    # What follows a random prompt repeats itself as no text does.
+    if settings.draft_tokens is None and settings.drafter is None:
         settings = settings.model_copy(update={"draft_tokens": 0})
     start = time.perf_counter()
     with load(model, settings) as llm:

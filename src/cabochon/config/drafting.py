@@ -51,8 +51,9 @@ def beside(drafter: Gemma4Config, target: Gemma4Config) -> Gemma4Config:
         _expect(f"the size of heads {of}", layer.head_dim, source.head_dim)
         _expect(f"the number of key and value heads {of}", layer.kv_heads, source.kv_heads)
         _expect(f"the window {of}", layer.window, source.window)
-        rotations = (config.text.rope[layer.kind] for config in (drafter, target))
-        _expect(f"the rotation {of}", *rotations)
+        rotation, needed = (config.text.rope[layer.kind] for config in (drafter, target))
+        _expect(f"the rotary base {of}", rotation.theta, needed.theta)
+        _expect(f"the rotating share {of}", rotation.fraction, needed.fraction)
     layers = (replace(layer, kv_source=sources[layer.kind].index) for layer in drafter.text.layers)
     return replace(drafter, text=replace(drafter.text, layers=tuple(layers)))
 
@@ -60,5 +61,6 @@ def beside(drafter: Gemma4Config, target: Gemma4Config) -> Gemma4Config:
 def _expect(what: str, found: object, needed: object) -> None:
     if found != needed:
         raise LoadError(
-            f"this drafter is not of this model: {what} is {found}, and {needed} of the model"
+            f"this drafter is not of this model: {what} is {found}, and {needed} of the model."
+            " Name the drafter that was published with it"
         )

@@ -64,14 +64,20 @@ class Guesses:
 
     def find(self, tokens: Sequence[int], most: int) -> None:
         """Guess up to `most` tokens behind `tokens`: what must come, or what came there before."""
-        self._by = self._forced
-        self.tokens = list(self.forced()[: min(most, self._forced.now())])
+        if reach := self._forced.now():
+            self._by = self._forced
+            self.tokens = list(self.forced()[: min(most, reach)])
         if not self.tokens and (reach := self._looked_up.now()):
             self._by = self._looked_up
             self.tokens = self._lookup.guess(tokens, min(most, reach))
 
     def draft(self, most: int) -> int:
-        """How many tokens a drafter shall guess, up to `most`."""
+        """How many tokens a drafter shall guess, up to `most`.
+
+        None where nothing was drawn: a prompt's last token may have a step of its own.
+        """
+        if self.state is None:
+            return 0
         self._by = self._drafted
         return min(most, self._drafted.now())
 

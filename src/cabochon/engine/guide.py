@@ -73,8 +73,9 @@ class Guide:
         """Tokens of which a grammar leaves no choice from a place of this kind on."""
         if self._call is not None:
             return self._call.forced()
-        bound = state is State.CONTENT and self._begun and self._text is not None
-        return self._text.forced() if bound and self._text is not None else []
+        if state is State.CONTENT and self._begun and self._text is not None:
+            return self._text.forced()
+        return []
 
     def take(self, token: int, state: State) -> None:
         """Go on behind `token`, which stood in a place of this kind."""

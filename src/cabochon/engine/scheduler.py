@@ -137,7 +137,7 @@ class Scheduler:
         self.guesser(decoding)
         for sequence in decoding:
             if sequence in self.running:  # it may have given its pages to an earlier one
-                self._schedule(sequence, 1 + len(sequence.guesses.tokens), step)
+                self._schedule(sequence, 1, step)
         for sequence in [s for s in self.running if not s.decoding]:
             if room > 0 and sequence in self.running:
                 room -= self._schedule(sequence, room, step)
@@ -151,7 +151,7 @@ class Scheduler:
                 break
             room -= taken
         assert step or not self.waiting, "a sequence that is alone must fit"
-        return step
+        return [self._with_guesses(scheduled) for scheduled in step]
 
     def _schedule(self, sequence: TokenSequence, room: int, step: list[Scheduled]) -> int:
         """Add up to `room` positions of `sequence`, and return how many.
@@ -161,16 +161,23 @@ class Scheduler:
         chunk = sequence.chunk(room)
         sequence.name_pages(min(chunk.stop, len(sequence.tokens)))
         while not self.cache.reserve(chunk):
-            if sequence.guesses.tokens:  # nobody makes place for what may be wrong
-                sequence.guesses.tokens = []
-                chunk = sequence.chunk(room)
-                continue
             loser = self.running[-1]
             self._preempt(loser)
             if loser is sequence:
                 return 0
         step.append(Scheduled(sequence, chunk))
         return chunk.stop - chunk.start
+
+    def _with_guesses(self, scheduled: Scheduled) -> Scheduled:
+        """What is guessed follows, if pages are left: nobody makes place for what may be wrong."""
+        sequence = scheduled.sequence
+        if not sequence.guesses.tokens:
+            return scheduled
+        chunk = sequence.chunk(1 + len(sequence.guesses.tokens))
+        if self.cache.reserve(chunk):
+            return Scheduled(sequence, chunk)
+        sequence.guesses.tokens = []
+        return scheduled
 
     def _adopt(self, sequence: TokenSequence) -> None:
         """Begin behind what the cache holds of the sequence already; its last token is computed."""

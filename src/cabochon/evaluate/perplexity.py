@@ -54,4 +54,4 @@ def _loss(llm: LLM, tokens: Sequence[int]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
+    return math.exp(loss) if loss < 700 else math.inf  # what floats hold ends at 709

@@ -30,6 +30,12 @@ class Matrix:
         return first.site.parts if first.part is None else len(self.reads)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Rows, of all parts together, and columns."""
+        site = self.reads[0].site
+        return len(self.reads) * site.out_features, site.in_features
+
+    @property
     def nbytes(self) -> int:
         return sum(read.nbytes for read in self.reads)
 

@@ -153,10 +153,8 @@ class DynamicRounding(nn.Module):
         if self.group is None:
             return self._round(x)
         width = x.shape[-1]
-        lacking = (
-            -width % self.group
-        )  # of the last group, which has a scale of its own all the same
-        if lacking:
+        lacking = -width % self.group
+        if lacking:  # the last group has a scale of its own all the same
             x = nn.functional.pad(x, (0, lacking))
         return self._round(x.unflatten(-1, (-1, self.group))).flatten(-2)[..., :width]
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cabochon.errors import UnreadableError
 from cabochon.load.in_file import opened
 from cabochon.load.matrices import Matrix, matrices
 from cabochon.load.plan import LoadPlan
@@ -99,10 +100,16 @@ def compare(
 
     A head that the original does not store is compared with its token table. Any other matrix that
     only one of them has, has no loss.
+
+    Raises:
+        UnreadableError: a matrix has another size in `original`.
     """
     done = 0
     expected = {matrix.name: matrix for matrix in matrices(original)}
     expected.setdefault(HEAD, expected[TOKENS])
+    for matrix in matrices(plan):
+        if matrix.name in expected:
+            _check_size(matrix, expected[matrix.name])
     for matrix in matrices(plan):
         other = expected.get(matrix.name)
         weight = opened(matrix)
@@ -112,6 +119,15 @@ def compare(
         done += matrix.nbytes
         if progress is not None:
             progress(done, plan.nbytes)
+
+
+def _check_size(matrix: Matrix, other: Matrix) -> None:
+    found, expected = ("x".join(map(str, m.size)) for m in (matrix, other))
+    if found != expected:
+        raise UnreadableError(
+            f"{matrix.name} is {found}, and {expected} in the other checkpoint: only models of the"
+            " same sizes can be compared"
+        )
 
 
 def _signs(matrix: Matrix, weight: Weight) -> Signs:
