@@ -333,6 +333,22 @@ def refused(target: Path, drafter: Path) -> str:
     return str(caught.value)
 
 
+def test_what_a_drafter_looks_like_is_told(tmp_path: Path) -> None:
+    def empty(tensors: dict[str, Tensor]) -> None:
+        tensors["post_projection.weight"].zero_()
+
+    drafter = altered(tmp_path / "d", drafters.drafter("12b"), tensors=empty)
+    with LLM(FIXTURES / "12b-bf16", drafter=drafter, dtype="float32") as llm:
+        assert any("post_projection" in where for note in llm.notes for where in note.where)
+        assert "post_projection" not in llm.report.text()
+        assert "d: loads (Gemma4UnifiedAssistantForCausalLM)" in llm.told()
+
+
+def test_a_drafter_that_may_not_guess_is_a_contradiction() -> None:
+    with pytest.raises(CabochonError, match="draft_tokens is 0"):
+        LLM(FIXTURES / "12b-bf16", drafter=drafters.drafter("12b"), draft_tokens=0)
+
+
 def test_a_drafter_answers_nobody() -> None:
     with pytest.raises(LoadError, match=r"is a drafter.*--drafter"):
         LLM(drafters.drafter("e2b"))

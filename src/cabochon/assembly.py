@@ -24,6 +24,7 @@ from cabochon.kernels.library import Activations, library
 from cabochon.kernels.pages import enlarge
 from cabochon.load.certificate import Certificate
 from cabochon.load.execute import Loaded, Progress, execute
+from cabochon.load.findings import Finding
 from cabochon.load.look import look
 from cabochon.load.plan import LoadPlan
 from cabochon.load.report import Report
@@ -98,6 +99,7 @@ class Assembled(NamedTuple):
 
     text: Text
     certificate: Certificate
+    notes: tuple[Finding, ...]  # on the weights, of a drafter too
     kernels: Kernels
     grammars: Grammars
     capacity: str
@@ -139,6 +141,11 @@ def assemble(
     if options.debug_nan:
         runner.watch()
     tokenizer, generation, drafts = text.prompts.tokenizer, text.generation, options.draft_tokens
+    notes, drafter = certificate.notes, None
+    if drafting is not None:
+        loaded = _load_drafter(drafting, numbers, options, progress)
+        assert isinstance(loaded.model, Drafter)
+        notes, drafter = (*notes, *loaded.certificate.notes), loaded.model
     engine = Engine(
         runner,
         text.cache,
@@ -147,10 +154,10 @@ def assemble(
         suppressed=generation.suppressed,
         prefill_chunk=options.prefill_chunk,
         draft_tokens=_draft_tokens(gemma, drafting) if drafts is None else drafts,
-        drafter=_load_drafter(drafting, numbers, options, progress) if drafting else None,
+        drafter=drafter,
     )
     grammars = Grammars(tokenizer, config.vocab_size, generation.ends)
-    return Assembled(text, certificate, kernels, grammars, capacity, runner, engine)
+    return Assembled(text, certificate, notes, kernels, grammars, capacity, runner, engine)
 
 
 def _kernels(numbers: _Numbers, survey: Survey | None) -> Kernels:
@@ -213,12 +220,9 @@ def _load(
 
 def _load_drafter(
     plan: LoadPlan, numbers: _Numbers, options: Options, progress: Progress | None
-) -> Drafter:
+) -> Loaded:
     with surveyed(plan, options.threads) as survey:
-        kernels = _kernels(numbers, survey)
-        drafter, _ = _load(plan, numbers.compute, kernels, survey, progress)
-    assert isinstance(drafter, Drafter)
-    return drafter
+        return _load(plan, numbers.compute, _kernels(numbers, survey), survey, progress)
 
 
 def _draft_tokens(model: Gemma4, drafting: LoadPlan | None) -> int:

@@ -28,6 +28,10 @@ class LoadError(CabochonError):
     exit_code = 1
 
 
+class MismatchError(LoadError):
+    """A checkpoint that loads, in the place of another kind, or beside one it was not made for."""
+
+
 class ResourceError(CabochonError):
     """A checkpoint that would load, but not on this machine."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cabochon.checkpoint.source import Source
 from cabochon.config import Gemma4Config, beside
-from cabochon.errors import LoadError, ResourceError
+from cabochon.errors import CabochonError, MismatchError, ResourceError
 from cabochon.garbage import uncollected
 from cabochon.kernels.library import Activations
 from cabochon.load.forecast import machine_memory
@@ -100,6 +100,8 @@ class LLM:
             draft_tokens=draft_tokens,
             debug_nan=debug_nan,
         )
+        if drafter is not None and draft_tokens == 0:
+            raise CabochonError("draft_tokens is 0, so that the drafter guesses nothing: name one")
         with uncollected():
             source = _source(model, weights_only)
             self.name = source.name
@@ -119,6 +121,7 @@ class LLM:
                 made = assemble(self.report, drafting, options, memory, survey, progress)
         self.prefill_chunk = prefill_chunk
         self.certificate = made.certificate
+        self.notes = made.notes
         self.kernels = made.kernels
         self.prompts = made.text.prompts
         self.defaults = made.text.generation.sampling
@@ -218,8 +221,8 @@ def _drafter(drafter: str | Path | Source, target: LoadPlan, weights_only: bool)
     try:
         config = beside(report.plan.config, target.config)
         return replace(report, plan=replace(report.plan, config=config))
-    except LoadError as error:
-        raise LoadError(f"{source.shown}: {error}") from None
+    except MismatchError as error:
+        raise MismatchError(f"{source.shown}: {error}") from None
 
 
 def _memory_for(plans: Sequence[LoadPlan], path: Path) -> int:
@@ -231,8 +234,9 @@ def _memory_for(plans: Sequence[LoadPlan], path: Path) -> int:
     memory = machine_memory()
     nbytes = sum(plan.nbytes for plan in plans)
     if nbytes > memory:
+        both = " and its drafter" if len(plans) > 1 else ""
         raise ResourceError(
-            f"the weights of {path} take {nbytes / 1e9:.2f} GB of memory, and there are"
+            f"the weights of {path}{both} take {nbytes / 1e9:.2f} GB of memory, and there are"
             f" {memory / 1e9:.2f} GB in all"
         )
     return memory

@@ -18,7 +18,7 @@ from cabochon.cli.options import State
 from cabochon.cli.run import run
 from cabochon.cli.serve import serve
 from cabochon.cli.verify import verify
-from cabochon.errors import CabochonError, LoadError, ResourceError
+from cabochon.errors import CabochonError, LoadError, MismatchError, ResourceError
 from cabochon.flags import SETTINGS_HELP
 
 FAULT = 70
@@ -85,7 +85,8 @@ def main() -> None:
 def _more(error: CabochonError) -> str:
     """Where the long form of an error is; the report of a refused plan says so by itself."""
     code = "MEMORY" if isinstance(error, ResourceError) else "VALUE"
-    if not isinstance(error, ResourceError | LoadError) or "--explain" in str(error):
+    explained = isinstance(error, ResourceError | LoadError)
+    if not explained or isinstance(error, MismatchError) or "--explain" in str(error):
         return ""
     return f"\nMore: cabochon inspect --explain {code}"
 

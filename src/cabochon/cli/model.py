@@ -48,7 +48,7 @@ def load(model: str | None, settings: Settings) -> LLM:
             )
     with progress_bar("loading") as progress:
         llm = LLM(source, **options, progress=progress)
-    for note in llm.certificate.notes:
+    for note in llm.notes:
         tell("\n".join(("the weights look odd:", *note.lines())))
     return llm
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cabochon.config.section import Section
 from cabochon.config.types import Clusters, Drafting, Gemma4Config
-from cabochon.errors import LoadError
+from cabochon.errors import MismatchError
 
 UNKNOWN = -1  # the source of keys and values of a drafter that has no target yet
 
@@ -40,7 +40,7 @@ def beside(drafter: Gemma4Config, target: Gemma4Config) -> Gemma4Config:
     """`drafter` with its layers reading what `target` keeps of its last layers of each kind.
 
     Raises:
-        LoadError: it was made for another model.
+        MismatchError: it was made for another model.
     """
     assert drafter.drafting is not None
     sources = {layer.kind: layer for layer in target.text.layers if not layer.shares_kv}
@@ -60,7 +60,7 @@ def beside(drafter: Gemma4Config, target: Gemma4Config) -> Gemma4Config:
 
 def _expect(what: str, found: object, needed: object) -> None:
     if found != needed:
-        raise LoadError(
+        raise MismatchError(
             f"this drafter is not of this model: {what} is {found}, and {needed} of the model."
             " Name the drafter that was published with it"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from cabochon.checkpoint.folder import Checkpoint, Sizes
 from cabochon.config import DRAFTERS, ForeignArchitecture, kept_layers
-from cabochon.errors import LoadError, UnreadableError
+from cabochon.errors import LoadError, MismatchError, UnreadableError
 from cabochon.files import read_json_object
 from cabochon.load.describe import describe
 from cabochon.load.executables import Executable, executables
@@ -126,17 +126,17 @@ class Report:
             )
 
     def require_model(self) -> None:
-        """`LoadError` if this is a drafter."""
+        """`MismatchError` if this is a drafter."""
         if self.is_drafter:
-            raise LoadError(
+            raise MismatchError(
                 f"{self.source} is a drafter, which guesses for a larger model and answers nobody"
-                " by itself: name it with --drafter beside that model"
+                " by itself: to run or serve, name it with --drafter beside that model"
             )
 
     def require_drafter(self) -> None:
-        """`LoadError` if this is none."""
+        """`MismatchError` if this is none."""
         if not self.is_drafter:
-            raise LoadError(
+            raise MismatchError(
                 f"{self.source} is no drafter but a {self.architecture}; a drafter's architecture"
                 f" is one of {', '.join(sorted(DRAFTERS))}"
             )
