@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cabochon.errors import RequestError
@@ -46,12 +46,9 @@ def test_two_texts_make_no_name_between_them(cut: tuple[str, str], space: str) -
 
 @given(st.text())
 def test_other_text_is_tokenized_as_ever(text: str) -> None:
+    assume(TOKENIZER.names.search(text) is None)
     guard = Guard(TOKENIZER, text)
-    if TOKENIZER.names.search(text) is None:
-        assert guard.encode(guard.protect(text)) == TOKENIZER.encode(text)
-    assert TOKENIZER.decode(guard.encode(guard.protect(text))) == TOKENIZER.decode(
-        TOKENIZER.encode(text)
-    )
+    assert guard.encode(guard.protect(text)) == TOKENIZER.encode(text)
 
 
 def test_marks_that_a_text_has_are_not_used() -> None:

@@ -32,7 +32,10 @@ def test_neon_computes_what_its_scalar_twin_does(tmp_path: Path) -> None:
     objects = [
         build(SOURCES / "isa.cpp", "scalar.o", "-O1", "-DCABOCHON_TABLE=cabochon_scalar"),
         build(SOURCES / "isa.cpp", "neon.o", "-O1", "-DCABOCHON_TABLE=cabochon_neon", *neon),
-        build(SOURCES / "pool.cpp", "pool.o", "-O1"),
+        *(
+            build(SOURCES / f"{name}.cpp", f"{name}.o", "-O1")
+            for name in ("pool", "backlog", "pack")
+        ),
         build(
             Path(__file__).parent / "twins/compare.cpp",
             "compare.o",

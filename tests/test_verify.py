@@ -84,6 +84,7 @@ def drift(tensors: Tensors) -> None:
     """A rank of one, as fine-tuning adds it, on a matrix that is stored as floats."""
     name = "model.language_model.embed_tokens_per_layer.weight"
     table = tensors[name].float()
+    torch.manual_seed(0)
     left, right = torch.randn(len(table)), torch.randn(table.shape[1])
     part = torch.outer(left, right)
     tensors[name] = (table + 0.05 * table.norm() / part.norm() * part).bfloat16()
@@ -92,6 +93,7 @@ def drift(tensors: Tensors) -> None:
 def drift_before_rounding(tensors: Tensors) -> None:
     """The same on a matrix that compressed-tensors rounds to four bits afterwards."""
     weight = tensors_of(dense(E2B))[f"{UP}.weight"].float()
+    torch.manual_seed(0)
     left, right = torch.randn(len(weight)), torch.randn(weight.shape[1])
     part = torch.outer(left, right)
     weight += 0.1 * weight.norm() / part.norm() * part

@@ -4,10 +4,11 @@
 #include <cstdio>
 #include <random>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "api.h"
+#include "backlog.h"
 #include "table.h"
 
 extern "C" const Table* cabochon_scalar();
@@ -170,26 +171,40 @@ static void stored_floats() {
   }
 }
 
+// Room for codes of eight bits with a bfloat16 for every 64 columns, as a sketch has them.
+static Packed eight_bits(int rows, int columns) {
+  Packed made;
+  Matrix& m = made.m;
+  m.rows = rows, m.columns = columns, m.units = columns / UNIT;
+  m.codes = U8, m.scales = BF16, m.minima = CONSTANT, m.zero = 128, m.gain = m.unit = 1;
+  m.halves = 4, m.groups = m.per_shared = columns / 64;
+  m.codes_at = (m.groups * ROWS * 2 + 63) / 64 * 64;
+  m.stride = m.codes_at + m.units * UNIT_BYTES[U8];
+  made.room.resize((rows + ROWS - 1) / ROWS * m.stride + 64);
+  m.data = made.room.data() + (64 - (uintptr_t)made.room.data() % 64) % 64;
+  return made;
+}
+
 static void sketches() {
   const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
   for (int type = 0; type < 3; type++) {
     const int rows = 300, columns = 192;
     const std::vector<uint8_t> data = floats(type, rows * columns);
     const Rows m{data.data(), nullptr, rows, columns, type, 1, columns};
-    const auto made = [&](const Table* by) {
-      std::vector<uint8_t> codes(rows * columns);
-      std::vector<uint16_t> scales(rows * columns / 64);
-      std::vector<float> left(rows), norms(rows), all;
-      by->sketch(&m, codes.data(), scales.data(), left.data(), norms.data(), 1);
-      all.insert(all.end(), codes.begin(), codes.end());
-      all.insert(all.end(), scales.begin(), scales.end());
-      return std::make_tuple(all, left, norms);
+    const auto made = [&](const Table* by, float left, float all) {
+      Packed sketch = eight_bits(rows, columns);
+      std::vector<float> margins(rows), entries(rows * columns);
+      const Margin margin{margins.data(), left, all, 0};
+      Backlog backlog(0);
+      backlog.wait(by->sketch(&backlog, &m, &sketch.m, &margin), 1 << 30);
+      other->dense(&sketch.m, nullptr, 0, rows, entries.data(), 1);
+      return std::make_pair(entries, margins);
     };
-    const auto [codes, left, norms] = made(one);
-    const auto [others, others_left, others_norms] = made(other);
-    compare("sketch " + std::to_string(type), codes, others, 0);
+    const auto [entries, left] = made(one, 1, 0);
+    const auto [others, others_left] = made(other, 1, 0);
+    compare("sketch " + std::to_string(type), entries, others, 0);
     compare("what a sketch leaves", left, others_left, 1e-4);
-    compare("norms", norms, others_norms, 1e-5);
+    compare("norms", made(one, 0, 1).second, made(other, 0, 1).second, 1e-5);
   }
 }
 
