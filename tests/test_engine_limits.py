@@ -11,9 +11,9 @@ import pytest
 from conftest import TINY
 
 from cabochon import LLM, SamplingParams
-from cabochon.engine.engine import Limits
 from cabochon.engine.request import Delta, Prompt
 from cabochon.engine.scheduler import Scheduled
+from cabochon.engine.work import Limits
 from cabochon.errors import BusyError, CabochonError, DeadlineError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

@@ -176,13 +176,7 @@ class Prompts:
         Text that does not start with the beginning-of-sequence token gets it: Gemma repeats itself
         without. Token ids and `Prompt`s are taken as they are.
         """
-        begun = (
-            f"<bos>{prompt}"
-            if isinstance(prompt, str) and not prompt.startswith("<bos>")
-            else prompt
-            for prompt in _as_list(prompts)
-        )
-        return [self.raw(prompt) for prompt in begun]
+        return [self.raw(_begun(prompt)) for prompt in _as_list(prompts)]
 
     def raw(
         self,
@@ -305,12 +299,17 @@ class Prompts:
                 position += length
 
 
+def _begun(prompt: AnyPrompt) -> AnyPrompt:
+    bare = isinstance(prompt, str) and not prompt.startswith("<bos>")
+    return f"<bos>{prompt}" if bare else prompt
+
+
 def _as_list(prompts: AnyPrompt | Sequence[AnyPrompt]) -> list[AnyPrompt]:
     """Several prompts, also where one was given: text, a `Prompt`, or a row of token ids."""
     if isinstance(prompts, str | Prompt):
         return [prompts]
     many: list[Any] = list(prompts)
-    row = bool(many) and not isinstance(many[0], str | Prompt) and np.ndim(many[0]) == 0
+    row = many and not isinstance(many[0], str | Prompt) and np.ndim(many[0]) == 0
     return [many] if row else many
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.sampler import Sampling, logprob
 from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
 from cabochon.engine.stats import Stats
-from cabochon.engine.work import Sink, Work
+from cabochon.engine.work import Limits, Sink, Work
 from cabochon.errors import (
     BusyError,
     CabochonError,
@@ -39,14 +39,6 @@ from cabochon.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 60  # seconds after which a client that was turned away may well try again
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What requests may ask of an engine that serves many; None: as much as they like."""
-
-    waiting_tokens: int | None = None  # of all prompts that wait
-    seconds: float | None = None  # from a request's arrival to its last token
 
 
 class Engine:

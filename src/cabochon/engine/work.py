@@ -1,4 +1,4 @@
-"""One request at work: what it asked for, what it has said, and when it ends."""
+"""One request at work: what it may and did ask for, what it has said, and when it ends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from cabochon.engine.scheduler import TokenSequence
 from cabochon.engine.stats import Timeline
 
 Sink = Callable[[Delta], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests may ask of an engine that serves many; None: as much as they like."""
+
+    waiting_tokens: int | None = None  # of all prompts that wait
+    seconds: float | None = None  # from a request's arrival to its last token
 
 
 @dataclass(slots=True, eq=False)

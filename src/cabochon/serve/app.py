@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from cabochon.engine.engine import Limits
+from cabochon.engine.work import Limits
 from cabochon.errors import CabochonError
 from cabochon.llm import LLM
 from cabochon.serve.api import api_routes
