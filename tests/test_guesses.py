@@ -104,6 +104,7 @@ def test_the_next_turn_finds_the_pages(pair: tuple[LLM, LLM]) -> None:
     """Pages that guesses filled bear the names of what was really drawn, and hold it."""
     guessing, plain = pair
     first = written(guessing, CIRCLE, temperature=0.0)
+    assert written(plain, CIRCLE, temperature=0.0) == first  # both have seen the same
     again = [*CIRCLE, *first.tokens, 300, 301]
     hits = guessing.engine.scheduler.prefix_hits
     assert written(guessing, again, temperature=0.0) == written(plain, again, temperature=0.0)
