@@ -107,15 +107,6 @@ def stored_bytes(weight: Weight) -> int:
     return sum(buffer.nbytes for buffer in weight.buffers())
 
 
-def in_large_pages(weights: list[Weight]) -> None:
-    """As the loader leaves them, which does it in a thread."""
-    kernels = library()
-    assert kernels is not None
-    for weight in weights:
-        for buffer in weight.buffers():
-            kernels.enlarge(buffer.data_ptr(), buffer.nbytes)
-
-
 def rates(weights: list[Weight], columns: int) -> tuple[float, float]:
     """Bytes of weights, and additions and multiplications, a second."""
     x = torch.randn(columns, COLUMNS)
@@ -144,7 +135,9 @@ def main() -> None:
         made = [first]
         while len(made) * stored_bytes(first) < TOTAL:
             made.append(kernels.for_weight(FORMATS[name]()))
-        in_large_pages(made)
+        enlarging = kernels.enlarge()
+        assert enlarging is not None
+        enlarging.join()
         shares, speeds = [], []
         seen: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(arguments.rounds):

@@ -21,7 +21,6 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.layers import fuse
 from cabochon.kernels.library import Activations, library
-from cabochon.kernels.pages import enlarge
 from cabochon.load.certificate import Certificate
 from cabochon.load.execute import Loaded, Progress, execute
 from cabochon.load.findings import Finding
@@ -214,7 +213,7 @@ def _load(
     level = logging.INFO if kernels.built else logging.WARNING
     logger.log(level, "%s", kernels.describe())
     logger.info("%s", fuse(loaded.model, library(), exact=kernels.activations == "float32"))
-    enlarge(loaded.model, library())
+    kernels.enlarge()
     return loaded
 
 

@@ -150,7 +150,7 @@ def _room() -> torch.Tensor:
         _rooms.append(torch.ones(_READ, dtype=torch.uint8))
         kernels = library()
         if kernels is not None:
-            kernels.enlarge(_rooms[0].data_ptr(), _READ)
+            kernels.enlarge(_rooms[0].data_ptr(), _READ, 0)
     return _rooms[0]
 
 

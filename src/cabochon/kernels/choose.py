@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from threading import Thread
 
 import torch
 from torch import nn
 
+from cabochon.kernels.arena import Arena
 from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Activations, Library
@@ -33,6 +35,7 @@ class Kernels:
         self.activations = activations
         self._library = library
         self._backlog = backlog
+        self._arena = None if library is None else Arena(library)
         self._chosen: Counter[str] = Counter()
 
     @property
@@ -61,6 +64,7 @@ class Kernels:
 
     def _kernel(self, weight: Weight, head: bool) -> Weight | None:
         library, described = self._library, weight.description()
+        backlog, arena = self._backlog, self._arena
         if library is None or described is None:
             return None
         exact = self.activations == "float32"
@@ -69,9 +73,9 @@ class Kernels:
                 return None
             if head and not exact and sketchable(described):
                 self._chosen["stored floats, the likeliest found by a sketch"] += 1
-                return SketchedHead(library, weight, self._backlog)
+                return SketchedHead(library, weight, backlog=backlog, arena=arena)
             self._chosen["stored floats"] += 1
-            return FloatsWeight(library, weight, backlog=self._backlog)
+            return FloatsWeight(library, weight, backlog=backlog, arena=arena)
         if unsupported(described) is not None or (exact and not described.exact):
             return None
         self._chosen[f"{_name(described)}, activations {self.activations}"] += 1
@@ -81,8 +85,13 @@ class Kernels:
             self.activations,
             out_features=weight.out_features,
             in_features=weight.in_features,
-            backlog=self._backlog,
+            backlog=backlog,
+            arena=arena,
         )
+
+    def enlarge(self) -> Thread | None:
+        """Have large pages for what was put in weights' places, in a thread, while it is used."""
+        return None if self._arena is None else self._arena.enlarge()
 
     def describe(self) -> str:
         """What was chosen, for people."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cabochon.kernels.arena import Arena
 from cabochon.kernels.backlog import Backlog, at_once
 from cabochon.kernels.library import Library, Rows, address, threads
 from cabochon.nn.weight import StoredFloats, Weight
@@ -15,8 +16,8 @@ _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
 class FloatsWeight(Weight):
     """`stored`, whose entries are floats; everything but products is left to it.
 
-    With `move`, what it is made of goes from its file into memory of its own, by `backlog` if there
-    is one.
+    With `move`, what it is made of goes from its file into memory of `arena`, or of its own, by
+    `backlog` if there is one.
     """
 
     def __init__(
@@ -26,14 +27,16 @@ class FloatsWeight(Weight):
         *,
         move: bool = True,
         backlog: Backlog | None = None,
+        arena: Arena | None = None,
     ) -> None:
         super().__init__(stored.out_features, stored.in_features)
         if move:
+            memory = arena or Arena(library)
             with at_once(library, backlog) as work:
                 for name, buffer in list(stored.named_buffers(recurse=False)):
                     # Of all but the matrix, the description is made: that is needed at once.
                     matrix = buffer.numel() == self.out_features * self.in_features
-                    moved = _moved(library, buffer, work) if matrix else buffer.clone()
+                    moved = _moved(buffer, work, memory) if matrix else buffer.clone()
                     setattr(stored, name, moved)
         floats = stored.description()
         assert isinstance(floats, StoredFloats)
@@ -93,10 +96,9 @@ class FloatsWeight(Weight):
         return y.to(x.dtype)
 
 
-def _moved(library: Library, tensor: Tensor, work: Backlog) -> Tensor:
-    stored, room = tensor.contiguous(), torch.empty(tensor.shape, dtype=tensor.dtype)
+def _moved(tensor: Tensor, work: Backlog, arena: Arena) -> Tensor:
+    stored, room = tensor.contiguous(), arena.take(tensor.nbytes)
     if tensor.numel():
-        library.advise(address(room), room.nbytes)
         # Not by torch: its threads would wait for more to do while others go on.
         work.copy(room, stored)
-    return room
+    return room.view(tensor.dtype).view(tensor.shape)

@@ -255,7 +255,7 @@ _SIGNATURES = {
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
-    "enlarge": (None, [c_void_p, c_int64]),
+    "enlarge": (None, [c_void_p, c_int64, c_int]),
 }
 
 

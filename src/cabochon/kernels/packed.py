@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cabochon.kernels import library
+from cabochon.kernels.arena import ALIGNMENT, Arena
 from cabochon.kernels.backlog import Backlog, at_once
 from cabochon.kernels.library import Activations, Grouped, Library, Matrix, Stored, address, threads
 from cabochon.nn.layout import Layout
@@ -18,7 +19,6 @@ from cabochon.nn.minifloat import E4M3, E8M0
 from cabochon.nn.weight import Coded, Weight
 
 ROWS, UNIT = 32, 32  # of a block, and columns of its units; csrc/api.h
-_ALIGNMENT = 64
 
 _DIGITS: dict[Activations, int] = {"int8": 1, "int16": 2, "float32": 0}
 ACTIVATIONS = tuple(_DIGITS)
@@ -59,6 +59,7 @@ class PackedWeight(Weight):
         activations: `int8` rounds each 32 inputs to 8 bits, `int16` to two times 8, `float32` not
             at all.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
+        arena: where its memory is taken from; without one, memory of its own.
         fill: has `data` filled where codes and scales are nowhere yet, but on the meta device.
     """
 
@@ -71,6 +72,7 @@ class PackedWeight(Weight):
         out_features: int,
         in_features: int,
         backlog: Backlog | None = None,
+        arena: Arena | None = None,
         fill: Callable[[Backlog, PackedWeight], None] | None = None,
     ) -> None:
         assert unsupported(coded) is None
@@ -84,7 +86,7 @@ class PackedWeight(Weight):
         elif halves > 1 and halves % 2:  # a scale may change within a unit: one for each half
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
-        placed = self._placed(coded)
+        placed = self._placed(coded, arena or Arena(library))
         with at_once(library, backlog) as work:
             if fill is None:
                 self._pack(coded, placed, work)
@@ -127,7 +129,7 @@ class PackedWeight(Weight):
             matrix.values = (ctypes.c_float * 16)(*coded.values)
         return matrix
 
-    def _placed(self, coded: Coded) -> dict[int, Tensor]:
+    def _placed(self, coded: Coded, arena: Arena) -> dict[int, Tensor]:
         """Room for the matrix, and the numbers of its groups by their places in a block."""
         matrix = self.matrix
         numbers = {
@@ -146,15 +148,11 @@ class PackedWeight(Weight):
                     tensor = torch.nn.functional.pad(tensor, (0, 1))
                 placed[at] = tensor
                 size = tensor.shape[1] * ROWS * tensor.element_size()
-                at += -(-size // _ALIGNMENT) * _ALIGNMENT
+                at += -(-size // ALIGNMENT) * ALIGNMENT
         matrix.codes_at = at
         matrix.stride = at + matrix.units * _UNIT_BYTES[matrix.codes]
         nbytes = -(-self.out_features // ROWS) * matrix.stride
-        # What is fetched ahead of the last block need not exist; a margin to align is all it takes.
-        room = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8)
-        skip = -room.data_ptr() % _ALIGNMENT
-        self.register_buffer("data", room[skip : skip + nbytes])
-        self._library.advise(address(self.data), nbytes)
+        self.register_buffer("data", arena.take(nbytes))
         matrix.data = address(self.data)
         return placed
 

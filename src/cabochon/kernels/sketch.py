@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cabochon.kernels.arena import Arena
 from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Library, Margin, address
@@ -46,7 +47,14 @@ def sketchable(described: StoredFloats) -> bool:
 class SketchedHead(FloatsWeight):
     """The floats stay where they are, in their file if it is mapped."""
 
-    def __init__(self, library: Library, stored: Weight, backlog: Backlog | None = None) -> None:
+    def __init__(
+        self,
+        library: Library,
+        stored: Weight,
+        *,
+        backlog: Backlog | None = None,
+        arena: Arena | None = None,
+    ) -> None:
         super().__init__(library, stored, move=False)
         rows, columns = self.out_features, self.in_features
         self.register_buffer("margins", torch.empty(rows))
@@ -65,6 +73,7 @@ class SketchedHead(FloatsWeight):
             out_features=rows,
             in_features=columns,
             backlog=backlog,
+            arena=arena,
             fill=lambda work, to: work.sketch(
                 self.matrix, to.matrix, margin, to.data, self.margins
             ),
