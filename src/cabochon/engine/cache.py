@@ -16,8 +16,8 @@ from torch import Tensor
 from cabochon.config import KeptLayers, TextConfig, kept_layers
 from cabochon.engine.pool import Name, Named, PagePool
 from cabochon.errors import CabochonError
-from cabochon.nn.attention import Paged, Spans, attention, seen, visible
-from cabochon.nn.kept import Kept
+from cabochon.nn.attention import Reach, Spans, attention, seen, visible
+from cabochon.nn.kept import Kept, Store
 
 PAGE = 16  # tokens
 
@@ -145,14 +145,12 @@ class PagedCache:
     def __init__(self, plan: CachePlan, dtype: torch.dtype, device: torch.device) -> None:
         self.plan = plan
         self.device = device
-        self.keys: dict[int, Kept] = {}  # by layer
-        self.values: dict[int, Kept] = {}
-        self.group_of: dict[int, int] = {}
+        self.store = store = Store()
         for index, (group, pages) in enumerate(zip(plan.groups, plan.pages, strict=True)):
             shape = (pages * PAGE, group.kv_heads, group.head_dim, dtype, device)
             for layer in group.layers:
-                self.group_of[layer] = index
-                self.keys[layer], self.values[layer] = Kept(*shape), Kept(*shape)
+                store.group_of[layer] = index
+                store.keys[layer], store.values[layer] = Kept(*shape), Kept(*shape)
         self._pools = [PagePool(pages) for pages in plan.pages]
 
     def new_table(self) -> PageTable:
@@ -215,7 +213,7 @@ class PagedCache:
 
     def _copy(self, group: int, source: int, target: int, count: int) -> None:
         for layer in self.plan.groups[group].layers:
-            for kept in (self.keys[layer], self.values[layer]):
+            for kept in (self.store.keys[layer], self.store.values[layer]):
                 kept.copy(source * PAGE, target * PAGE, count)
 
     def _sees_enough(self, names: Sequence[Named], known: int) -> bool:
@@ -308,35 +306,38 @@ class CacheStep:
         self._queries = self._spans  # positions that ask, a tensor for each chunk
         self._writes: dict[int, Tensor] = {}
         self._readings: dict[int, list[_Reading]] = {}
-        self._paged: dict[int, tuple[Tensor, ...]] = {}  # slots to high, by group
+        self._reaches: list[Reach] = []
+
+    @property
+    def store(self) -> Store:
+        return self.cache.store
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        group = self.cache.group_of[layer]
+        group = self.store.group_of[layer]
         if group not in self._writes:
             self._writes[group] = self._write_slots(group)
-        for pool, made in ((self.cache.keys, keys), (self.cache.values, values)):
+        for pool, made in ((self.store.keys, keys), (self.store.values, values)):
             pool[layer].write(self._writes[group], made)
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        group = self.cache.group_of[layer]
+        group = self.store.group_of[layer]
         if group not in self._readings:
             self._readings[group] = [self._reading(group, i) for i in range(len(self.chunks))]
         out = torch.empty_like(queries)
         row = 0
         for reading, asking in zip(self._readings[group], self._queries, strict=True):
             rows = slice(row, row := row + len(asking))
-            keys = self.cache.keys[layer].read(reading.slots, queries.dtype)
-            values = self.cache.values[layer].read(reading.slots, queries.dtype)
+            keys = self.store.keys[layer].read(reading.slots, queries.dtype)
+            values = self.store.values[layer].read(reading.slots, queries.dtype)
             out[rows] = attention(queries[rows], keys, values, reading.mask)
         return out
 
-    def paged(self, layer: int) -> Paged:
-        group = self.cache.group_of[layer]
-        if group not in self._paged:
-            self._paged[group] = self._pages_of(group)
-        return Paged(self.cache.keys[layer], self.cache.values[layer], *self._paged[group])
+    def reaches(self) -> Sequence[Reach]:
+        if not self._reaches:
+            self._reaches = [self._reach(group) for group in range(len(self.cache.plan.groups))]
+        return self._reaches
 
-    def _pages_of(self, group: int) -> tuple[Tensor, ...]:
+    def _reach(self, group: int) -> Reach:
         layout = self.cache.plan.groups[group]
         pages: list[int] = []
         slots: list[int] = []
@@ -354,7 +355,7 @@ class CacheStep:
                 slots.extend(held[at // PAGE] * PAGE + at % PAGE for at in positions)
         low, high = zip(*ranges, strict=True)
         whole = [torch.tensor(x, dtype=torch.int32) for x in (pages, page_at, low, high)]
-        return torch.tensor(slots, dtype=torch.int64), *whole
+        return Reach(torch.tensor(slots, dtype=torch.int64), *whole)
 
     def narrow(self, rows: Tensor) -> CacheStep:
         ends = torch.tensor([len(span) for span in self._spans], device=rows.device).cumsum(0)

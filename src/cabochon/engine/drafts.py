@@ -11,7 +11,8 @@ from cabochon.engine.cache import PAGE, PagedCache, PageTable, slots_of
 from cabochon.engine.runner import Runner
 from cabochon.engine.scheduler import TokenSequence
 from cabochon.gemma4.drafter import Drafter
-from cabochon.nn.attention import Paged, attention
+from cabochon.nn.attention import Reach, attention
+from cabochon.nn.kept import Store
 
 
 class Drafts:
@@ -58,30 +59,32 @@ class Past:
         self._cache = cache
         self._tables = tables
         self._ends = ends
-        self._paged: dict[int, tuple[Tensor, ...]] = {}  # pages to high, by group
+        self._reaches: list[Reach] = []
+
+    @property
+    def store(self) -> Store:
+        return self._cache.store
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         raise AssertionError("a drafter has no keys and values of its own")
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        group = self._cache.group_of[layer]
+        group = self.store.group_of[layer]
         out = torch.empty_like(queries)
         for row, (table, end) in enumerate(zip(self._tables, self._ends, strict=True)):
             span = torch.arange(self._first(group, end), end, device=queries.device)
             slots = slots_of(table.pages[group], span)
-            keys = self._cache.keys[layer].read(slots, queries.dtype)
-            values = self._cache.values[layer].read(slots, queries.dtype)
+            keys = self.store.keys[layer].read(slots, queries.dtype)
+            values = self.store.values[layer].read(slots, queries.dtype)
             out[row : row + 1] = attention(queries[row : row + 1], keys, values, None)
         return out
 
-    def paged(self, layer: int) -> Paged:
-        group = self._cache.group_of[layer]
-        if group not in self._paged:
-            self._paged[group] = self._pages_of(group)
-        none = self._paged[group][0][:0].long()
-        return Paged(self._cache.keys[layer], self._cache.values[layer], none, *self._paged[group])
+    def reaches(self) -> Sequence[Reach]:
+        if not self._reaches:
+            self._reaches = [self._reach(group) for group in range(len(self._cache.plan.groups))]
+        return self._reaches
 
-    def _pages_of(self, group: int) -> tuple[Tensor, ...]:
+    def _reach(self, group: int) -> Reach:
         pages: list[int] = []
         page_at: list[int] = []
         for table, end in zip(self._tables, self._ends, strict=True):
@@ -89,7 +92,8 @@ class Past:
             pages.extend(table.pages[group][: -(-end // PAGE)])
         low = [self._first(group, end) for end in self._ends]
         whole = (pages, page_at, low, self._ends)
-        return tuple(torch.tensor(x, dtype=torch.int32) for x in whole)
+        none = torch.empty(0, dtype=torch.int64)
+        return Reach(none, *(torch.tensor(x, dtype=torch.int32) for x in whole))
 
     def narrow(self, rows: Tensor) -> Past:
         raise AssertionError("each row of a drafter asks")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cabochon.config import LayerConfig, LayerKind, TextConfig
+from cabochon.config import LayerConfig, TextConfig
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.experts import Experts, Router
 from cabochon.nn.linear import Embedding, Linear
@@ -20,16 +20,22 @@ LayerCall = Callable[[Tensor, Tensor | None, Rotation, KeyValues], Tensor]
 
 
 class LayersCall(Protocol):
-    """Computes as many layers as there are rotations, from `first` on; `own` is that of all."""
+    """Computes what `TextModel` does, many layers at once, in float32."""
 
     def __call__(
         self,
-        first: int,
+        layers: range,
         x: Tensor,
         own: Tensor | None,
         rotations: Sequence[Rotation],
         kv: KeyValues,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """What `layers` make of `x [tokens, hidden_size]`; `own` and `rotations` are of all."""
+        ...
+
+    def inputs(self, context: Tensor, found: Tensor) -> Tensor:
+        """Each layer's own inputs, `[tokens, layers, ple_dim]`, in the place of `context`."""
+        ...
 
 
 class Attention(nn.Module):
@@ -141,6 +147,10 @@ class TextModel(nn.Module):
             self.per_layer_projection_norm = RMSNorm(eps, config.ple_dim)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(eps, hidden)
+        # Layers of a kind and head size turn alike; each knows which of those it is.
+        kinds = [(layer.kind, layer.head_dim) for layer in config.layers]
+        self.kinds = list(dict.fromkeys(kinds))
+        self.turns = [self.kinds.index(kind) for kind in kinds]
         # What computes a layer in its module's place; a pass over the built tree fills it.
         self.fused: dict[int, LayerCall] = {}
         # What computes many at once in float32, if each of them is fused.
@@ -161,35 +171,33 @@ class TextModel(nn.Module):
         """
         own = self._layer_inputs(ids, x)
         rotations = self._rotations(positions, x.dtype)
-        for run in self._runs():
-            if self.config.layers[run[0]].shares_kv and len(wanted) < len(x):
-                x, kv, positions = x[wanted], kv.narrow(wanted), positions[wanted]
+        layers = range(len(self.layers))
+        if len(wanted) < len(x):
+            writing = sum(not layer.shares_kv for layer in self.config.layers)
+            x = self._compute(layers[:writing], x, own, rotations, kv)[wanted]
+            layers = layers[writing:] if len(wanted) else range(0)
+            if layers:
+                kv = kv.narrow(wanted)
                 own = None if own is None else own[wanted]
-                rotations = self._rotations(positions, x.dtype)
-                wanted = torch.arange(len(wanted), device=wanted.device)
-            if len(x):
-                x = self._compute(run, x, own, [rotations[index] for index in run], kv)
-        return self.norm(x[wanted])
-
-    def _runs(self) -> list[range]:
-        """Consecutive layers that work on the same rows: those that write keys and values first."""
-        depth = len(self.config.layers)
-        writing = sum(not layer.shares_kv for layer in self.config.layers)
-        return [run for run in (range(writing), range(writing, depth)) if run]
+                rotations = self._rotations(positions[wanted], x.dtype)
+        if layers:
+            x = self._compute(layers, x, own, rotations, kv)
+        return self.norm(x)
 
     def _compute(
         self,
-        run: range,
+        layers: range,
         x: Tensor,
         own: Tensor | None,
         rotations: Sequence[Rotation],
         kv: KeyValues,
     ) -> Tensor:
         if self.together is not None and x.dtype is torch.float32:
-            return self.together(run[0], x, own, rotations, kv)
-        for index, rotation in zip(run, rotations, strict=True):
+            return self.together(layers, x, own, rotations, kv)
+        for index in layers:
             compute = self.fused.get(index, self.layers[index])
-            x = compute(x, None if own is None else own[:, index], rotation, kv)
+            part = None if own is None else own[:, index]
+            x = compute(x, part, rotations[self.turns[index]], kv)
         return x
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
@@ -197,17 +205,14 @@ class TextModel(nn.Module):
         if not self.config.ple_dim:
             return None
         shape = (len(self.config.layers), self.config.ple_dim)
-        context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
-        context = self.per_layer_projection_norm(context.unflatten(-1, shape))
-        return (context + self.embed_tokens_per_layer(ids, x.dtype).unflatten(-1, shape)) * 2**-0.5
+        context = self.per_layer_model_projection(x).unflatten(-1, shape)
+        found = self.embed_tokens_per_layer(ids, x.dtype).unflatten(-1, shape)
+        if self.together is not None and x.dtype is torch.float32:
+            return self.together.inputs(context, found)
+        context = self.per_layer_projection_norm(context * self.config.hidden_size**-0.5)
+        return (context + found) * 2**-0.5
 
-    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[int, Rotation]:
-        """The rotation of each layer by its index; computed once for each kind and head size."""
-        made: dict[tuple[LayerKind, int], Rotation] = {}
-        for layer in self.config.layers:
-            key = (layer.kind, layer.head_dim)
-            if key not in made:
-                made[key] = text_rotation(
-                    positions, layer.head_dim, self.config.rope[layer.kind], dtype
-                )
-        return {layer.index: made[layer.kind, layer.head_dim] for layer in self.config.layers}
+    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
+        """The rotation of each of `kinds`."""
+        rope = self.config.rope
+        return [text_rotation(positions, dim, rope[kind], dtype) for kind, dim in self.kinds]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
-from cabochon.gemma4.text import DecoderLayer
+from cabochon.gemma4.text import DecoderLayer, TextModel
 from cabochon.kernels import mixtures
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Cache, Layer, Library, Step, Turn, address, threads
+from cabochon.kernels.library import Cache, Layer, Library, Own, Seen, Step, Turn, address, threads
 from cabochon.kernels.mixtures import Mixture, linear
 from cabochon.kernels.packed import PackedWeight
-from cabochon.nn.attention import KeyValues, Paged
+from cabochon.nn.attention import KeyValues
+from cabochon.nn.kept import Store
 from cabochon.nn.linear import Linear as Module
 from cabochon.nn.norm import RMSNorm
 from cabochon.nn.rotary import Rotation
@@ -39,7 +41,7 @@ def fuse(model: Gemma4 | Drafter, library: Library | None, *, exact: bool) -> st
             if _fits(layer):
                 fused[index] = FusedLayer(library, layer)
         if len(fused) == len(text.layers):
-            text.together = FusedLayers(library, list(fused.values()))
+            text.together = FusedText(library, list(fused.values()), text)
     text.fused |= fused
     how = "all layers in one call" if text.together else "a layer in one call"
     return f"{len(fused)} of {len(text.layers)} layers are fused, {how}"
@@ -116,75 +118,97 @@ class FusedLayer:
         if x.dtype is not torch.float32:
             made: Tensor = self._module(x, own, rotation, kv)
             return made
-        return _compute(self._library, [self], x, own, [rotation], kv)
+        alone = FusedLayers(self._library, [self], [0])
+        return alone(range(1), x, None if own is None else own[:, None], [rotation], kv)
 
 
 class FusedLayers:
-    """Computes consecutive layers of a model in one call; each of them is fused."""
+    """Computes consecutive layers in one call; layer i turns by rotation `turns[i]`."""
 
-    def __init__(self, library: Library, layers: Sequence[FusedLayer]) -> None:
+    def __init__(
+        self, library: Library, layers: Sequence[FusedLayer], turns: Sequence[int]
+    ) -> None:
         self._library = library
-        self._layers = layers
+        self._alive = layers
+        self._width = max(layer.width for layer in layers)
+        self._kept = max(layer.kept for layer in layers)
+        count = len(layers)
+        pointers = [ctypes.pointer(layer.struct) for layer in layers]
+        self._layers = (ctypes.POINTER(Layer) * count)(*pointers)
+        self._turns = (ctypes.c_int32 * count)(*turns)
+        self._caches = (Cache * count)()
+        self._store: ref[Store] | None = None  # in which those lie
 
     def __call__(
         self,
-        first: int,
+        layers: range,
         x: Tensor,
         own: Tensor | None,
         rotations: Sequence[Rotation],
         kv: KeyValues,
     ) -> Tensor:
-        layers = self._layers[first : first + len(rotations)]
-        part = None if own is None else own[:, first]
-        return _compute(self._library, layers, x, part, rotations, kv)
+        """What `layers` make of `x [n, hidden]`; `own [n, layers, ple_dim]` is of all."""
+        n = len(x)
+        assert own is None or own[0].is_contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
+        queries, attended = torch.empty(2, n, self._width)
+        keys, values = torch.empty(2, n, self._kept)
+        reaches = kv.reaches()  # lives until all is computed
+        step = Step(
+            rotations=(Turn * len(rotations))(
+                *(Turn(address(cos), address(sin)) for cos, sin in rotations)
+            ),
+            reaches=(Seen * len(reaches))(*(Seen(*map(address, reach)) for reach in reaches)),
+            x=address(x),
+            inputs=None if own is None else own[:, layers.start].data_ptr(),
+            queries=address(queries),
+            keys=address(keys),
+            values=address(values),
+            attended=address(attended),
+            inputs_ld=0 if own is None else own.stride(0),
+            n=n,
+            threads=threads(),
+        )
+        self._look_into(kv.store)
+        run = (layers.start, len(layers))
+        self._library.layers(self._layers, self._caches, self._turns, step, *run)
+        return x
+
+    def _look_into(self, store: Store) -> None:
+        if self._store is None or self._store() is not store:
+            for index, layer in enumerate(self._alive):
+                self._caches[index] = _cache(store, layer.layer.kv_source)
+            self._store = ref(store)
 
 
-def _compute(
-    library: Library,
-    layers: Sequence[FusedLayer],
-    x: Tensor,
-    own: Tensor | None,
-    rotations: Sequence[Rotation],
-    kv: KeyValues,
-) -> Tensor:
-    """What `layers` make of `x [n, hidden]`; behind `own [n, ple_dim]` lie those of the next."""
-    n, count = len(x), len(layers)
-    assert own is None or own.stride(1) == 1
-    x = x.clone(memory_format=torch.contiguous_format)
-    width, kept = max(layer.width for layer in layers), max(layer.kept for layer in layers)
-    queries, attended = torch.empty(2, n, width)
-    keys, values = torch.empty(2, n, kept)
-    step = Step(
-        x=address(x),
-        inputs=None if own is None else own.data_ptr(),
-        queries=address(queries),
-        keys=address(keys),
-        values=address(values),
-        attended=address(attended),
-        inputs_ld=0 if own is None else own.stride(0),
-        n=n,
-        threads=threads(),
-    )
-    library.layers(
-        (ctypes.POINTER(Layer) * count)(*(ctypes.pointer(layer.struct) for layer in layers)),
-        (Cache * count)(*(_cache(kv.paged(layer.layer.kv_source)) for layer in layers)),
-        (Turn * count)(*(Turn(address(cos), address(sin)) for cos, sin in rotations)),
-        step,
-        count,
-    )
-    return x
-
-
-def _cache(at: Paged) -> Cache:
+def _cache(store: Store, source: int) -> Cache:
+    keys, values = store.keys[source], store.values[source]
     return Cache(
-        keys=address(at.keys.data),
-        values=address(at.values.data),
-        key_scales=address(at.keys.scales),
-        value_scales=address(at.values.scales),
-        slots=address(at.slots),
-        pages=address(at.pages),
-        page_at=address(at.page_at),
-        low=address(at.low),
-        high=address(at.high),
-        kind=_KEPT[at.keys.data.dtype],
+        keys=address(keys.data),
+        values=address(values.data),
+        key_scales=address(keys.scales),
+        value_scales=address(values.scales),
+        kind=_KEPT[keys.data.dtype],
+        group=store.group_of[source],
     )
+
+
+class FusedText(FusedLayers):
+    """Computes all layers of `text`, and what each gets of a token for itself."""
+
+    def __init__(self, library: Library, layers: Sequence[FusedLayer], text: TextModel) -> None:
+        super().__init__(library, layers, text.turns)
+        if text.config.ple_dim:
+            norm = text.per_layer_projection_norm
+            self._own = Own(
+                norm=address(norm.weight),
+                layers=len(layers),
+                dim=text.config.ple_dim,
+                eps=norm.eps,
+                scale=text.config.hidden_size**-0.5,
+            )
+
+    def inputs(self, context: Tensor, found: Tensor) -> Tensor:
+        found = found.contiguous()
+        self._library.own(self._own, address(found), address(context), len(context), threads())
+        return context

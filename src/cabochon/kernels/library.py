@@ -202,14 +202,32 @@ class Layer(ctypes.Structure):
     )
 
 
+class Own(ctypes.Structure):
+    """`struct Own` of csrc/api.h."""
+
+    _fields_ = (
+        ("norm", c_void_p),
+        ("layers", c_int32),
+        ("dim", c_int32),
+        ("eps", c_float),
+        ("scale", c_float),
+    )
+
+
 class Cache(ctypes.Structure):
     """`struct Cache` of csrc/api.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-        *((name, c_void_p) for name in ("slots", "pages", "page_at", "low", "high")),
         ("kind", c_int32),
+        ("group", c_int32),
     )
+
+
+class Seen(ctypes.Structure):
+    """`struct Reach` of csrc/api.h."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("slots", "pages", "page_at", "low", "high"))
 
 
 class Turn(ctypes.Structure):
@@ -222,6 +240,8 @@ class Step(ctypes.Structure):
     """`struct Step` of csrc/api.h."""
 
     _fields_ = (
+        ("rotations", POINTER(Turn)),
+        ("reaches", POINTER(Seen)),
         *((name, c_void_p) for name in ("x", "inputs")),
         *((name, c_void_p) for name in ("queries", "keys", "values", "attended")),
         ("inputs_ld", c_int64),
@@ -250,8 +270,9 @@ _SIGNATURES = {
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
     "layers": (
         None,
-        [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(Turn), POINTER(Step), c_int],
+        [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(c_int32), POINTER(Step), c_int, c_int],
     ),
+    "own": (None, [POINTER(Own), c_void_p, c_void_p, c_int, c_int]),
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
@@ -279,6 +300,7 @@ class Library:
         self.copy = self._dll.cabochon_copy
         self.dense = self._dll.cabochon_dense
         self.layers = self._dll.cabochon_layers
+        self.own = self._dll.cabochon_own
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise

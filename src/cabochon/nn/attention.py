@@ -10,20 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cabochon.config import PictureSight
-from cabochon.nn.kept import Kept
+from cabochon.nn.kept import Store
 
 Spans = Sequence[tuple[int, int]]
 
 
-class Paged(NamedTuple):
-    """Where the cache of a layer lies, and which of it each row of a step sees.
+class Reach(NamedTuple):
+    """Which slots of a group of layers each row of a step writes and sees.
 
     Row i writes to `slots[i]` and looks at positions `low[i]` to `high[i]`, end excluded, of the
     pages of 16 slots from `pages[page_at[i]]` on. Rows of a sequence follow each other.
     """
 
-    keys: Kept
-    values: Kept
     slots: Tensor  # int64 [rows]; none in a step that was narrowed
     pages: Tensor  # int32, of all sequences
     page_at: Tensor  # int32 [rows]
@@ -46,8 +44,13 @@ class KeyValues(Protocol):
         """Attention of `[rows, heads, head_dim]` over what `layer` stored, this step included."""
         ...
 
-    def paged(self, layer: int) -> Paged:
-        """The cache of `layer` itself, for who does all of this where it lies."""
+    @property
+    def store(self) -> Store:
+        """The cache itself, for who does all of this where it lies."""
+        ...
+
+    def reaches(self) -> Sequence[Reach]:
+        """Which of it the rows write and see, group by group."""
         ...
 
     def narrow(self, rows: Tensor) -> KeyValues:

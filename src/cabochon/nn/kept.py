@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,15 @@ class Kept:
         """What `slots [n]` hold: `[n, heads, head_dim]`."""
         found = self.data[slots].to(dtype)
         return found if self.scales is None else found * self.scales[slots].to(dtype)[..., None]
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Store:
+    """What all layers that make keys and values keep of them, by layer; it stays where it is.
+
+    Layers of a group write and see the same slots.
+    """
+
+    keys: dict[int, Kept] = field(default_factory=dict)
+    values: dict[int, Kept] = field(default_factory=dict)
+    group_of: dict[int, int] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,8 @@ def text_rotation(
     With `rope.fraction` below one ("proportional"), the first pairs rotate at the frequencies they
     would have in the whole head, and the others stay where they are.
     """
-    pairs = head_dim // 2
     rotating = int(rope.fraction * head_dim // 2)
-    frequencies = _frequencies(head_dim, rope.theta, positions.device)
-    frequencies[rotating:] = 0.0
-    assert frequencies.numel() == pairs
+    frequencies = _frequencies(head_dim, rope.theta, positions.device, rotating)
     return _rotation(positions[:, None].float() * frequencies, dtype)
 
 
@@ -55,9 +53,14 @@ def rotate_halves(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat(turned, dim=-1)
 
 
-def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+@cache
+def _frequencies(dim: int, theta: float, device: torch.device, rotating: int = -1) -> Tensor:
+    """Of `dim / 2` pairs, of which those behind the first `rotating` stay where they are."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-    return 1.0 / theta**exponents
+    frequencies = 1.0 / theta**exponents
+    if rotating >= 0:
+        frequencies[rotating:] = 0.0
+    return frequencies
 
 
 def _rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:

@@ -144,18 +144,30 @@ struct Layer {
   float eps, scalar;
 };
 
+// How a row's own inputs to `layers` layers, `dim` numbers each, are made of what is projected from
+// it, times `scale`, through a norm, and of what is found for its token.
+struct Own {
+  const float* norm;
+  int32_t layers, dim;
+  float eps, scale;
+};
+
 enum Kept : int32_t { KEPT_F32 = 0, KEPT_F16 = 1, KEPT_I8 = 2 };
 
-// Where keys and values of the rows of a step lie: `[slots, kv_heads, head_dim]`. Those in eight
-// bits count multiples of a scale of each slot and head, `[slots, kv_heads]`.
-// Row i belongs to a sequence whose pages of 16 slots are `pages[page_at[i]]` on, and looks at
-// positions `low[i]` to `high[i]`, end excluded. Rows of a sequence follow each other.
+// Where a layer's keys and values lie: `[slots, kv_heads, head_dim]`. Those in eight bits count
+// multiples of a scale of each slot and head, `[slots, kv_heads]`.
 struct Cache {
   void *keys, *values;
   float *key_scales, *value_scales;
+  int32_t kind;
+  int32_t group;  // which of a step's reaches is its own
+};
+
+// Row i of a step belongs to a sequence whose pages of 16 slots are `pages[page_at[i]]` on, and
+// looks at positions `low[i]` to `high[i]`, end excluded. Rows of a sequence follow each other.
+struct Reach {
   const int64_t* slots;  // of each row, to write; not read by layers that share another's
   const int32_t *pages, *page_at, *low, *high;
-  int32_t kind;
 };
 
 // [n, head_dim / 2] each.
@@ -167,6 +179,8 @@ struct Rotation {
 // [n, own] of the first lies `inputs_ld` apart, with those of the next behind it; queries, keys,
 // values and attended are room for [n, heads * head_dim] of the widest.
 struct Step {
+  const Rotation* rotations;
+  const Reach* reaches;
   float* x;
   const float* inputs;
   float *queries, *keys, *values, *attended;

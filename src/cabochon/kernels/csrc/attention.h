@@ -25,7 +25,7 @@ template <int KIND> INL void fetch(const void* data, int64_t at, int dim) {
 
 // Products of HEADS queries with the keys of `count` positions from `i` on, of those in `[0, n)`.
 template <int KIND, int HEADS, int AT>
-INL void look_at_keys(const Cache& cache, const Place& place, int dim, int from, int i, int n,
+INL void look_at_keys(const View& cache, const Place& place, int dim, int from, int i, int n,
                       const float* queries, float (*scores)[SPLIT]) {
   const void* keys = cache.keys;
   int64_t at[AT];
@@ -56,7 +56,7 @@ INL void look_at_keys(const Cache& cache, const Place& place, int dim, int from,
 
 // scores [n] become weights exp(score - largest), those of int8 with the scale of their values.
 template <int KIND>
-INL void weigh(const Cache& cache, const Place& place, int from, int n, float* scores,
+INL void weigh(const View& cache, const Place& place, int from, int n, float* scores,
                float* largest, float* total) {
   const int whole = (n + LANES - 1) / LANES * LANES;
   for (int i = n; i < whole; i++) scores[i] = -INFINITY;
@@ -75,7 +75,7 @@ INL void weigh(const Cache& cache, const Place& place, int from, int n, float* s
 
 // Adds the values of positions `i` to `to`, weighted, to `out [HEADS, dim]`.
 template <int KIND, int HEADS>
-INL void add_values(const Cache& cache, const Place& place, int dim, int from, int i, int to, int n,
+INL void add_values(const View& cache, const Place& place, int dim, int from, int i, int to, int n,
                     float (*scores)[SPLIT], float* out) {
   constexpr int WIDE = std::max(1, std::min(4, SUMS / HEADS));  // vectors
   int64_t at[PAGE], next[PAGE];
@@ -113,7 +113,7 @@ INL void add_values(const Cache& cache, const Place& place, int dim, int from, i
 // HEADS query heads over positions `from` to `to`, at most SPLIT. The sums of the values, weighted
 // by exp(score - largest), go to `out [HEADS, dim]`, their weights to `total`.
 template <int KIND, int HEADS>
-static void look_at(const Cache& cache, const Place& place, int dim, const float* queries, int from,
+static void look_at(const View& cache, const Place& place, int dim, const float* queries, int from,
                     int to, float* out, float* largest, float* total) {
   constexpr int AT = std::max({1, 4 / HEADS, std::min(4, SUMS / HEADS)});
   alignas(64) float scores[HEADS][SPLIT];
@@ -128,7 +128,7 @@ static void look_at(const Cache& cache, const Place& place, int dim, const float
 }
 
 template <int KIND>
-static void look_at_any(const Cache& cache, const Place& place, int dim, int count,
+static void look_at_any(const View& cache, const Place& place, int dim, int count,
                         const float* queries, int from, int to, float* out, float* largest,
                         float* total) {
   const auto run = [&](auto heads) {
@@ -143,7 +143,7 @@ static void look_at_any(const Cache& cache, const Place& place, int dim, int cou
   while (count >= 1) run(std::integral_constant<int, 1>());
 }
 
-static void look_at(const Cache& cache, const Place& place, int dim, int count,
+static void look_at(const View& cache, const Place& place, int dim, int count,
                     const float* queries, int from, int to, float* out, float* largest,
                     float* total) {
   switch (cache.kind) {
@@ -182,7 +182,7 @@ static void join(const float* parts, int splits, int record, int h, int dim, flo
 }
 
 // Queries of the rows `rows [n]`, each on its own; queries and out are [rows, heads * dim].
-static void attend_alone(const Cache& cache, const int32_t* rows, int n, const Heads& of,
+static void attend_alone(const View& cache, const int32_t* rows, int n, const Heads& of,
                          const float* queries, float* out, int threads) {
   static thread_local Room room;
   const int sharing = of.sharing(), bundles = (sharing + SHARING - 1) / SHARING;

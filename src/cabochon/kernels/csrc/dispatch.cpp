@@ -72,9 +72,14 @@ void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   table->dense(m, rows, start, n, out, threads);
 }
 
-void cabochon_layers(const Layer* const* layers, const Cache* caches, const Rotation* rotations,
-                     const Step* step, int count) {
-  table->layers(layers, caches, rotations, step, count);
+// Computes `count` layers from `first` on, each turned by which of the step's rotations `turns` says.
+void cabochon_layers(const Layer* const* layers, const Cache* caches, const int32_t* turns,
+                     const Step* step, int first, int count) {
+  table->layers(layers, caches, turns, step, first, count);
+}
+
+void cabochon_own(const Own* own, const float* found, float* made, int n, int threads) {
+  table->own(own, found, made, n, threads);
 }
 
 // Additions and multiplications done, of codes of four bits that are already in registers.

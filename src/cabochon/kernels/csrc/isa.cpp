@@ -32,16 +32,18 @@ static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   dense(*m, rows, start, n, out, threads);
 }
 
-static void decoder_layers(const Layer* const* layers, const Cache* caches,
-                           const Rotation* rotations, const Step* step, int count) {
+static void decoder_layers(const Layer* const* layers, const Cache* caches, const int32_t* turns,
+                           const Step* step, int first, int count) {
   Step s = *step;
-  for (int i = 0; i < count; i++) {
-    run_layer(*layers[i], caches[i], rotations[i], s);
-    s.inputs += layers[i]->own;
+  for (int i = first; i < first + count; i++) {
+    const Layer& layer = *layers[i];
+    run_layer(layer, View{caches[i], s.reaches[caches[i].group]}, s.rotations[turns[i]], s);
+    s.inputs += layer.own;
   }
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, decoder_layers, sketch, peak, read_all, entries};
+  static const Table table = {times, times_rows, decoder_layers, own_inputs, sketch, peak, read_all,
+                              entries};
   return &table;
 }

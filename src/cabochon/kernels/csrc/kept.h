@@ -15,6 +15,9 @@ template <int KIND> INL F kept(const void* p, int64_t i) {
 
 template <int KIND> constexpr int KEPT_BYTES = KIND == KEPT_F32 ? 4 : KIND == KEPT_F16 ? 2 : 1;
 
+// A layer's cache, and what the rows of a step write and see of it.
+struct View : Cache, Reach {};
+
 // Where one head of one sequence lies: of a position its slot and head, counted in heads.
 struct Place {
   const int32_t* pages;
@@ -40,7 +43,7 @@ static void write_bytes(const float* from, int8_t* to, float* scale, int width) 
   for (int i = 0; i < width; i++) to[i] = (int8_t)(int)std::nearbyint(from[i] * by);
 }
 
-static void write_kept(const Cache& cache, const float* from, void* to, float* scales, int64_t slot,
+static void write_kept(const View& cache, const float* from, void* to, float* scales, int64_t slot,
                        int kv_heads, int dim) {
   const int width = kv_heads * dim;
   if (cache.kind == KEPT_I8) {

@@ -9,7 +9,7 @@ template <class Work> INL void each_row(const Step& s, const Work& work) {
   each_row(s.n, s.threads, work);
 }
 
-static void before(const Layer& l, const Cache& cache, const Rotation& rotation, const Step& s,
+static void before(const Layer& l, const View& cache, const Rotation& rotation, const Step& s,
                    float* normed) {
   const int width = l.heads * l.head_dim, kept = l.kv_heads * l.head_dim, pairs = l.head_dim / 2;
   each_row(s, [&](int i) {
@@ -72,6 +72,20 @@ static void add_experts(const Layer& l, const Step& s, float* normed, float* roo
   });
 }
 
+// made = (norm(made * scale) + found) / sqrt(2), of `n` rows.
+static void own_inputs(const Own* own, const float* found, float* made, int n, int threads) {
+  const F scale = fsplat(own->scale), half = fsplat((float)std::sqrt(0.5));
+  const int64_t width = (int64_t)own->layers * own->dim;
+  each_row(n, threads, [&](int i) {
+    float* row = made + i * width;
+    for (int64_t k = 0; k < width; k += LANES) fstore(row + k, fmul(fload(row + k), scale));
+    for (int64_t k = 0; k < width; k += own->dim)
+      normalize(row + k, own->norm, own->dim, own->eps, row + k);
+    for (int64_t k = 0; k < width; k += LANES)
+      fstore(row + k, fmul(fadd(fload(row + k), fload(found + i * width + k)), half));
+  });
+}
+
 // What the layer gets of each token for itself.
 static void add_own(const Layer& l, const Step& s, float* room, float* made) {
   Input{s.x, s.n, l.hidden, s.threads}.times(l.own_gate, room);
@@ -108,7 +122,7 @@ static void after(const Layer& l, const Step& s, float* normed) {
   });
 }
 
-static void run_layer(const Layer& l, const Cache& cache, const Rotation& rotation,
+static void run_layer(const Layer& l, const View& cache, const Rotation& rotation,
                       const Step& s) {
   static thread_local Room room;
   float* normed = room.of((size_t)s.n * l.hidden);

@@ -58,7 +58,7 @@ static void widen(const void* data, const float* scales, const Place& place, int
   }
 }
 
-static void widen(const Cache& cache, bool keys, const Place& place, int from, int to, int dim,
+static void widen(const View& cache, bool keys, const Place& place, int from, int to, int dim,
                   float* out) {
   const void* data = keys ? cache.keys : cache.values;
   const float* scales = keys ? cache.key_scales : cache.value_scales;
@@ -69,7 +69,7 @@ static void widen(const Cache& cache, bool keys, const Place& place, int from, i
 
 // Some queries of one sequence with one key head, and what is known of their lines so far.
 struct Block {
-  const Cache& cache;
+  const View& cache;
   Heads of;
   int first, count, kv;  // rows
   int lines, padded;     // padded to whole spans
@@ -199,7 +199,7 @@ struct Block {
 };
 
 // Rows `first` to `first + n` of the step, which belong to one sequence.
-static void attend_together(const Cache& cache, int first, int n, const Heads& of,
+static void attend_together(const View& cache, int first, int n, const Heads& of,
                             const float* queries, float* out, int threads) {
   const int most = std::max(1, std::min(LINES, 32768 / of.dim) / of.sharing());
   const int fair = std::max(1, n * of.kv_heads / (4 * threads));  // for every thread a few
@@ -216,7 +216,7 @@ static void attend_together(const Cache& cache, int first, int n, const Heads& o
 }
 
 // queries and out [n, heads * dim]. Rows of a sequence follow each other.
-static void attend(const Cache& cache, int n, const Heads& of, const float* queries, float* out,
+static void attend(const View& cache, int n, const Heads& of, const float* queries, float* out,
                    int threads) {
   static thread_local Room room;
   int32_t* alone = (int32_t*)room.of(n);
