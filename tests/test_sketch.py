@@ -73,10 +73,10 @@ def test_no_product_is_farther_off_than_the_margin(kernels: Library, name: str) 
 
 
 def test_margins_are_not_loose(kernels: Library) -> None:
-    """Or all tokens would be multiplied with: 8 bits leave a 150th of an ordinary row."""
+    """Or all tokens would be multiplied with: 6 bits leave a 40th of an ordinary row."""
     data = dict(matrices(torch.bfloat16))["ordinary"]
     head = SketchedHead(kernels, DenseWeight(data))
-    assert bool((head.margins < 0.01 * data.float().norm(dim=1)).all())
+    assert bool((head.margins < 0.04 * data.float().norm(dim=1)).all())
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -105,7 +105,7 @@ def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: in
 def test_few_are_looked_at(kernels: Library) -> None:
     data = dict(matrices(torch.bfloat16))["ordinary"]
     shortlist = SketchedHead(kernels, DenseWeight(data)).shortlist(next(inputs()), float)
-    assert all(len(shortlist.largest(row, 1, [], None)[0]) < ROWS // 100 for row in range(5))
+    assert all(len(shortlist.largest(row, 1, [], None)[0]) < ROWS // 50 for row in range(5))
 
 
 def test_which_heads_have_one() -> None:

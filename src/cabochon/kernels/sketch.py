@@ -1,6 +1,6 @@
-"""`SketchedHead`: an LM head of stored floats that finds the likeliest tokens in half the bytes.
+"""`SketchedHead`: an LM head of stored floats that finds the likeliest tokens in 2/5 of the bytes.
 
-Beside the floats there is a sketch of them in eight bits an entry. It gives every product, and how
+Beside the floats there is a sketch of them in six bits an entry. It gives every product, and how
 far off that is at most: by Cauchy and Schwarz, the norm of the input times that of what the sketch
 left of a row. Only tokens that by this bound may be among the likeliest are multiplied with the
 floats themselves, a few in a thousand, so that what is drawn is exactly what would have been drawn.
@@ -23,13 +23,14 @@ from cabochon.nn.layout import Layout
 from cabochon.nn.shortlist import Allowed, Floor, Ids, Numbers, kth_largest, reaching, usable
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
-GROUP = 64  # csrc/sketch.h
+GROUP, BITS = 64, 6  # csrc/sketch.h
 LEAST = 1 << 24  # entries that are worth it
 
 # Inputs are rounded twice to eight bits of the largest of 32: their norm changes by no more than
 # sqrt(32) / 254**2 of it, 8.8e-5. The rest is for sums in float32.
 _ROUNDING = 1e-4
 _SLACK = 1.0001
+_SUMS = 1e-6  # of float32
 _LOST = 1e-16  # norms of rows whose squares are too small for float32
 
 
@@ -60,11 +61,11 @@ class SketchedHead(FloatsWeight):
         self.register_buffer("margins", torch.empty(rows))
         margin = Margin(address(self.margins), _SLACK, _ROUNDING, _LOST)
         coded = Coded(
-            octets=torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
-            layout=Layout.stream(8),
+            octets=torch.empty(rows, columns * BITS // 8, dtype=torch.uint8, device="meta"),
+            layout=Layout.stream(BITS),
             group=GROUP,
             scales=torch.empty(rows, columns // GROUP, dtype=torch.bfloat16, device="meta"),
-            zero=128,
+            zero=1 << (BITS - 1),
         )
         self.sketch = PackedWeight(
             library,
@@ -98,12 +99,16 @@ class Candidates:
         self._near = head.sketch.linear(self._x).numpy()
         self._norms = torch.linalg.vector_norm(self._x, dim=-1).tolist()
         self._margins = head.margins.numpy()
+        self._widest = float(self._margins.max())
 
     def largest(
         self, row: int, count: int, never: Sequence[int], allowed: Allowed | None
     ) -> tuple[Ids, Numbers]:
-        near = usable(self._near[row], never, allowed)
-        margins = self._margins * np.float32(self._norms[row] * _SLACK)
-        ids = reaching(near + margins, self._floor(kth_largest(near - margins, count)))
+        near, norm = usable(self._near[row], never, allowed), self._norms[row] * _SLACK
+        # By the widest of all margins first, which leaves few to look at by their own.
+        top, widest = kth_largest(near, count), self._widest * norm
+        ids = reaching(near, self._floor(top - widest) - widest - _SUMS * abs(top))
+        near, margins = near[ids], self._margins[ids] * np.float32(norm)
+        ids = ids[reaching(near + margins, self._floor(kth_largest(near - margins, count)))]
         products = self._head.among(self._x[row : row + 1], torch.from_numpy(ids)[None])
         return ids, products[0].numpy()

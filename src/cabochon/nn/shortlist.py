@@ -54,6 +54,9 @@ def usable(products: Numbers, never: Sequence[int], allowed: Allowed | None) -> 
 
 
 def kth_largest(products: Numbers, count: int) -> float:
+    """The least of all if there are fewer; of none, -inf."""
+    if not len(products):
+        return -np.inf
     runs = len(products) // _RUN
     if 1 < count <= runs:
         # As many runs have a number that is no less than the least of these: none below it counts.

@@ -1,4 +1,4 @@
-// A matrix of floats told again in eight bits an entry, and how far off that can be: enough to know
+// A matrix of floats told again in six bits an entry, and how far off that can be: enough to know
 // which of its products are the largest.
 #pragma once
 #include "backlog.h"
@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int SKETCH_GROUP = 64;  // columns that share a scale
-constexpr int SKETCH_TOP = 127;   // the largest code; the one for zero is 128
+constexpr int SKETCH_TOP = 31;    // the largest code; the one for zero is 32
 
 struct Squares {
   F left, all;  // of what the codes leave, and of the entries
@@ -37,7 +37,7 @@ INL void sketch_group(const uint8_t* row, int k, uint8_t* codes, uint16_t* scale
   for (int i = 0; i < SKETCH_GROUP; i++) codes[i] = (uint8_t)((int)whole[i] + SKETCH_TOP + 1);
 }
 
-// What rows are packed from: codes of eight bits, in their order, and a bfloat16 for each group.
+// What rows are packed from: codes, a byte each, in their order, and a bfloat16 for each group.
 inline Stored sketched(const uint8_t* codes, const uint16_t* scales, int columns) {
   const int groups = columns / SKETCH_GROUP;
   Stored s = {codes, columns, columns, {UNIT, UNIT, 0, 0, 1, {{0, 8, 0, 0}}}, {}};
