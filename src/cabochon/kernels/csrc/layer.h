@@ -49,9 +49,9 @@ static void feed_forward(const Layer& l, const Step& s, const float* normed, flo
   Input in{normed, s.n, l.hidden, s.threads};
   in.times(l.gate, room);
   in.times(l.up, made);
-  each_row(s, [&](int i) {
-    const int64_t at = (int64_t)i * l.intermediate;
-    gate_by_gelu(room + at, made + at, l.intermediate);
+  each_part(s.n, l.intermediate, s.threads, [&](int i, int from, int to) {
+    const int64_t at = (int64_t)i * l.intermediate + from;
+    gate_by_gelu(room + at, made + at, to - from);
   });
   Input{room, s.n, l.intermediate, s.threads}.times(l.down, made);
 }

@@ -12,12 +12,23 @@ void share_work(int count, int threads, void (*work)(void*, int), void* context)
 namespace {
 
 constexpr int FEW_ROWS = 8;  // of activations, that are too little work to be told apart
+constexpr int PART = 4096;   // numbers of a row that are worth a thread
 
 template <class Work> inline void in_parallel(int count, int threads, const Work& work) {
   share_work(count, threads, [](void* context, int i) { (*(const Work*)context)(i); }, (void*)&work);
 }
 
-// The same for every row below `n`.
+// Calls work(i, from, to) for parts of every row `i` below `n` that has `width` numbers; parts begin
+// at multiples of 32.
+template <class Work> inline void each_part(int n, int width, int threads, const Work& work) {
+  const int parts = (width + PART - 1) / PART;
+  in_parallel(n * parts, threads, [&](int piece) {
+    const int from = piece % parts * PART;
+    work(piece / parts, from, from + PART < width ? from + PART : width);
+  });
+}
+
+// The same for every whole row, a few at a time.
 template <class Work> inline void each_row(int n, int threads, const Work& work) {
   in_parallel((n + FEW_ROWS - 1) / FEW_ROWS, threads, [&](int piece) {
     const int from = piece * FEW_ROWS, to = from + FEW_ROWS < n ? from + FEW_ROWS : n;

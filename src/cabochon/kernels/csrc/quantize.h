@@ -30,10 +30,11 @@ INL void quantize_unit(float* x, int8_t* codes, float* scale, float* sum, float*
   *sum = halves[0] + halves[1];
 }
 
-static void quantize_row(const float* x, int columns, int units, int digits, int row,
-                         const Quantized& out) {
+// Units `from` to `to` of a row.
+static void quantize_row(const float* x, int columns, int units, int digits, int row, int from,
+                         int to, const Quantized& out) {
   alignas(64) float some[UNIT];
-  for (int u = 0; u < units; u++) {
+  for (int u = from; u < to; u++) {
     const int width = std::min(UNIT, columns - u * UNIT);
     memcpy(some, x + u * UNIT, width * sizeof(float));
     if (width < UNIT) memset(some + width, 0, (UNIT - width) * sizeof(float));
@@ -58,7 +59,9 @@ INL Quantized quantized_in(void* room, int64_t n, int units) {
 // `x [n, columns]` to `n * digits` columns.
 static void quantize(const float* x, int64_t ldx, int n, int columns, int units, int digits,
                      const Quantized& out, int threads) {
-  each_row(n, threads, [&](int i) { quantize_row(x + i * ldx, columns, units, digits, i, out); });
+  each_part(n, units * UNIT, threads, [&](int i, int from, int to) {
+    quantize_row(x + i * ldx, columns, units, digits, i, from / UNIT, to / UNIT, out);
+  });
 }
 
 }  // namespace
