@@ -243,6 +243,24 @@ def test_a_prompt_whose_last_token_has_a_step_of_its_own(
     assert together.generate([prompt], params) == answer
 
 
+def test_no_request_fails_with_the_drafter(
+    together: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    guesser, params = together.engine.scheduler.guesser, SamplingParams(max_tokens=20, seed=3)
+    monkeypatch.setattr(guesser, "drafts", guesser.drafts)  # put back afterwards
+    prompts = [WORDS[:n] for n in (5, 30)]
+    answers = together.generate(prompts, params)
+
+    def fail(hidden: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(drafts_of(together).drafter, "likeliest", fail)
+    assert together.generate(prompts, params) == answers
+    assert [record.message for record in caplog.records] == [
+        "the drafter failed: from now on it is not asked"
+    ]
+
+
 @pytest.mark.parametrize("name", ["e2b-w4a16", "e2b-nvfp4a16"])
 def test_no_answer_changes(name: str) -> None:
     """Where kernels round activations, to the bit, whatever a drafter guesses."""

@@ -8,6 +8,7 @@ there is one (`engine/drafts.py`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from cabochon.engine.lookup import Lookup
 
 if TYPE_CHECKING:
     from cabochon.engine.scheduler import TokenSequence
+
+logger = logging.getLogger(__name__)
 
 # So many tokens for each of many sequences.
 Drafts = Callable[[Sequence["TokenSequence"], int], list[list[int]]]
@@ -89,7 +92,10 @@ class Guesses:
 
 
 class Guesser:
-    """Guesses up to `most` tokens a step, among all sequences."""
+    """Guesses up to `most` tokens a step, among all sequences.
+
+    No request fails for what goes wrong in guessing: it is logged, and who failed guesses no more.
+    """
 
     def __init__(self, most: int, drafts: Drafts | None = None) -> None:
         self.most = most
@@ -104,12 +110,26 @@ class Guesser:
             room = min((1 + self.most) // len(sequences) - 1, left)
             if room <= 0:
                 continue
-            sequence.guesses.find(sequence.tokens, room)
+            self._find(sequence, room)
             if self.drafts is not None and not sequence.guesses.tokens:
                 asked[sequence] = sequence.guesses.draft(room)
-        longest = max(asked.values(), default=0)
-        if self.drafts is None or not longest:
+        self._draft({sequence: count for sequence, count in asked.items() if count})
+
+    def _find(self, sequence: TokenSequence, room: int) -> None:
+        try:
+            sequence.guesses.find(sequence.tokens, room)
+        except Exception:
+            logger.exception("what an answer must say next could not be found out")
+            sequence.guesses.forced = tuple
+
+    def _draft(self, asked: dict[TokenSequence, int]) -> None:
+        if self.drafts is None or not asked:
             return
-        drafting = [sequence for sequence, count in asked.items() if count]
-        for sequence, tokens in zip(drafting, self.drafts(drafting, longest), strict=True):
-            sequence.guesses.tokens = tokens[: asked[sequence]]
+        try:
+            drafted = self.drafts(list(asked), max(asked.values()))
+        except Exception:
+            logger.exception("the drafter failed: from now on it is not asked")
+            self.drafts = None
+            return
+        for (sequence, count), tokens in zip(asked.items(), drafted, strict=True):
+            sequence.guesses.tokens = tokens[:count]
