@@ -1,4 +1,4 @@
-"""Write a random drafter of the real shape, for E2B or 12B: `python bench/make_drafter.py OUT e2b`.
+"""Write a random drafter of the real shape: `python bench/make_drafter.py OUT e2b|12b|26b`.
 
 For measuring what guesses cost; they mean nothing. It is laid out by the product's own statement of
 what a drafter needs, in bfloat16. Sizes: Google's published configurations of the drafters.
@@ -27,6 +27,19 @@ SIZES: dict[str, dict[str, Any]] = {
             "intermediate_size": 2048,
             "num_attention_heads": 4,
             "num_key_value_heads": 1,
+        },
+    },
+    "26b": {
+        "backbone_hidden_size": 2816,
+        "text_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 8192,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "sliding_window": 1024,
+            "max_position_embeddings": 262_144,
         },
     },
     "12b": {

@@ -15,7 +15,7 @@ from cabochon import LLM, SamplingParams
 from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine.cache import PAGE, CachePlan, Chunk, PagedCache
 from cabochon.engine.guesses import Guesser, Reach
-from cabochon.engine.guide import TurnRules
+from cabochon.engine.guide import Guide, TurnRules
 from cabochon.engine.lookup import LEAST_ALIKE, MOST_ALIKE, Lookup
 from cabochon.engine.request import Completion, Prompt
 from cabochon.engine.scheduler import Scheduler, TokenSequence
@@ -162,13 +162,24 @@ def test_a_prompt_whose_tokens_are_scored(pair: tuple[LLM, LLM]) -> None:
     assert told(guessing) == told(plain)
 
 
-def test_what_a_grammar_forces_is_guessed() -> None:
-    """Names of a schema cost no step of their own; the answer is what it is without guesses."""
+def test_what_a_grammar_forces_is_guessed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names of a schema cost no step of their own; the answer is what it is without guesses.
+
+    Nor does it change where that cannot be found out.
+    """
+
+    def fail(*_: object) -> list[int]:
+        raise RuntimeError("lost")
+
     names = {name: {"type": "boolean"} for name in ("colour_of_the_shape", "number_of_corners")}
     schema = {"type": "object", "properties": names, "required": list(names)}
     schema["additionalProperties"] = False
     told = []
-    for draft_tokens in (0, 15):
+    for draft_tokens, failing in ((0, False), (15, False), (15, True)):
+        if failing:
+            monkeypatch.setattr(Guide, "forced", fail)
         with LLM(draft_tokens=draft_tokens) as llm:
             rules = TurnRules(
                 structure=Structure.of(llm.prompts.tokenizer),
@@ -176,8 +187,9 @@ def test_what_a_grammar_forces_is_guessed() -> None:
             )
             params = SamplingParams(temperature=0.7, seed=2, max_tokens=80, rules=rules)
             told.append((llm.generate(CIRCLE, params), llm.engine.stats))
-    (plain, without), (guessed, stats) = told
-    assert guessed == plain
+    (plain, without), (guessed, stats), (unforced, _) = told
+    assert guessed == plain == unforced
+    assert "what an answer must say next" in caplog.text
     assert json.loads(guessed[0].text).keys() == names.keys()
     assert stats.guessed_right > 0.8 * stats.guessed > 0
     assert stats.steps < without.steps / 2
