@@ -31,6 +31,8 @@ class Runner:
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
         self.device = device
+        ids = model.config.tokens
+        self._media = {ids.image, ids.audio, ids.video}
         self._not_finite: str | None = None
 
     @torch.inference_mode()
@@ -101,7 +103,8 @@ class Runner:
         positions: list[int] = []
         wanted: list[int] = []
         soft_at: list[int] = []
-        hidden = self.model.config.text.hidden_size
+        text = self.model.config.text
+        hidden, padding = text.hidden_size, text.pad_token_id
         soft = [torch.empty(0, hidden, dtype=self.dtype, device=self.device)]
         for scheduled in step:
             start, stop = scheduled.chunk.start, scheduled.chunk.stop
@@ -110,7 +113,9 @@ class Runner:
                 soft_at.extend(range(first, first + len(rows)))
                 soft.append(rows)
             sequence = scheduled.sequence
-            tokens.extend((sequence.tokens[start:stop] + sequence.guesses.tokens)[: stop - start])
+            own = (sequence.tokens[start:stop] + sequence.guesses.tokens)[: stop - start]
+            # The ids of media count for nothing, not even where the model itself wrote one.
+            tokens.extend(padding if token in self._media else token for token in own)
             positions.extend(range(start, stop))
             wanted.extend(range(len(tokens) - scheduled.rows, len(tokens)))
         if every:

@@ -24,9 +24,9 @@ _ROUNDING = 1e-6  # of tanh in float32, generously
 class Batch:
     """One step's input: the rows of all its sequences, one after the other."""
 
-    tokens: Tensor  # [tokens]
+    tokens: Tensor  # [tokens]; the padding id where a picture or a sound stands
     positions: Tensor  # [tokens], within each sequence
-    soft_at: Tensor  # [soft tokens], rows that a picture or a sound fills; their ids do not count
+    soft_at: Tensor  # [soft tokens], rows that a picture or a sound fills
     soft: Tensor  # [soft tokens, hidden_size]; its dtype is the compute dtype
     wanted: Tensor  # [rows], sorted: whose logits to compute
 
@@ -69,20 +69,12 @@ class Gemma4(nn.Module):
 
     def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
         """What the wanted rows' logits are made of: `[rows, hidden_size]`."""
-        ids, x = self.embed(batch)
-        hidden: Tensor = self.model.language_model(ids, x, batch.positions, kv, batch.wanted)
+        text = self.model.language_model
+        x = text.embed_tokens(batch.tokens, batch.soft.dtype)
+        if len(batch.soft):
+            x = x.index_copy(0, batch.soft_at, batch.soft)
+        hidden: Tensor = text(batch.tokens, x, batch.positions, kv, batch.wanted)
         return hidden
-
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the decoder gets: ids `[tokens]` and embeddings `[tokens, hidden_size]`."""
-        # The ids of media count for nothing, not even where the model itself wrote one.
-        ids = batch.tokens.masked_fill(self._media(batch.tokens), self.config.text.pad_token_id)
-        x = self.model.language_model.embed_tokens(ids, batch.soft.dtype)
-        return ids, x.index_copy(0, batch.soft_at, batch.soft)
-
-    def _media(self, tokens: Tensor) -> Tensor:
-        ids = self.config.tokens
-        return (tokens == ids.image) | (tokens == ids.audio) | (tokens == ids.video)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """After the soft-cap: `[rows, vocab_size]`, float32."""
