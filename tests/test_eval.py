@@ -275,11 +275,9 @@ def test_what_cannot_work_is_found_before_a_model_is_loaded(tmp_path: Path) -> N
     ask = ("eval", tmp_path / "no model", "--task", "questions", "--data")
     fails(cabochon(*ask, missing), 2, f"{missing} cannot be read: No such file")
     fails(cabochon(*ask, data, "--json", nowhere), 2, f"{nowhere} cannot be written: there is no")
-    fails(
-        cabochon("eval", DEMO, "--task", "perplexity", "--data", data, "--divergence"),
-        2,
-        "--divergence is measured over answers",
-    )
+    ask_text = ("eval", DEMO, "--task", "perplexity", "--data", data)
+    fails(cabochon(*ask_text, "--divergence"), 2, "--divergence is about answers")
+    fails(cabochon(*ask_text, "--drafter", nowhere), 2, "--drafter is about answers")
     ask = ("eval", DEMO, "--task", "questions", "--data", data, "--picture-tokens", "71")
     fails(cabochon(*ask), 2, "picture_tokens is 71, expected one of 70, 140")
 

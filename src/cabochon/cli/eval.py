@@ -70,8 +70,7 @@ def evaluate(
 
     if task not in TASK_NAMES:
         raise CabochonError(f"--task is {task!r}, expected one of {', '.join(TASK_NAMES)}")
-    if divergence and task == "perplexity":
-        raise CabochonError("--divergence is measured over answers, and perplexity has none")
+    _check_answers(task, divergence, settings)
     if as_json is not None:
         check_writable(as_json)
     subjects = _subjects(models, settings, each_activations)
@@ -92,6 +91,13 @@ def evaluate(
         report["divergences"] = [one.as_dict() for one in apart]
     if as_json is not None:
         write_text(as_json, json.dumps(report, indent=2) + "\n")
+
+
+def _check_answers(task: str, divergence: bool, settings: EngineSettings) -> None:
+    """Of perplexity there are none, for what needs answers."""
+    for option, given in (("--divergence", divergence), ("--drafter", settings.drafter)):
+        if given and task == "perplexity":
+            raise CabochonError(f"{option} is about answers, and perplexity has none")
 
 
 def _subjects(models: Sequence[str], settings: Settings, each: bool) -> list[Subject]:
