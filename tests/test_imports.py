@@ -23,7 +23,7 @@ _MODEL = {*_FILES, "config", "nn", "gemma4"}
 _LOAD = {*_MODEL, "checkpoint", "quant"}
 _ENGINE = {*_MODEL, "text"}
 _ASSEMBLY = {*_ENGINE, *_LOAD, "load", "engine", "prompts", "kernels", "options", "survey"}
-_LLM = {*_ASSEMBLY, "assembly", "garbage"}
+_LLM = {*_ASSEMBLY, "assembly", "garbage", "linking"}
 _APP = {*_LLM, "llm", "settings", "flags", "console", "cabochon"}
 
 MAY_NEED = {
@@ -44,6 +44,7 @@ MAY_NEED = {
     "survey": {*_LOAD, "load", "kernels"},
     "assembly": _ASSEMBLY,
     "garbage": set(),
+    "linking": set(),
     "llm": _LLM,
     "settings": {"errors"},
     "flags": {"errors", "settings"},
@@ -154,6 +155,34 @@ def test_planning_imports_no_torch(module: str) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_torch_is_linked_before_it_is_imported() -> None:
+    program = """
+import sys
+from pathlib import Path
+from cabochon.linking import link_torch
+link_torch().join()
+print("libtorch_cpu" in Path("/proc/self/maps").read_text(), "torch" in sys.modules)
+import torch
+print(torch.arange(4.0).sum().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False", "6.0"]
+
+
+def test_torch_that_is_not_there_cannot_be_linked(tmp_path: Path) -> None:
+    program = "from cabochon.linking import link_torch; link_torch().join(); print('went on')"
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT.parent}"}
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("went on\n", "")
 
 
 def test_model_files_take_no_names_ranks_or_quantization() -> None:

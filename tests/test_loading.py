@@ -30,6 +30,7 @@ from cabochon.kernels.choose import Kernels
 from cabochon.kernels.library import library
 from cabochon.kernels.packed import PackedWeight
 from cabochon.load.execute import execute
+from cabochon.load.plan import LoadPlan
 from cabochon.load.report import plan_checkpoint
 from cabochon.nn.gguf_blocks import BlockWeight
 from cabochon.nn.weight import Weight
@@ -174,12 +175,18 @@ def test_a_table_stays_in_its_file(tmp_path: Path) -> None:
     assert torch.allclose(torch.tensor(json.loads(rows)), wanted)
 
 
-@pytest.mark.parametrize("cut", [1, 50_000_000])
-def test_a_file_that_is_cut_after_it_was_planned(tmp_path: Path, cut: int) -> None:
-    plan = plan_of(with_a_table(tmp_path, 150_000))
-    file = tmp_path / "model.safetensors"
+def cut_since(folder: Path, cut: int) -> LoadPlan:
+    """The plan of a checkpoint with a table, whose file has lost so many bytes since."""
+    plan = plan_of(with_a_table(folder, 150_000))
+    file = folder / "model.safetensors"
     with file.open("r+b") as opened:
         opened.truncate(file.stat().st_size - cut)
+    return plan
+
+
+@pytest.mark.parametrize("cut", [1, 50_000_000])
+def test_a_file_that_is_cut_after_it_was_planned(tmp_path: Path, cut: int) -> None:
+    plan = cut_since(tmp_path, cut)
     with pytest.raises(UnreadableError, match="Download it again"):
         execute(plan, dtype=torch.float32)
 

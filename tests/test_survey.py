@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import W4A16, Tensors, altered, plan_of
 from corruption import files, folders
-from test_loading import with_a_table
+from test_loading import cut_since, with_a_table
 
 from cabochon.errors import LoadError, UnreadableError
 from cabochon.kernels.choose import Kernels
@@ -73,12 +73,20 @@ def test_a_number_that_is_none_is_refused_by_name(tmp_path: Path, row: int) -> N
         loaded(plan_of(folder))
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_so_is_a_norm(tmp_path: Path, number: float) -> None:
+    name = "model.language_model.norm.weight"
+
+    def damage(tensors: Tensors) -> None:
+        tensors[name][[2, 5]] = number
+
+    with pytest.raises(LoadError, match=f"{name}.* has 2 of .* not finite in float32"):
+        loaded(plan_of(altered(tmp_path, W4A16, damage)))
+
+
 @pytest.mark.parametrize("cut", [1, 50_000_000])
 def test_a_file_that_is_cut_after_it_was_planned(tmp_path: Path, cut: int) -> None:
-    plan = plan_of(with_a_table(tmp_path, 150_000))
-    file = tmp_path / "model.safetensors"
-    with file.open("r+b") as opened:
-        opened.truncate(file.stat().st_size - cut)
+    plan = cut_since(tmp_path, cut)
     with pytest.raises(UnreadableError, match="Download it again"):
         loaded(plan)
 

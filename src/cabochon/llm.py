@@ -17,6 +17,7 @@ from cabochon.config import Gemma4Config, beside
 from cabochon.errors import CabochonError, MismatchError, ResourceError
 from cabochon.garbage import uncollected
 from cabochon.kernels.library import Activations
+from cabochon.linking import link_torch
 from cabochon.load.forecast import machine_memory
 from cabochon.load.obtain import obtain
 from cabochon.load.plan import LoadPlan
@@ -105,6 +106,7 @@ class LLM:
         with uncollected():
             source = _source(model, weights_only)
             self.name = source.name
+            link_torch()
             self.report = plan_checkpoint(
                 source.path, weights_only=weights_only, source=source.shown
             )

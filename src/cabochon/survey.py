@@ -16,9 +16,8 @@ from cabochon.checkpoint.headers import BITS, TensorMeta
 from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.library import library, threads_without_torch
 from cabochon.kernels.look import Looking
-from cabochon.load.looked import Looked, every_of, kind_of
+from cabochon.load.looked import Looked, every_of, kind_of, kind_of_parameter
 from cabochon.load.plan import LoadPlan
-from cabochon.nn.found import NOTHING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,4 +99,4 @@ def _wanted(plan: LoadPlan) -> Iterator[tuple[TensorMeta, str]]:
                 meta = read.stored[slot.leaf]
                 yield meta, kind_of(slot, meta)
     for parameter in plan.parameters:
-        yield parameter.tensor, NOTHING
+        yield parameter.tensor, kind_of_parameter(parameter.tensor)

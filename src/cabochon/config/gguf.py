@@ -21,6 +21,7 @@ from cabochon.config.gguf_towers import (
     patches_of,
     vision_of,
 )
+from cabochon.config.kv import kv_sources
 from cabochon.config.section import Section
 from cabochon.config.types import (
     Drafting,
@@ -274,13 +275,12 @@ def _layers(
 
 
 def _kv_sources(section: Section, kinds: Sequence[LayerKind]) -> list[int]:
-    """The layer whose keys and values each one uses: the last of its kind before sharing."""
-    count, shared = len(kinds), section.integer("attention.shared_kv_layers", 0)
-    if shared >= count or not set(kinds) <= set(kinds[: count - shared]):
-        detail = f"which leaves a kind of the {count} layers without keys and values"
+    shared = section.integer("attention.shared_kv_layers", 0)
+    sources = kv_sources(kinds, shared)
+    if sources is None:
+        detail = f"which leaves a kind of the {len(kinds)} layers without keys and values"
         raise section.wrong("attention.shared_kv_layers", shared, detail)
-    last = {kind: i for i, kind in enumerate(kinds[: count - shared])}
-    return [i if i < count - shared else last[kind] for i, kind in enumerate(kinds)]
+    return sources
 
 
 def _kinds(section: Section, count: int) -> list[LayerKind]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cabochon.config.types import PictureSight, TextConfig
+from cabochon.config.types import LayerKind, PictureSight, TextConfig
 
 SCALE_BYTES = 4  # of a head's keys or values of one token, where these are kept in eight bits
 
@@ -27,6 +28,18 @@ class KeptLayers:
     def token_bytes(self, width: int) -> int:
         """Bytes of one token with numbers of `width` bytes; of one byte, with their scales."""
         return kept_bytes(self.elements, self.head_dim, width)
+
+
+def kv_sources(kinds: Sequence[LayerKind], shared: int) -> list[int] | None:
+    """The layer whose keys and values each one uses: the last of its kind before sharing.
+
+    None: the last `shared` layers are all, or of a kind that is not among the others.
+    """
+    own = len(kinds) - shared
+    last = {kind: i for i, kind in enumerate(kinds[: max(own, 0)])}
+    if not set(kinds) <= set(last):
+        return None
+    return [i if i < own else last[kind] for i, kind in enumerate(kinds)]
 
 
 def kept_bytes(elements: int, head_dim: int, width: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cabochon.config.architectures import DRAFTERS, TEXT_ONLY, UNIFIED, architecture_of
 from cabochon.config.drafting import UNKNOWN, drafting_of
+from cabochon.config.kv import kv_sources
 from cabochon.config.section import Section
 from cabochon.config.types import (
     AudioConfig,
@@ -234,14 +235,12 @@ def _layer_number(key: str, count: int) -> int:
 
 
 def _kv_sources(kinds: list[LayerKind], shared: int) -> list[int]:
-    """The layer whose keys and values each one uses: the last of its kind before sharing."""
-    own = len(kinds) - shared
-    if own < 1:
+    if shared >= len(kinds):
         raise ConfigError(f"config.json: num_kv_shared_layers is {shared} of {len(kinds)} layers")
-    last = {kind: i for i, kind in enumerate(kinds[:own])}
-    if not set(kinds) <= set(last):
+    sources = kv_sources(kinds, shared)
+    if sources is None:
         raise ConfigError("config.json: a kind of layer shares keys and values but never makes any")
-    return [i if i < own else last[kind] for i, kind in enumerate(kinds)]
+    return sources
 
 
 def _rope(section: Section) -> dict[LayerKind, RopeConfig]:

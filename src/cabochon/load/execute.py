@@ -15,11 +15,11 @@ from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.load.certificate import Certificate
 from cabochon.load.look import Look, look
-from cabochon.load.looked import Looked, kind_of
+from cabochon.load.looked import Looked, kind_of, kind_of_parameter
 from cabochon.load.measure import Measure
 from cabochon.load.plan import LoadPlan, ParameterRead, SiteRead
-from cabochon.load.transforms import transform
-from cabochon.load.values import check_finite, check_looked, check_order, check_value
+from cabochon.load.transforms import CHANGES, transform
+from cabochon.load.values import check_finite, check_looked, check_order, check_value, is_finite
 from cabochon.nn.clippable import ClippableLinear
 from cabochon.nn.linear import Embedding, Linear
 from cabochon.nn.weight import Stack, Weight
@@ -181,15 +181,16 @@ def build_weight(read: SiteRead, dtype: torch.dtype, measure: Measure | None = N
 
 
 def fill_parameter(model: Model, read: ParameterRead, dtype: torch.dtype, measure: Measure) -> None:
-    tensor = read_tensor(read.tensor)
-    measure.tensor(tensor, read.tensor)
+    tensor, kind = read_tensor(read.tensor), kind_of_parameter(read.tensor)
+    seen = measure.tensor(tensor, read.tensor, kind)
     tensor = tensor.long() if read.parameter.order else tensor.float()
     if read.transform is not None:
         tensor = transform(tensor, read.transform, read.parameter.shape)
     if read.parameter.order:
         check_order(tensor, read.tensor)
     elif not read.parameter.bound:
-        check_finite(tensor, read.tensor, dtype)
+        if read.transform in CHANGES or not (kind and is_finite(seen.largest, dtype)):
+            check_finite(tensor, read.tensor, dtype)
     elif tensor.isnan().any():
         raise LoadError(f"{read.tensor.file}: clip bound {read.tensor.name!r} is not a number")
     measure.parameter(read.parameter.name, tensor)

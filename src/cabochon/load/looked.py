@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cabochon.checkpoint.gguf import BLOCKS
 from cabochon.checkpoint.headers import TensorMeta
 from cabochon.nn.found import NOTHING, POWERS
-from cabochon.quant.scheme import Slot
+from cabochon.quant.scheme import FLOATS, Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,11 @@ def kind_of(slot: Slot, meta: TensorMeta) -> str:
     if slot.holds in ("matrix", "scales"):
         return POWERS if meta.dtype == "U8" else meta.dtype
     return meta.dtype if slot.holds == "blocks" else NOTHING
+
+
+def kind_of_parameter(meta: TensorMeta) -> str:
+    """The same of the tensor of a parameter."""
+    return meta.dtype if meta.dtype in FLOATS else NOTHING
 
 
 def every_of(meta: TensorMeta) -> int:

@@ -15,6 +15,8 @@ Transform = Literal[
     "scalar", "depthwise", "channels last", "axes swapped", "before softplus", "taps first"
 ]
 
+CHANGES: frozenset[Transform] = frozenset({"before softplus"})  # values; the others move them
+
 Shape = tuple[int, ...]
 
 

@@ -32,7 +32,7 @@ def check_looked(
     if looked.damaged:
         blocks = meta.nbytes // BLOCKS[meta.dtype][1]
         raise _refusal(meta, f"{looked.damaged} of {blocks} blocks whose scale is not finite")
-    if not torch.tensor(looked.largest).to(dtype).isfinite():
+    if not is_finite(looked.largest, dtype):
         bad = sum(_not_finite(part, kind_of(slot, meta), dtype) for part in parts)
         raise _values_refusal(meta, bad, dtype)
 
@@ -49,6 +49,11 @@ def check_value(slot: Slot, tensor: Tensor, meta: TensorMeta, site: Site) -> Non
         _check_global(float(tensor), meta, divides=slot.holds == "divisor")
     elif slot.holds in ("scale", "scale or none"):
         _check_scale(float(tensor), meta, may_lack=slot.holds == "scale or none")
+
+
+def is_finite(value: float, dtype: torch.dtype) -> bool:
+    """Whether it is a finite number when it is rounded to `dtype`."""
+    return bool(torch.tensor(value).to(dtype).isfinite())
 
 
 def check_finite(tensor: Tensor, meta: TensorMeta, dtype: torch.dtype) -> None:

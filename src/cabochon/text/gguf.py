@@ -9,7 +9,8 @@ what they are, tokens that no merge makes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import tokenizers
@@ -70,7 +71,7 @@ def read_tokenizer(metadata: Metadata) -> Tokenizer:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    whole = _whole(vocabulary, types, set(map("".join, merges)))
+    whole = _whole(vocabulary, types, merges)
     inner.add_tokens(
         [
             AddedToken(tokens[id_], special=_is_special(tokens[id_], types[id_]), normalized=False)
@@ -90,7 +91,7 @@ def read_template(metadata: Metadata) -> ChatTemplate:
     if template is not None and not isinstance(template, str):
         raise ConfigError("metadata: tokenizer.chat_template is no text")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    known = set(tokens)
+    known = set(_NAMES.values()).intersection(tokens)
     special = {name: token for name, token in _NAMES.items() if token in known}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         id_ = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -110,10 +111,9 @@ def _strings(metadata: Metadata, key: str) -> Sequence[str]:
 
 def _merges(texts: Sequence[str]) -> list[tuple[str, str]]:
     """Both halves of each; of a vocabulary's quarter of a million nearly all are plain."""
-    halves = (text.partition(" ") for text in texts)
     return [
-        (first, second) if first and second else _merge(text)
-        for text, (first, _, second) in zip(texts, halves, strict=True)
+        (first, second) if first and second else _merge(first + space + second)
+        for first, space, second in map(str.partition, texts, repeat(" "))
     ]
 
 
@@ -147,16 +147,18 @@ def _model(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: s
         raise ConfigError(f"metadata: tokens and merges make no tokenizer: {error}") from None
 
 
-def _whole(vocabulary: Mapping[str, int], types: Sequence[int], made: set[str]) -> list[int]:
+def _whole(
+    vocabulary: Mapping[str, int], types: Sequence[int], merges: Iterable[tuple[str, str]]
+) -> list[int]:
     """Ids of tokens that are matched as they are, before anything is merged."""
+    unmade = dict(vocabulary)
+    for token in map("".join, merges):
+        unmade.pop(token, None)
     # Runs of newlines are tokens of their own, even where merges would lead to them too.
     runs = {token for token in vocabulary if not token.strip("\n")}
-    normal = {vocabulary[token] for token in (vocabulary.keys() - made) | runs if len(token) > 1}
-    return [
-        id_
-        for id_, kind in enumerate(types)
-        if (id_ in normal if kind == _NORMAL else kind != _BYTE)
-    ]
+    normal = {vocabulary[token] for token in unmade.keys() | runs if len(token) > 1}
+    named = {id_ for id_, kind in enumerate(types) if kind not in (_NORMAL, _BYTE)}
+    return sorted(named | {id_ for id_ in normal if types[id_] == _NORMAL})
 
 
 def _is_special(token: str, kind: int) -> bool:

@@ -133,30 +133,41 @@ static void pack_rows(const Stored s, const Codes codes, int rows, const Matrix&
   }
 }
 
-// Streams of four bits: pairs of codes are stored as they are packed.
-static void pack_pairs(const Stored s, int rows, const Matrix& m, uint8_t* to) {
-  const int in_all = m.units, columns = m.columns, bytes = s.layout.bytes;
-  const uint32_t flip = s.layout.flip * 0x11111111u, halves = 0x0f0f0f0f;
-  const bool swapped = s.layout.high_first;
+// Codes of four bits, of which `pairs` makes bytes of two, as they are packed, without more steps.
+template <class Pairs>
+static void pack_pairs(const Stored s, const Pairs pairs, int rows, const Matrix& m, uint8_t* to) {
+  const int units = s.layout.entries / UNIT, bytes = s.layout.bytes;  // of a block
+  const int in_all = m.units, columns = m.columns;
+  const uint32_t flip = s.layout.flip * 0x11111111u;
+  uint8_t cut[256] = {};
   for (int u = 0; u < in_all; u++, to += 512) {
-    const int left = columns - u * UNIT;
-    const int64_t at = (int64_t)u * bytes, here = std::min<int64_t>(bytes, s.bytes - at);
+    const int64_t at = (int64_t)(u / units) * bytes;
+    const int unit = u % units, left = columns - u * UNIT;
+    const bool whole = at + bytes <= s.bytes;
     for (int r = 0; r < ROWS; r++) {
-      uint32_t pairs[4] = {};
+      uint32_t both[4] = {};
       if (r < rows) {
         const uint8_t* block = s.rows + r * s.ld + at;
         __builtin_prefetch(block + AHEAD);
-        if (here == bytes) memcpy(pairs, block, sizeof pairs);
-        else memcpy(pairs, block, here);
-        for (uint32_t& x : pairs) {
-          if (swapped) x = (x & halves) << 4 | (x >> 4 & halves);
-          x ^= flip;
-        }
-        for (int i = left; i < UNIT; i++) pairs[i / 8] &= ~(15u << i % 8 * 4);
+        if (!whole) block = (const uint8_t*)memcpy(cut, block, s.bytes - at);
+        pairs(block, unit, both);
+        for (uint32_t& x : both) x ^= flip;
+        for (int i = left; i < UNIT; i++) both[i / 8] &= ~(15u << i % 8 * 4);
       }
-      for (int d = 0; d < 4; d++) memcpy(to + d * 128 + r * 4, pairs + d, 4);
+      for (int d = 0; d < 4; d++) memcpy(to + d * 128 + r * 4, both + d, 4);
     }
   }
+}
+
+// Sixteen bytes from `p`; of each, the four bits from `down` on: two become a byte of `to`.
+static void join(const uint8_t* p, int down, void* to) {
+  typedef uint16_t Pairs __attribute__((vector_size(16)));
+  typedef uint8_t Joined __attribute__((vector_size(8)));
+  Pairs x;
+  memcpy(&x, p, sizeof x);
+  x >>= down;
+  const Joined joined = __builtin_convertvector((x & 0x0f) | (x >> 4 & 0xf0), Joined);
+  memcpy(to, &joined, sizeof joined);
 }
 
 static bool is(const Plane& plane, int bits, int run) {
@@ -170,16 +181,24 @@ static void pack_by(const Stored& s, int rows, const Matrix& m, uint8_t* to) {
   const Plane one = l.plane[0], two = l.plane[1];
   const bool alone = l.planes == 1;
   const auto with = [&](auto codes) { pack_rows<CODES>(s, codes, rows, m, to); };
+  const auto by = [&](auto pairs) { pack_pairs(s, pairs, rows, m, to); };
   if (CODES == U4 && alone && is(one, 4, 16))
-    return with([at = one.at](const uint8_t* b, int v, Eight* code) {
-      run_bits<16, 4>(b + at, Plane{}, v, code);
+    return by([at = one.at](const uint8_t* b, int v, uint32_t* both) {
+      join(b + at + v * 16, 0, both);
+      join(b + at + v * 16, 4, both + 2);
     });
   if (CODES == U4 && alone && is(one, 4, 32))
-    return with([at = one.at](const uint8_t* b, int v, Eight* code) {
-      run_bits<32, 4>(b + at, Plane{}, v, code);
+    return by([at = one.at](const uint8_t* b, int v, uint32_t* both) {
+      join(b + at + v / 2 * 32, v % 2 * 4, both);
+      join(b + at + v / 2 * 32 + 16, v % 2 * 4, both + 2);
     });
-  if (CODES == U4 && l.planes == 1 && is(one, 4, 0) && l.bytes == 16)
-    return pack_pairs(s, rows, m, to);
+  if (CODES == U4 && alone && is(one, 4, 0) && l.bytes == 16)
+    return by([swapped = l.high_first](const uint8_t* b, int, uint32_t* both) {
+      constexpr uint32_t halves = 0x0f0f0f0f;
+      memcpy(both, b, 16);
+      for (int i = 0; i < 4 && swapped; i++)
+        both[i] = (both[i] & halves) << 4 | (both[i] >> 4 & halves);
+    });
   if (CODES == U8 && alone && is(one, 8, 0))
     return with([at = one.at](const uint8_t* b, int v, Eight* code) {
       memcpy(code, b + at + v * UNIT, UNIT);
