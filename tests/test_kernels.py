@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cabochon.errors import CabochonError
+from cabochon.kernels.arena import Arena
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Activations, Library, library
@@ -132,7 +133,7 @@ def packed(kernels: Library, weight: Weight, activations: Activations) -> Packed
     coded = weight.description()
     assert isinstance(coded, Coded)
     shape = {"out_features": weight.out_features, "in_features": weight.in_features}
-    return PackedWeight(kernels, coded, activations, **shape)
+    return PackedWeight(kernels, coded, activations, arena=Arena(kernels), **shape)
 
 
 def bound(weight: Weight, dense: Tensor, x: Tensor, activations: Activations) -> Tensor:
@@ -207,7 +208,7 @@ def test_stored_floats_are_multiplied_exactly(kernels: Library, cell: tuple[int,
     for weight in weights:
         floats = weight.description()
         assert isinstance(floats, StoredFloats)
-        kernel = FloatsWeight(kernels, weight)
+        kernel = FloatsWeight(kernels, weight, move=Arena(kernels))
         dense = weight.dense(torch.float32).double()
         for count in (1, 2, 3, 7, 17):
             x = torch.randn(count, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from thin import fixture
 from torch import Tensor
 
 from cabochon import LLM, SamplingParams
+from cabochon.engine.cache import CachePlan, PagedCache
+from cabochon.engine.request import Prompt
+from cabochon.engine.runner import new_sequence
+from cabochon.engine.scheduler import Scheduled
 from cabochon.gemma4.text import LayerCall
 from cabochon.kernels.library import library
 from cabochon.nn.attention import KeyValues
@@ -53,6 +58,52 @@ def test_a_layer_in_one_call_computes_what_its_modules_do(name: str, isa: str) -
     finally:
         kernels.choose(before)
     assert (one - other).abs().max() < 2e-3 * other.abs().max()
+
+
+def drawn_from(llm: LLM, lengths: Sequence[int]) -> Tensor:
+    """What the last token of prompts of such lengths is followed by, all in two steps of chunks."""
+    plan = CachePlan.fit(llm.config.text, torch.float32, 1 << 24, len(lengths), 64)
+    cache = PagedCache(plan, torch.float32, torch.device("cpu"))
+    prompts = [Prompt(tuple(TOKENS[:length])) for length in lengths]
+    sequences = [new_sequence(llm.runner.model, prompt, cache) for prompt in prompts]
+    made = []
+    for _ in range(2):
+        step = [Scheduled(s, s.chunk(32)) for s in sequences if s.computed < len(s.tokens)]
+        assert all(cache.reserve(scheduled.chunk) for scheduled in step)
+        made.append(llm.runner.run(cache, step))
+    return torch.cat(made)
+
+
+@pytest.mark.parametrize("name", ["e2b-w4a16", "12b-w4a16"])
+def test_steps_of_which_few_rows_are_wanted_are_the_same_in_one_call(name: str) -> None:
+    """Where layers share keys and values, only those rows go on: none, one or all of a chunk."""
+    with LLM(fixture(name), activations="int16", kv_dtype="float32") as llm:
+        text = llm.runner.model.model.language_model
+        one = drawn_from(llm, (40, 7, 1, 33))
+        text.fused, text.together = {}, None
+        other = drawn_from(llm, (40, 7, 1, 33))
+    assert len(one) == 4
+    assert (one - other).norm(dim=1).max() < 2e-3 * other.norm(dim=1).max()
+
+
+def test_two_who_compute_at_once_have_their_own_caches() -> None:
+    """One begins when the other, in another thread, has said where its cache lies."""
+    with LLM(fixture("e2b-w4a16"), activations="int16") as llm:
+        text = llm.runner.model.model.language_model
+        expected, compute = llm.logits(TOKENS), text.together._library.layers
+        others: list[Tensor] = []
+
+        def interrupted(*arguments: object) -> None:
+            text.together._library.layers = compute
+            others.append(llm.logits(TOKENS[::-1]))
+            compute(*arguments)
+
+        text.together._library.layers = interrupted
+        try:
+            assert torch.equal(llm.logits(TOKENS), expected)
+        finally:
+            text.together._library.layers = compute
+        assert torch.equal(others[0], llm.logits(TOKENS[::-1]))
 
 
 MIXTURES = [

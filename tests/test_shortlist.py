@@ -15,10 +15,10 @@ def drawn(size: int) -> Numbers:
 
 
 KINDS = {
-    "ordinary": lambda size: drawn(size),
+    "ordinary": drawn,
     "in rising order": lambda size: np.sort(drawn(size)),
     "mostly equal": lambda size: np.round(drawn(size)),
-    "nearly none may be drawn": lambda size: np.where(drawn(size) > 2.5, drawn(size), -np.inf),
+    "nearly none may be drawn": lambda size: np.where(drawn(size) > 2.5, np.float32(1), -np.inf),
     "none may be drawn": lambda size: np.full(size, -np.inf),
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cabochon import LLM, SamplingParams
 from cabochon.kernels import sketch
+from cabochon.kernels.arena import Arena
 from cabochon.kernels.library import Library, library
 from cabochon.kernels.sketch import SketchedHead, sketchable
 from cabochon.nn.shortlist import Products
@@ -64,7 +65,7 @@ def inputs() -> Iterator[Tensor]:
 def test_no_product_is_farther_off_than_the_margin(kernels: Library, name: str) -> None:
     """In float64, by the sketch's own entries as the margin's definition has them."""
     for _, data in matrices(TYPES[name]):
-        head = SketchedHead(kernels, DenseWeight(data.clone()))
+        head = SketchedHead(kernels, DenseWeight(data.clone()), arena=Arena(kernels))
         for x in inputs():
             near = head.sketch.linear(x).double()
             true = x.double() @ data.double().T
@@ -75,7 +76,7 @@ def test_no_product_is_farther_off_than_the_margin(kernels: Library, name: str) 
 def test_margins_are_not_loose(kernels: Library) -> None:
     """Or all tokens would be multiplied with: 6 bits leave a 40th of an ordinary row."""
     data = dict(matrices(torch.bfloat16))["ordinary"]
-    head = SketchedHead(kernels, DenseWeight(data))
+    head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
     assert bool((head.margins < 0.04 * data.float().norm(dim=1)).all())
 
 
@@ -85,7 +86,7 @@ def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: in
     allowed = np.random.default_rng(2).random(ROWS) < 0.3
     never = [0, 17, 999]
     for what, data in matrices(TYPES[name]):
-        head = SketchedHead(kernels, DenseWeight(data))
+        head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
         for x in inputs():
             whole = head.linear(x).numpy()
             shortlist = head.shortlist(x, float)
@@ -102,9 +103,36 @@ def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: in
                     assert not missed, what
 
 
+@pytest.mark.parametrize("count", [1, 8])
+def test_rounded_products_that_a_soft_cap_makes_equal_are_all_there(
+    kernels: Library, count: int
+) -> None:
+    """As a model that computes in bfloat16 has them; many are equal then, most at the cap's end."""
+    cap = 30.0
+
+    def floor(product: float) -> float:
+        share = np.tanh(product / cap) - 1e-6
+        return float(cap * np.arctanh(share)) if share > -1 else -np.inf
+
+    for what, data in matrices(torch.bfloat16):
+        head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
+        for x in inputs():
+            rounded = (x * 30).bfloat16()
+            whole = head.linear(rounded).float()
+            capped = (torch.tanh(whole / cap) * cap).numpy()
+            shortlist = head.shortlist(rounded, floor)
+            for row in range(len(x)):
+                ids, products = shortlist.largest(row, count, [], None)
+                assert np.array_equal(products, whole.numpy()[row][ids]), what
+                least = np.sort(capped[row])[-count]
+                assert not set(np.flatnonzero(capped[row] >= least)) - set(ids.tolist()), what
+
+
 def test_few_are_looked_at(kernels: Library) -> None:
     data = dict(matrices(torch.bfloat16))["ordinary"]
-    shortlist = SketchedHead(kernels, DenseWeight(data)).shortlist(next(inputs()), float)
+    shortlist = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels)).shortlist(
+        next(inputs()), float
+    )
     assert all(len(shortlist.largest(row, 1, [], None)[0]) < ROWS // 50 for row in range(5))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cabochon.config import KeptLayers, TextConfig, kept_layers
 from cabochon.engine.pool import Name, Named, PagePool
 from cabochon.errors import CabochonError
-from cabochon.nn.attention import Reach, Spans, attention, seen, visible
+from cabochon.nn.attention import Access, Spans, attention, seen, visible
 from cabochon.nn.kept import Kept, Store
 
 PAGE = 16  # tokens
@@ -306,7 +306,7 @@ class CacheStep:
         self._queries = self._spans  # positions that ask, a tensor for each chunk
         self._writes: dict[int, Tensor] = {}
         self._readings: dict[int, list[_Reading]] = {}
-        self._reaches: list[Reach] = []
+        self._accesses: list[Access] = []
 
     @property
     def store(self) -> Store:
@@ -332,12 +332,12 @@ class CacheStep:
             out[rows] = attention(queries[rows], keys, values, reading.mask)
         return out
 
-    def reaches(self) -> Sequence[Reach]:
-        if not self._reaches:
-            self._reaches = [self._reach(group) for group in range(len(self.cache.plan.groups))]
-        return self._reaches
+    def accesses(self) -> Sequence[Access]:
+        if not self._accesses:
+            self._accesses = [self._access(group) for group in range(len(self.cache.plan.groups))]
+        return self._accesses
 
-    def _reach(self, group: int) -> Reach:
+    def _access(self, group: int) -> Access:
         layout = self.cache.plan.groups[group]
         pages: list[int] = []
         slots: list[int] = []
@@ -355,7 +355,7 @@ class CacheStep:
                 slots.extend(held[at // PAGE] * PAGE + at % PAGE for at in positions)
         low, high = zip(*ranges, strict=True)
         whole = [torch.tensor(x, dtype=torch.int32) for x in (pages, page_at, low, high)]
-        return Reach(torch.tensor(slots, dtype=torch.int64), *whole)
+        return Access(torch.tensor(slots, dtype=torch.int64), *whole)
 
     def narrow(self, rows: Tensor) -> CacheStep:
         ends = torch.tensor([len(span) for span in self._spans], device=rows.device).cumsum(0)

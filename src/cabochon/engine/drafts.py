@@ -11,7 +11,7 @@ from cabochon.engine.cache import PAGE, PagedCache, PageTable, slots_of
 from cabochon.engine.runner import Runner
 from cabochon.engine.scheduler import TokenSequence
 from cabochon.gemma4.drafter import Drafter
-from cabochon.nn.attention import Reach, attention
+from cabochon.nn.attention import Access, attention
 from cabochon.nn.kept import Store
 
 
@@ -59,7 +59,7 @@ class Past:
         self._cache = cache
         self._tables = tables
         self._ends = ends
-        self._reaches: list[Reach] = []
+        self._accesses: list[Access] = []
 
     @property
     def store(self) -> Store:
@@ -79,12 +79,12 @@ class Past:
             out[row : row + 1] = attention(queries[row : row + 1], keys, values, None)
         return out
 
-    def reaches(self) -> Sequence[Reach]:
-        if not self._reaches:
-            self._reaches = [self._reach(group) for group in range(len(self._cache.plan.groups))]
-        return self._reaches
+    def accesses(self) -> Sequence[Access]:
+        if not self._accesses:
+            self._accesses = [self._access(group) for group in range(len(self._cache.plan.groups))]
+        return self._accesses
 
-    def _reach(self, group: int) -> Reach:
+    def _access(self, group: int) -> Access:
         pages: list[int] = []
         page_at: list[int] = []
         for table, end in zip(self._tables, self._ends, strict=True):
@@ -93,7 +93,7 @@ class Past:
         low = [self._first(group, end) for end in self._ends]
         whole = (pages, page_at, low, self._ends)
         none = torch.empty(0, dtype=torch.int64)
-        return Reach(none, *(torch.tensor(x, dtype=torch.int32) for x in whole))
+        return Access(none, *(torch.tensor(x, dtype=torch.int32) for x in whole))
 
     def narrow(self, rows: Tensor) -> Past:
         raise AssertionError("each row of a drafter asks")

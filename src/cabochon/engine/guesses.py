@@ -64,6 +64,7 @@ class Guesses:
         self._lookup = Lookup()
         self._forced, self._looked_up, self._drafted = Reach(FAR), Reach(), Reach()
         self._by = self._forced  # whose these are
+        self.failed = False
 
     def find(self, tokens: Sequence[int], most: int) -> None:
         """Guess up to `most` tokens behind `tokens`: what must come, or what came there before."""
@@ -110,7 +111,8 @@ class Guesser:
             room = min((1 + self.most) // len(sequences) - 1, left)
             if room <= 0:
                 continue
-            self._find(sequence, room)
+            if not sequence.guesses.failed:
+                self._find(sequence, room)
             if self.drafts is not None and not sequence.guesses.tokens:
                 asked[sequence] = sequence.guesses.draft(room)
         self._draft({sequence: count for sequence, count in asked.items() if count})
@@ -119,8 +121,8 @@ class Guesser:
         try:
             sequence.guesses.find(sequence.tokens, room)
         except Exception:
-            logger.exception("what an answer must say next could not be found out")
-            sequence.guesses.forced = tuple
+            logger.exception("what a request says next cannot be guessed: it goes on without")
+            sequence.guesses.failed = True
 
     def _draft(self, asked: dict[TokenSequence, int]) -> None:
         if self.drafts is None or not asked:

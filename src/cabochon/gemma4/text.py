@@ -192,13 +192,16 @@ class TextModel(nn.Module):
         rotations: Sequence[Rotation],
         kv: KeyValues,
     ) -> Tensor:
-        if self.together is not None and x.dtype is torch.float32:
-            return self.together(layers, x, own, rotations, kv)
+        if (together := self._together(x)) is not None:
+            return together(layers, x, own, rotations, kv)
         for index in layers:
             compute = self.fused.get(index, self.layers[index])
             part = None if own is None else own[:, index]
             x = compute(x, part, rotations[self.turns[index]], kv)
         return x
+
+    def _together(self, x: Tensor) -> LayersCall | None:
+        return self.together if x.dtype is torch.float32 else None
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
         """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""
@@ -207,8 +210,8 @@ class TextModel(nn.Module):
         shape = (len(self.config.layers), self.config.ple_dim)
         context = self.per_layer_model_projection(x).unflatten(-1, shape)
         found = self.embed_tokens_per_layer(ids, x.dtype).unflatten(-1, shape)
-        if self.together is not None and x.dtype is torch.float32:
-            return self.together.inputs(context, found)
+        if (together := self._together(x)) is not None:
+            return together.inputs(context, found)
         context = self.per_layer_projection_norm(context * self.config.hidden_size**-0.5)
         return (context + found) * 2**-0.5
 

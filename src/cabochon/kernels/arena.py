@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from threading import Thread
 from time import sleep
+from typing import NamedTuple
 from weakref import ref
 
 import torch
@@ -18,8 +21,14 @@ _PATIENCE = 2.0  # seconds
 _REST = 3  # times as long as a page took
 
 
+class _Piece(NamedTuple):
+    memory: ref[mmap.mmap]  # kept by the tensors in it
+    address: int  # of the first large page
+    size: int  # of all of them
+
+
 class Arena:
-    """Hands out memory that lives for as long as somebody holds a tensor in it, or the arena.
+    """Hands out memory that goes back to the system when no tensor is left in a piece of it.
 
     A matrix by itself begins and ends within large pages, which then are small ones: of E2B's
     layers every third byte lay in those.
@@ -27,26 +36,32 @@ class Arena:
 
     def __init__(self, library: Library) -> None:
         self._library = library
-        self._pieces: list[Tensor] = []  # whole large pages
-        self._used = 0  # of the last
+        self._pieces: list[_Piece] = []
+        self._rest = torch.empty(0, dtype=torch.uint8)  # of the piece that is being cut up
 
     def take(self, nbytes: int) -> Tensor:
         """uint8 `[nbytes]`, whatever it holds; its address is a multiple of `ALIGNMENT`.
 
         What kernels fetch ahead, behind its end, need not exist.
+
+        Raises:
+            MemoryError: the system has no more.
         """
-        if not self._pieces or self._used + nbytes > len(self._pieces[-1]):
-            self._pieces.append(self._piece(nbytes))
-            self._used = 0
-        taken = self._pieces[-1][self._used : self._used + nbytes]
-        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if size > _PIECE // 2:
+            return self._piece(size)[:nbytes]
+        if size > len(self._rest):
+            self._rest = self._piece(_PIECE)
+        taken, self._rest = self._rest[:nbytes], self._rest[size:]
         return taken
 
     def _piece(self, nbytes: int) -> Tensor:
-        size = -(-max(nbytes, _PIECE) // _LARGE) * _LARGE
-        room = torch.empty(size + _LARGE, dtype=torch.uint8)
-        skip = -room.data_ptr() % _LARGE
-        piece = room[skip : skip + size]
+        size = -(-nbytes // _LARGE) * _LARGE
+        memory = _memory(size + _LARGE)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        skip = -whole.data_ptr() % _LARGE
+        piece = whole[skip : skip + size]
+        self._pieces.append(_Piece(ref(memory), piece.data_ptr(), size))
         self._library.advise(piece.data_ptr(), size)
         return piece
 
@@ -56,18 +71,26 @@ class Arena:
         Not at once: meanwhile the system gives no other pages, and somebody waits for a first
         token.
         """
-        pieces = [(ref(piece), len(piece)) for piece in self._pieces[:-1]]
-        if self._pieces:
-            pieces.append((ref(self._pieces[-1]), -(-self._used // _LARGE) * _LARGE))
-        work = (self._library, pieces)
+        work = (self._library, list(self._pieces))
         thread = Thread(target=_enlarge, args=work, name="large pages", daemon=True)
         thread.start()
         return thread
 
 
-def _enlarge(library: Library, pieces: list[tuple[ref[Tensor], int]]) -> None:
+def _memory(size: int) -> mmap.mmap:
+    try:
+        if sys.platform == "win32":
+            return mmap.mmap(-1, size)
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from None
+
+
+def _enlarge(library: Library, pieces: list[_Piece]) -> None:
     sleep(_PATIENCE)
-    for place, size in pieces:
-        piece = place()
-        if piece is not None:
-            library.enlarge(piece.data_ptr(), size, _REST)
+    for memory, address, size in pieces:
+        for at in range(address, address + size, _PIECE):
+            kept = memory()  # not for long: whoever lets go of a model wants its memory back
+            if kept is not None:
+                library.enlarge(at, min(_PIECE, address + size - at), _REST)
+            del kept

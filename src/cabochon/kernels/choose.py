@@ -65,7 +65,7 @@ class Kernels:
     def _kernel(self, weight: Weight, head: bool) -> Weight | None:
         library, described = self._library, weight.description()
         backlog, arena = self._backlog, self._arena
-        if library is None or described is None:
+        if library is None or arena is None or described is None:
             return None
         exact = self.activations == "float32"
         if isinstance(described, StoredFloats):
@@ -73,9 +73,9 @@ class Kernels:
                 return None
             if head and not exact and sketchable(described):
                 self._chosen["stored floats, the likeliest found by a sketch"] += 1
-                return SketchedHead(library, weight, backlog=backlog, arena=arena)
+                return SketchedHead(library, weight, arena=arena, backlog=backlog)
             self._chosen["stored floats"] += 1
-            return FloatsWeight(library, weight, backlog=backlog, arena=arena)
+            return FloatsWeight(library, weight, move=arena, backlog=backlog)
         if unsupported(described) is not None or (exact and not described.exact):
             return None
         self._chosen[f"{_name(described)}, activations {self.activations}"] += 1
@@ -85,8 +85,8 @@ class Kernels:
             self.activations,
             out_features=weight.out_features,
             in_features=weight.in_features,
-            backlog=backlog,
             arena=arena,
+            backlog=backlog,
         )
 
     def enlarge(self) -> Thread | None:

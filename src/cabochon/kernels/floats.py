@@ -16,7 +16,7 @@ _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
 class FloatsWeight(Weight):
     """`stored`, whose entries are floats; everything but products is left to it.
 
-    With `move`, what it is made of goes from its file into memory of `arena`, or of its own, by
+    What it is made of goes from its file into memory of the arena `move`, if it is to be moved, by
     `backlog` if there is one.
     """
 
@@ -25,18 +25,16 @@ class FloatsWeight(Weight):
         library: Library,
         stored: Weight,
         *,
-        move: bool = True,
+        move: Arena | None,
         backlog: Backlog | None = None,
-        arena: Arena | None = None,
     ) -> None:
         super().__init__(stored.out_features, stored.in_features)
-        if move:
-            memory = arena or Arena(library)
+        if move is not None:
             with at_once(library, backlog) as work:
                 for name, buffer in list(stored.named_buffers(recurse=False)):
                     # Of all but the matrix, the description is made: that is needed at once.
                     matrix = buffer.numel() == self.out_features * self.in_features
-                    moved = _moved(buffer, work, memory) if matrix else buffer.clone()
+                    moved = _moved(buffer, work, move) if matrix else buffer.clone()
                     setattr(stored, name, moved)
         floats = stored.description()
         assert isinstance(floats, StoredFloats)

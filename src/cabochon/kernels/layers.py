@@ -14,7 +14,17 @@ from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer, TextModel
 from cabochon.kernels import mixtures
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Cache, Layer, Library, Own, Seen, Step, Turn, address, threads
+from cabochon.kernels.library import (
+    Access,
+    Cache,
+    Layer,
+    Library,
+    Own,
+    Step,
+    Turn,
+    address,
+    threads,
+)
 from cabochon.kernels.mixtures import Mixture, linear
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.attention import KeyValues
@@ -136,8 +146,8 @@ class FusedLayers:
         pointers = [ctypes.pointer(layer.struct) for layer in layers]
         self._layers = (ctypes.POINTER(Layer) * count)(*pointers)
         self._turns = (ctypes.c_int32 * count)(*turns)
-        self._caches = (Cache * count)()
-        self._store: ref[Store] | None = None  # in which those lie
+        # Threads may compute with caches of their own: a pair is replaced, never changed.
+        self._caches: tuple[ref[Store], ctypes.Array[Cache]] | None = None
 
     def __call__(
         self,
@@ -153,12 +163,12 @@ class FusedLayers:
         x = x.clone(memory_format=torch.contiguous_format)
         queries, attended = torch.empty(2, n, self._width)
         keys, values = torch.empty(2, n, self._kept)
-        reaches = kv.reaches()  # lives until all is computed
+        accesses = kv.accesses()  # lives until all is computed
+        seen = [Access(*map(address, access)) for access in accesses]
+        turns = [Turn(address(cos), address(sin)) for cos, sin in rotations]
         step = Step(
-            rotations=(Turn * len(rotations))(
-                *(Turn(address(cos), address(sin)) for cos, sin in rotations)
-            ),
-            reaches=(Seen * len(reaches))(*(Seen(*map(address, reach)) for reach in reaches)),
+            rotations=(Turn * len(turns))(*turns),
+            accesses=(Access * len(seen))(*seen),
             x=address(x),
             inputs=None if own is None else own[:, layers.start].data_ptr(),
             queries=address(queries),
@@ -169,16 +179,18 @@ class FusedLayers:
             n=n,
             threads=threads(),
         )
-        self._look_into(kv.store)
-        run = (layers.start, len(layers))
-        self._library.layers(self._layers, self._caches, self._turns, step, *run)
+        caches, run = self._caches_in(kv.store), (layers.start, len(layers))
+        self._library.layers(self._layers, caches, self._turns, step, *run)
         return x
 
-    def _look_into(self, store: Store) -> None:
-        if self._store is None or self._store() is not store:
-            for index, layer in enumerate(self._alive):
-                self._caches[index] = _cache(store, layer.layer.kv_source)
-            self._store = ref(store)
+    def _caches_in(self, store: Store) -> ctypes.Array[Cache]:
+        known = self._caches
+        if known is not None and known[0]() is store:
+            return known[1]
+        made = [_cache(store, layer.layer.kv_source) for layer in self._alive]
+        caches = (Cache * len(made))(*made)
+        self._caches = (ref(store), caches)
+        return caches
 
 
 def _cache(store: Store, source: int) -> Cache:
@@ -198,6 +210,7 @@ class FusedText(FusedLayers):
 
     def __init__(self, library: Library, layers: Sequence[FusedLayer], text: TextModel) -> None:
         super().__init__(library, layers, text.turns)
+        self._own: Own | None = None
         if text.config.ple_dim:
             norm = text.per_layer_projection_norm
             self._own = Own(
@@ -209,6 +222,7 @@ class FusedText(FusedLayers):
             )
 
     def inputs(self, context: Tensor, found: Tensor) -> Tensor:
+        assert self._own is not None
         found = found.contiguous()
         self._library.own(self._own, address(found), address(context), len(context), threads())
         return context

@@ -224,8 +224,8 @@ class Cache(ctypes.Structure):
     )
 
 
-class Seen(ctypes.Structure):
-    """`struct Reach` of csrc/api.h."""
+class Access(ctypes.Structure):
+    """`struct Access` of csrc/api.h."""
 
     _fields_ = tuple((name, c_void_p) for name in ("slots", "pages", "page_at", "low", "high"))
 
@@ -241,7 +241,7 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         ("rotations", POINTER(Turn)),
-        ("reaches", POINTER(Seen)),
+        ("accesses", POINTER(Access)),
         *((name, c_void_p) for name in ("x", "inputs")),
         *((name, c_void_p) for name in ("queries", "keys", "values", "attended")),
         ("inputs_ld", c_int64),

@@ -58,8 +58,8 @@ class PackedWeight(Weight):
         coded: the matrix, which is not needed any more afterwards.
         activations: `int8` rounds each 32 inputs to 8 bits, `int16` to two times 8, `float32` not
             at all.
+        arena: where its memory is taken from.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
-        arena: where its memory is taken from; without one, memory of its own.
         fill: has `data` filled where codes and scales are nowhere yet, but on the meta device.
     """
 
@@ -71,8 +71,8 @@ class PackedWeight(Weight):
         *,
         out_features: int,
         in_features: int,
+        arena: Arena,
         backlog: Backlog | None = None,
-        arena: Arena | None = None,
         fill: Callable[[Backlog, PackedWeight], None] | None = None,
     ) -> None:
         assert unsupported(coded) is None
@@ -86,7 +86,7 @@ class PackedWeight(Weight):
         elif halves > 1 and halves % 2:  # a scale may change within a unit: one for each half
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
-        placed = self._placed(coded, arena or Arena(library))
+        placed = self._placed(coded, arena)
         with at_once(library, backlog) as work:
             if fill is None:
                 self._pack(coded, placed, work)

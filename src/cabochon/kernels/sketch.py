@@ -3,12 +3,13 @@
 Beside the floats there is a sketch of them in six bits an entry. It gives every product, and how
 far off that is at most: by Cauchy and Schwarz, the norm of the input times that of what the sketch
 left of a row. Only tokens that by this bound may be among the likeliest are multiplied with the
-floats themselves, a few in a thousand, so that what is drawn is exactly what would have been drawn.
+floats themselves, few of them, so that what is drawn is exactly what would have been drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ LEAST = 1 << 24  # entries that are worth it
 # sqrt(32) / 254**2 of it, 8.8e-5. The rest is for sums in float32.
 _ROUNDING = 1e-4
 _SLACK = 1.0001
-_SUMS = 1e-6  # of float32
 _LOST = 1e-16  # norms of rows whose squares are too small for float32
 
 
@@ -53,10 +53,10 @@ class SketchedHead(FloatsWeight):
         library: Library,
         stored: Weight,
         *,
+        arena: Arena,
         backlog: Backlog | None = None,
-        arena: Arena | None = None,
     ) -> None:
-        super().__init__(library, stored, move=False)
+        super().__init__(library, stored, move=None)
         rows, columns = self.out_features, self.in_features
         self.register_buffer("margins", torch.empty(rows))
         margin = Margin(address(self.margins), _SLACK, _ROUNDING, _LOST)
@@ -73,14 +73,19 @@ class SketchedHead(FloatsWeight):
             "int16",
             out_features=rows,
             in_features=columns,
-            backlog=backlog,
             arena=arena,
+            backlog=backlog,
             fill=lambda work, to: work.sketch(
                 self.matrix, to.matrix, margin, to.data, self.margins
             ),
         )
 
     margins: Tensor  # [out_features], of products with an input of norm 1
+
+    @cached_property
+    def widest(self) -> float:
+        """The largest margin."""
+        return float(self.margins.max())
 
     def shortlist(self, x: Tensor, floor: Floor) -> Candidates:
         return Candidates(self, x, floor)
@@ -95,20 +100,25 @@ class Candidates:
     def __init__(self, head: SketchedHead, x: Tensor, floor: Floor) -> None:
         self._head = head
         self._floor = floor
-        self._x = x.float().contiguous()
-        self._near = head.sketch.linear(self._x).numpy()
-        self._norms = torch.linalg.vector_norm(self._x, dim=-1).tolist()
+        self._x = x
+        self._near = head.sketch.linear(x.float()).numpy()
+        self._norms = torch.linalg.vector_norm(x.float(), dim=-1).tolist()
+        # What products are rounded to in the end makes equal what is so near.
+        self._rounding = 0.0 if x.dtype is torch.float32 else torch.finfo(x.dtype).eps
         self._margins = head.margins.numpy()
-        self._widest = float(self._margins.max())
 
     def largest(
         self, row: int, count: int, never: Sequence[int], allowed: Allowed | None
     ) -> tuple[Ids, Numbers]:
         near, norm = usable(self._near[row], never, allowed), self._norms[row] * _SLACK
         # By the widest of all margins first, which leaves few to look at by their own.
-        top, widest = kth_largest(near, count), self._widest * norm
-        ids = reaching(near, self._floor(top - widest) - widest - _SUMS * abs(top))
+        widest = self._head.widest * norm
+        ids = reaching(near, self._least(kth_largest(near, count) - widest) - widest)
         near, margins = near[ids], self._margins[ids] * np.float32(norm)
-        ids = ids[reaching(near + margins, self._floor(kth_largest(near - margins, count)))]
+        ids = ids[reaching(near + margins, self._least(kth_largest(near - margins, count)))]
         products = self._head.among(self._x[row : row + 1], torch.from_numpy(ids)[None])
-        return ids, products[0].numpy()
+        return ids, products[0].float().numpy()
+
+    def _least(self, product: float) -> float:
+        least = self._floor(product)
+        return least - self._rounding * abs(least) if self._rounding else least

@@ -15,7 +15,7 @@ from cabochon.nn.kept import Store
 Spans = Sequence[tuple[int, int]]
 
 
-class Reach(NamedTuple):
+class Access(NamedTuple):
     """Which slots of a group of layers each row of a step writes and sees.
 
     Row i writes to `slots[i]` and looks at positions `low[i]` to `high[i]`, end excluded, of the
@@ -49,7 +49,7 @@ class KeyValues(Protocol):
         """The cache itself, for who does all of this where it lies."""
         ...
 
-    def reaches(self) -> Sequence[Reach]:
+    def accesses(self) -> Sequence[Access]:
         """Which of it the rows write and see, group by group."""
         ...
 

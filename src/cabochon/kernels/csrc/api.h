@@ -160,12 +160,12 @@ struct Cache {
   void *keys, *values;
   float *key_scales, *value_scales;
   int32_t kind;
-  int32_t group;  // which of a step's reaches is its own
+  int32_t group;  // which of a step's `accesses` is its own
 };
 
 // Row i of a step belongs to a sequence whose pages of 16 slots are `pages[page_at[i]]` on, and
 // looks at positions `low[i]` to `high[i]`, end excluded. Rows of a sequence follow each other.
-struct Reach {
+struct Access {
   const int64_t* slots;  // of each row, to write; not read by layers that share another's
   const int32_t *pages, *page_at, *low, *high;
 };
@@ -177,10 +177,11 @@ struct Rotation {
 
 // What layers work on, one after the other: `x [n, hidden]` is read and overwritten, `inputs`
 // [n, own] of the first lies `inputs_ld` apart, with those of the next behind it; queries, keys,
-// values and attended are room for [n, heads * head_dim] of the widest.
+// values and attended are room for [n, heads * head_dim] of the widest. Of `rotations` and
+// `accesses` there is one for layers that have it in common.
 struct Step {
   const Rotation* rotations;
-  const Reach* reaches;
+  const Access* accesses;
   float* x;
   const float* inputs;
   float *queries, *keys, *values, *attended;

@@ -37,7 +37,7 @@ static void decoder_layers(const Layer* const* layers, const Cache* caches, cons
   Step s = *step;
   for (int i = first; i < first + count; i++) {
     const Layer& layer = *layers[i];
-    run_layer(layer, View{caches[i], s.reaches[caches[i].group]}, s.rotations[turns[i]], s);
+    run_layer(layer, View{caches[i], s.accesses[caches[i].group]}, s.rotations[turns[i]], s);
     s.inputs += layer.own;
   }
 }

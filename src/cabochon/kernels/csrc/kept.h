@@ -16,7 +16,7 @@ template <int KIND> INL F kept(const void* p, int64_t i) {
 template <int KIND> constexpr int KEPT_BYTES = KIND == KEPT_F32 ? 4 : KIND == KEPT_F16 ? 2 : 1;
 
 // A layer's cache, and what the rows of a step write and see of it.
-struct View : Cache, Reach {};
+struct View : Cache, Access {};
 
 // Where one head of one sequence lies: of a position its slot and head, counted in heads.
 struct Place {

@@ -1,4 +1,4 @@
-// A whole decoder layer: what gemma4/text.py computes, in one call.
+// What gemma4/text.py computes: a whole decoder layer, and what layers get of a token for themselves.
 #pragma once
 #include "experts.h"
 #include "prompt.h"

@@ -6,6 +6,7 @@
 // from what other processes left. So memory is filled in small pages, and made of large ones when
 // nobody waits for it, a little at a time.
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -52,7 +53,8 @@ void cabochon_enlarge(void* data, int64_t size, int rest) {
   const uintptr_t end = (uintptr_t)data + size;
   for (uintptr_t at = above(data, LARGE); at + LARGE <= end; at += LARGE) {
     const Clock::time_point begun = Clock::now();
-    if (madvise((void*)at, LARGE, COLLAPSE) != 0) return;  // there are none left
+    // Where nothing was written yet there is nothing to be moved, and what is in use now is left.
+    if (madvise((void*)at, LARGE, COLLAPSE) != 0 && errno == ENOMEM) return;
     if (rest) std::this_thread::sleep_for((Clock::now() - begun) * rest);
   }
 #endif

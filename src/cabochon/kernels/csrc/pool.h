@@ -18,13 +18,14 @@ template <class Work> inline void in_parallel(int count, int threads, const Work
   share_work(count, threads, [](void* context, int i) { (*(const Work*)context)(i); }, (void*)&work);
 }
 
-// Calls work(i, from, to) for parts of every row `i` below `n` that has `width` numbers; parts begin
-// at multiples of 32.
+// Calls work(i, from, to) for parts of every row `i` below `n` that has `width` numbers, or for a few
+// whole rows at a time; parts begin at multiples of 32.
 template <class Work> inline void each_part(int n, int width, int threads, const Work& work) {
-  const int parts = (width + PART - 1) / PART;
-  in_parallel(n * parts, threads, [&](int piece) {
-    const int from = piece % parts * PART;
-    work(piece / parts, from, from + PART < width ? from + PART : width);
+  const int parts = (width + PART - 1) / PART, rows = parts > 1 ? 1 : PART / width;
+  in_parallel((n + rows - 1) / rows * parts, threads, [&](int piece) {
+    const int first = piece / parts * rows, from = piece % parts * PART;
+    const int to = from + PART < width ? from + PART : width;
+    for (int i = first; i < first + rows && i < n; i++) work(i, from, to);
   });
 }
 
