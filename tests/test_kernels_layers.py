@@ -89,6 +89,7 @@ def test_steps_of_which_few_rows_are_wanted_are_the_same_in_one_call(name: str) 
 def test_two_who_compute_at_once_have_their_own_caches() -> None:
     """One begins when the other, in another thread, has said where its cache lies."""
     with LLM(fixture("e2b-w4a16"), activations="int16") as llm:
+        llm.prefill_chunk = 16
         text = llm.runner.model.model.language_model
         expected, compute = llm.logits(TOKENS), text.together._library.layers
         others: list[Tensor] = []
