@@ -43,6 +43,9 @@ def matrices(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     heavy[100:140] *= 1e-6
     heavy[200:230, :64] *= 10
     yield "heavy", heavy.to(dtype)
+    whole = (made[:1] * 10).round().clamp(-30, 30) + made.round().clamp(-1, 1) * (made.abs() > 2)
+    whole[:, ::64] = 31
+    yield "alike, and told exactly by a sketch", whole.to(dtype)
     yield "nothing", torch.zeros(ROWS, COLUMNS, dtype=dtype)
     yield "alike", (made[:1] + made * 1e-4).to(dtype)
     yield (
@@ -104,8 +107,9 @@ def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: in
 
 
 @pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("large", [30, 0.003])
 def test_rounded_products_that_a_soft_cap_makes_equal_are_all_there(
-    kernels: Library, count: int
+    kernels: Library, count: int, large: float
 ) -> None:
     """As a model that computes in bfloat16 has them; many are equal then, most at the cap's end."""
     cap = 30.0
@@ -117,7 +121,7 @@ def test_rounded_products_that_a_soft_cap_makes_equal_are_all_there(
     for what, data in matrices(torch.bfloat16):
         head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
         for x in inputs():
-            rounded = (x * 30).bfloat16()
+            rounded = (x * large).bfloat16()
             whole = head.linear(rounded).float()
             capped = (torch.tanh(whole / cap) * cap).numpy()
             shortlist = head.shortlist(rounded, floor)
