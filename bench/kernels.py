@@ -19,7 +19,7 @@ import torch
 from cabochon.bench import machine
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import library
+from cabochon.kernels.library import address, library
 from cabochon.kernels.packed import ACTIVATIONS, PackedWeight
 from cabochon.nn.bits import pack
 from cabochon.nn.byte_codes import ByteWeight
@@ -107,13 +107,25 @@ def stored_bytes(weight: Weight) -> int:
     return sum(buffer.nbytes for buffer in weight.buffers())
 
 
+def multiply(weight: Weight, x: torch.Tensor, y: torch.Tensor) -> None:
+    """y = x @ W.T, as a step calls it: without Python between one and the next."""
+    kernels = library()
+    assert kernels is not None
+    shapes = (address(x), COLUMNS, len(x), 0, ROWS, address(y), ROWS, torch.get_num_threads())
+    if isinstance(weight, PackedWeight):
+        kernels.times(weight.matrix, *shapes)
+    else:
+        assert isinstance(weight, FloatsWeight)
+        kernels.times_rows(weight.matrix, None, *shapes)
+
+
 def rates(weights: list[Weight], columns: int) -> tuple[float, float]:
     """Bytes of weights, and additions and multiplications, a second."""
-    x = torch.randn(columns, COLUMNS)
+    x, y = torch.randn(columns, COLUMNS), torch.empty(columns, ROWS)
     used = weights if columns <= 16 else weights[:3]  # beyond, the cache makes no difference
     start = time.perf_counter()
     for weight in used:
-        weight.linear(x)
+        multiply(weight, x, y)
     seconds = time.perf_counter() - start
     read = sum(map(stored_bytes, used))
     return read / seconds, 2.0 * columns * ROWS * COLUMNS * len(used) / seconds

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 DECODED = 16  # tokens after the first
-SETTLING = 40  # seconds
+SETTLING = 60  # seconds
 
 Generate = Callable[[list[int]], Iterator[object]]  # a prompt to something for each token
 
