@@ -31,6 +31,7 @@ from cabochon.assembly import DRAFT_TOKENS
 from cabochon.engine.drafts import Drafts
 from cabochon.engine.guesses import Guesser, Guesses, Reach
 from cabochon.engine.scheduler import TokenSequence
+from cabochon.kernels.arena import settled
 
 LEAST = 8  # texts shorter than so many tokens say nothing
 EDITS = 120
@@ -179,6 +180,7 @@ def main() -> None:
     llm = None
     if args.model:
         llm = LLM(args.model, max_context=2048, drafter=args.drafter, draft_tokens=args.most)
+        settled()
     if llm is not None and args.drafter:
         drafts = llm.engine.scheduler.guesser.drafts
         assert drafts is not None

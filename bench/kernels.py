@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from cabochon.bench import machine
+from cabochon.kernels.arena import settled
 from cabochon.kernels.choose import Kernels
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import address, library
@@ -147,9 +148,8 @@ def main() -> None:
         made = [first]
         while len(made) * stored_bytes(first) < TOTAL:
             made.append(kernels.for_weight(FORMATS[name]()))
-        enlarging = kernels.enlarge()
-        assert enlarging is not None
-        enlarging.join()
+        kernels.enlarge()
+        settled()
         shares, speeds = [], []
         seen: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(arguments.rounds):

@@ -3,9 +3,9 @@
     python bench/versus_llama.py MODEL.gguf [--theirs OTHER.gguf] [--threads 2] [--rounds 5]
         [--prompts 8,512,2048,4096]
 
-Needs llama-cpp-python. Each engine lives in a process of its own, loaded once and then left alone
-for a while, in which Cabochon moves its weights into large pages. Rounds alternate between them, so
-that a machine whose speed drifts is the same for both, and medians are compared.
+Needs llama-cpp-python. Each engine lives in a process of its own, loaded once; rounds begin when
+Cabochon has moved its weights into large pages. They alternate between both, so that a machine
+whose speed drifts is the same for them, and medians are compared.
 A rate by the clock says what a user sees. One by processor time leaves out what other processes
 took; with one thread it can be trusted on a machine that is not idle.
 """
@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 DECODED = 16  # tokens after the first
-SETTLING = 60  # seconds
 
 Generate = Callable[[list[int]], Iterator[object]]  # a prompt to something for each token
 
@@ -64,6 +63,10 @@ def work(engine: Callable[..., Generate], pipe: Connection, *arguments: Any) -> 
     start = time.perf_counter()
     generate = engine(*arguments)
     pipe.send({"load": time.perf_counter() - start})
+    if engine is cabochon:
+        from cabochon.kernels.arena import settled
+
+        settled()
     while (prompt := pipe.recv()) is not None:
         clocks = [(time.perf_counter(), time.process_time())]
         for _ in generate(prompt):
@@ -96,7 +99,6 @@ def main() -> None:
         spawn.Process(target=work, args=inputs, daemon=True).start()
         pipes[engine.__name__] = ours
         print(f"{engine.__name__:9} loaded in {ours.recv()['load']:.1f} s", flush=True)
-    time.sleep(SETTLING)
     generator = random.Random(0)
     for size in sizes:
         seen: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}

@@ -18,6 +18,7 @@ from torch import nn
 
 from cabochon.engine.request import Delta, SamplingParams
 from cabochon.gemma4.text import DecoderLayer
+from cabochon.kernels.arena import settled
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import address, library
 from cabochon.kernels.packed import PackedWeight
@@ -94,12 +95,14 @@ def measure(
 ) -> Bench:
     """Every number of streams with every length of prompt, in turns with the machine's limits.
 
-    Prompts are random, so that none is the beginning of another; medians of `rounds` are given.
+    Prompts are random, so that none is the beginning of another; medians of `rounds` are given,
+    which begin when weights lie in large pages.
     """
     loaded = _peak()
     step = step_bytes(llm)
     seen: dict[tuple[int, int], list[Rate]] = {}
     limits: list[Limits] = []
+    settled()
     for turn in range(rounds):
         for count in streams:
             for prompt in prompts:

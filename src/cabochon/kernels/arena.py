@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 from threading import Thread
 from time import sleep
 from typing import NamedTuple
@@ -65,16 +66,36 @@ class Arena:
         self._library.advise(piece.data_ptr(), size)
         return piece
 
-    def enlarge(self) -> Thread:
+    def enlarge(self) -> None:
         """Move everything into large pages, in a thread, while it is used; csrc/pages.cpp says why.
 
         Not at once: meanwhile the system gives no other pages, and somebody waits for a first
         token.
         """
-        work = (self._library, list(self._pieces))
-        thread = Thread(target=_enlarge, args=work, name="large pages", daemon=True)
-        thread.start()
-        return thread
+        _Enlarging(self._library, list(self._pieces)).start()
+
+
+class _Enlarging(Thread):
+    def __init__(self, library: Library, pieces: list[_Piece]) -> None:
+        super().__init__(name="large pages", daemon=True)
+        self._library = library
+        self._pieces = pieces
+
+    def run(self) -> None:
+        sleep(_PATIENCE)
+        for memory, address, size in self._pieces:
+            for at in range(address, address + size, _PIECE):
+                kept = memory()  # not for long: whoever lets go of a model wants its memory back
+                if kept is not None:
+                    self._library.enlarge(at, min(_PIECE, address + size - at), _REST)
+                del kept
+
+
+def settled() -> None:
+    """Wait until nothing is moved any more: for who measures how fast it is then."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _Enlarging):
+            thread.join()
 
 
 def _memory(size: int) -> mmap.mmap:
@@ -84,13 +105,3 @@ def _memory(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(str(error)) from None
-
-
-def _enlarge(library: Library, pieces: list[_Piece]) -> None:
-    sleep(_PATIENCE)
-    for memory, address, size in pieces:
-        for at in range(address, address + size, _PIECE):
-            kept = memory()  # not for long: whoever lets go of a model wants its memory back
-            if kept is not None:
-                library.enlarge(at, min(_PIECE, address + size - at), _REST)
-            del kept

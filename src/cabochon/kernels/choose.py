@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from threading import Thread
 
 import torch
 from torch import nn
@@ -89,9 +88,10 @@ class Kernels:
             backlog=backlog,
         )
 
-    def enlarge(self) -> Thread | None:
+    def enlarge(self) -> None:
         """Have large pages for what was put in weights' places, in a thread, while it is used."""
-        return None if self._arena is None else self._arena.enlarge()
+        if self._arena is not None:
+            self._arena.enlarge()
 
     def describe(self) -> str:
         """What was chosen, for people."""
