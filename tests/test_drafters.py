@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from cabochon import LLM, SamplingParams
+from cabochon.assembly import DRAFT_TOKENS
 from cabochon.config import beside, parse_config
 from cabochon.engine.cache import CachePlan, PagedCache
 from cabochon.engine.drafts import Drafts
@@ -241,6 +242,16 @@ def test_a_prompt_whose_last_token_has_a_step_of_its_own(
     answer = together.generate([prompt], params)
     monkeypatch.setattr(scheduler.guesser, "most", 0)
     assert together.generate([prompt], params) == answer
+
+
+@pytest.mark.parametrize("name", ["26b-bf16", "e2b-bf16"])
+def test_few_are_drafted_where_each_token_has_experts_of_its_own(name: str) -> None:
+    member = name.split("-")[0]
+    asked = []
+    for draft_tokens in (None, 8):
+        with LLM(fixture(name), drafter=drafters.drafter(member), draft_tokens=draft_tokens) as llm:
+            asked.append(llm.engine.scheduler.guesser.drafted)
+    assert asked == [3 if member == "26b" else DRAFT_TOKENS, 8]
 
 
 def test_no_request_fails_with_the_drafter(

@@ -34,6 +34,9 @@ from cabochon.survey import Survey, surveyed
 logger = logging.getLogger(__name__)
 
 DRAFT_TOKENS = 15  # with one that is certain fewer than attention computes in another order
+# Of a drafter, where each token computed has experts of its own to be read: the fourth guess of a
+# trained one is right too seldom to be worth them.
+DRAFTED_FOR_EXPERTS = 3
 
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _KV_DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
@@ -154,6 +157,7 @@ def assemble(
         prefill_chunk=options.prefill_chunk,
         draft_tokens=_draft_tokens(gemma, drafting) if drafts is None else drafts,
         drafter=drafter,
+        drafted_tokens=DRAFTED_FOR_EXPERTS if drafts is None and config.experts else None,
     )
     grammars = Grammars(tokenizer, config.vocab_size, generation.ends)
     return Assembled(text, certificate, notes, kernels, grammars, capacity, runner, engine)

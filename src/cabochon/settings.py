@@ -122,8 +122,8 @@ class EngineSettings(BaseModel):
         ge=0,
         le=63,
         description="Tokens guessed, from what a text repeats or by the drafter, and checked in one"
-        " step, among all requests; without it 15 with a drafter and where that changes no bit of"
-        " an answer, else 0",
+        " step, among all requests; without it 15 with a drafter (of a drafter 3 where there are"
+        " experts) and where that changes no bit of an answer, else 0",
     )
     weights_only: bool = Field(
         False, description="Leave activations as they are where a recipe quantizes them"

@@ -58,6 +58,7 @@ class Engine:
         prefill_chunk: int,
         draft_tokens: int = 0,
         drafter: Drafter | None = None,
+        drafted_tokens: int | None = None,
     ) -> None:
         self.runner = runner
         self.tokenizer = tokenizer
@@ -66,7 +67,8 @@ class Engine:
         self.max_context = plan.max_context
         self.cache = PagedCache(plan, runner.kv_dtype, runner.device)
         drafts = Drafts(drafter, runner, self.cache) if drafter else None
-        self.scheduler = Scheduler(self.cache, prefill_chunk, Guesser(draft_tokens, drafts))
+        guesser = Guesser(draft_tokens, drafts, drafted_tokens)
+        self.scheduler = Scheduler(self.cache, prefill_chunk, guesser)
         self.limits = Limits()
         self.stats = Stats()
         self._waiting_tokens = 0  # of what the scheduler holds

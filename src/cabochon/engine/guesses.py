@@ -93,14 +93,15 @@ class Guesses:
 
 
 class Guesser:
-    """Guesses up to `most` tokens a step, among all sequences.
+    """Guesses up to `most` tokens a step, among all sequences; a drafter up to `drafted` for each.
 
     No request fails for what goes wrong in guessing: it is logged, and who failed guesses no more.
     """
 
-    def __init__(self, most: int, drafts: Drafts | None = None) -> None:
+    def __init__(self, most: int, drafts: Drafts | None = None, drafted: int | None = None) -> None:
         self.most = most
         self.drafts = drafts
+        self.drafted = most if drafted is None else drafted
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> None:
         """Guess for `sequences`, each of which has its latest token left to compute."""
@@ -114,7 +115,7 @@ class Guesser:
             if not sequence.guesses.failed:
                 self._find(sequence, room)
             if self.drafts is not None and not sequence.guesses.tokens:
-                asked[sequence] = sequence.guesses.draft(room)
+                asked[sequence] = sequence.guesses.draft(min(room, self.drafted))
         self._draft({sequence: count for sequence, count in asked.items() if count})
 
     def _find(self, sequence: TokenSequence, room: int) -> None:
