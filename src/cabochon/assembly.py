@@ -142,7 +142,8 @@ def assemble(
     runner = Runner(gemma, numbers.compute, torch.device("cpu"), numbers.kept)
     if options.debug_nan:
         runner.watch()
-    tokenizer, generation, drafts = text.prompts.tokenizer, text.generation, options.draft_tokens
+    tokenizer, generation = text.prompts.tokenizer, text.generation
+    guessed, drafted = _guesses(gemma, drafting, options.draft_tokens)
     notes, drafter = certificate.notes, None
     if drafting is not None:
         loaded = _load_drafter(drafting, numbers, options, progress)
@@ -155,9 +156,9 @@ def assemble(
         ends=generation.ends,
         suppressed=generation.suppressed,
         prefill_chunk=options.prefill_chunk,
-        draft_tokens=_draft_tokens(gemma, drafting) if drafts is None else drafts,
+        draft_tokens=guessed,
         drafter=drafter,
-        drafted_tokens=DRAFTED_FOR_EXPERTS if drafts is None and config.experts else None,
+        drafted_tokens=drafted,
     )
     grammars = Grammars(tokenizer, config.vocab_size, generation.ends)
     return Assembled(text, certificate, notes, kernels, grammars, capacity, runner, engine)
@@ -228,12 +229,15 @@ def _load_drafter(
         return _load(plan, numbers.compute, _kernels(numbers, survey), survey, progress)
 
 
-def _draft_tokens(model: Gemma4, drafting: LoadPlan | None) -> int:
-    """How many guesses are worth their price.
+def _guesses(model: Gemma4, drafting: LoadPlan | None, asked: int | None) -> tuple[int, int]:
+    """How many guesses are worth their price, if nobody asks, and how many of a drafter.
 
     Kernels that round activations compute every column by itself, so that a token's logits are the
     same to the bit with guesses beside it; PyTorch's sums depend on how many rows there are, so
     that there nothing is guessed unless somebody asks for it.
     """
+    if asked is not None:
+        return asked, asked
     fast = model.model.language_model.together is not None
-    return DRAFT_TOKENS if fast or drafting is not None else 0
+    guessed = DRAFT_TOKENS if fast or drafting is not None else 0
+    return guessed, DRAFTED_FOR_EXPERTS if model.config.text.experts else guessed
