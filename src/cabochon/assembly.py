@@ -144,11 +144,8 @@ def assemble(
         runner.watch()
     tokenizer, generation = text.prompts.tokenizer, text.generation
     guessed, drafted = _guesses(gemma, drafting, options.draft_tokens)
-    notes, drafter = certificate.notes, None
-    if drafting is not None:
-        loaded = _load_drafter(drafting, numbers, options, progress)
-        assert isinstance(loaded.model, Drafter)
-        notes, drafter = (*notes, *loaded.certificate.notes), loaded.model
+    drafter, more = _load_drafter(drafting, numbers, options, progress)
+    notes = (*certificate.notes, *more)
     engine = Engine(
         runner,
         text.cache,
@@ -223,10 +220,16 @@ def _load(
 
 
 def _load_drafter(
-    plan: LoadPlan, numbers: _Numbers, options: Options, progress: Progress | None
-) -> Loaded:
+    plan: LoadPlan | None, numbers: _Numbers, options: Options, progress: Progress | None
+) -> tuple[Drafter | None, tuple[Finding, ...]]:
+    """The drafter that is planned, if one is, and what is noted of its weights."""
+    if plan is None:
+        return None, ()
     with surveyed(plan, options.threads) as survey:
-        return _load(plan, numbers.compute, _kernels(numbers, survey), survey, progress)
+        kernels = _kernels(numbers, survey)
+        drafter, certificate = _load(plan, numbers.compute, kernels, survey, progress)
+    assert isinstance(drafter, Drafter)
+    return drafter, tuple(certificate.notes)
 
 
 def _guesses(model: Gemma4, drafting: LoadPlan | None, asked: int | None) -> tuple[int, int]:
