@@ -18,6 +18,14 @@ template <int T, int TO> INL V one_bit(const uint8_t* p) {  // bit T of each byt
   if constexpr (T < TO) x = left<TO - T>(x);
   return both(x, splat8(1 << TO));
 }
+// Three quads of four lie in the low bits of three vectors, the fourth in what is left of them.
+template <int T> INL V six_bits(const uint8_t* p) {
+  p += T / 4 * 384;
+  if constexpr (T % 4 < 3) return both(load(p + T % 4 * 128), splat8(63));
+  V x = both(right<6>(load(p)), splat8(3));
+  x = with(x, right<4>(load(p + 128)), splat8(12));
+  return with(x, right<2>(load(p + 256)), splat8(48));
+}
 
 // `get` is what is multiplied, `raw` the code itself; BYTES are those of a unit.
 struct CodesU8 {
@@ -67,9 +75,7 @@ struct CodesU6 {
   static constexpr int BITS = 6, BYTES = 768, TABLES = 1;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU6(const Matrix&) {}
-  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
-    return either(four_bits<T>(p), left<4>(two_bits<T>(p + 512)));
-  }
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const { return six_bits<T>(p); }
   template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
 };
 struct CodesTable {  // 16 values of at most five bits

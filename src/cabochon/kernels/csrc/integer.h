@@ -8,6 +8,7 @@
 #include "codes.h"
 #include "pool.h"
 #include "room.h"
+#include "scales.h"
 #include "simd.h"
 
 namespace {
@@ -21,8 +22,6 @@ constexpr int WIDEST = 6;
 constexpr int WIDEST = 1;
 #endif
 constexpr int64_t CHUNK = 1 << 17;           // bytes of weights that a thread takes at a time
-// Bytes to fetch before they are needed; measured on Zen 5, and on Zen 3 which has no AVX-512.
-constexpr int AHEAD = LANES == 16 ? 6144 : 2048;
 
 // Activations of n columns: codes in the order of a unit, a scale a unit, and sums of the codes
 // times their scale, of whole units and of halves.
@@ -33,76 +32,6 @@ struct Quantized {
   float* halves;   // [n, units, 2]
 };
 
-// ------------------------------------------------------------------- scales of a whole block
-template <int KIND> INL F stored_scale(const uint8_t* p, int i, const float* levels) {
-  if (KIND == F16) return fload_f16((const uint16_t*)p + i);
-  if (KIND == BF16) return fload_bf16((const uint16_t*)p + i);
-  if (KIND == F32) return fload((const float*)p + i);
-  if (KIND == LEVEL) return fgather(levels, p + i);
-  if (KIND == E4M3) return fload_e4m3(p + i);
-  if (KIND == E8M0) return fload_e8m0(p + i);
-  return KIND == SUB_U8 ? fload_u8(p + i) : fload_i8(p + i);
-}
-
-// Calls work(i, above) for each vector of `[groups, 32]`: where it lies, and where what it shares.
-template <class Work> INL void each_scale(const Matrix& m, const Work& work) {
-  int above = 0, left = m.per_shared;
-  for (int g = 0; g < m.groups; g++) {
-#pragma GCC unroll 8
-    for (int v = 0; v < ROWS; v += LANES) work(g * ROWS + v, above + v);
-    if (--left == 0) left = m.per_shared, above += ROWS;
-  }
-}
-
-template <int KIND> static void expand_scales(const Matrix& m, const uint8_t* block, float* S, float gain) {
-  const uint16_t* shared = (const uint16_t*)(block + m.shared_at);
-  each_scale(m, [&](int i, int above) {
-    if (i % 32 == 0) __builtin_prefetch(block + (int64_t)i * (KIND == F32 ? 4 : KIND <= BF16 ? 2 : 1) + AHEAD);
-    F s = stored_scale<KIND>(block, i, m.levels);
-    if (KIND == SUB_U8 || KIND == SUB_I8) s = fmul(fload_f16(shared + above), s);
-    fstore(S + i, fmul(s, fsplat(gain)));
-  });
-}
-
-INL F stored_minimum(const Matrix& m, const uint8_t* block, int i, int above) {
-  const uint8_t* p = block + m.minima_at;
-  switch (m.minima) {
-    case CONSTANT: return fsplat(m.zero);
-    case ZERO_POINT: return fload_u8(p + i);
-    case MIN_F16: return fload_f16((const uint16_t*)p + i);
-    case MIN_F32: return fload((const float*)p + i);
-    case MIN_BF16: return fload_bf16((const uint16_t*)p + i);
-    default: return fmul(fload_f16((const uint16_t*)(block + m.shared_minima_at) + above), fload_u8(p + i));
-  }
-}
-
-// Scales `S` and, where `minus`, what is taken away, `Z`, of each group and row, `[groups, 32]`
-// each: an entry is S * code - Z. With `exact`, where a code stands for zero, Z is that code.
-static void expand(const Matrix& m, const uint8_t* block, float* S, float* Z, float bias, bool minus,
-                   bool exact) {
-  const float gain = exact ? 1.0f : m.gain;
-  const bool by_table = exact && (m.scales == E4M3 || m.scales == E8M0);
-  switch (by_table ? LEVEL : m.scales) {
-    case F16: expand_scales<F16>(m, block, S, gain); break;
-    case BF16: expand_scales<BF16>(m, block, S, gain); break;
-    case F32: expand_scales<F32>(m, block, S, gain); break;
-    case LEVEL: expand_scales<LEVEL>(m, block, S, gain); break;
-    case E4M3: expand_scales<E4M3>(m, block, S, gain * m.unit * 0x1p120f); break;
-    case E8M0: expand_scales<E8M0>(m, block, S, gain * m.unit); break;
-    case SUB_U8: expand_scales<SUB_U8>(m, block, S, gain); break;
-    default: expand_scales<SUB_I8>(m, block, S, gain);
-  }
-  if (!minus) return;
-  const bool is_code = m.minima <= ZERO_POINT;
-  each_scale(m, [&](int i, int above) {
-    const F s = fload(S + i);
-    F z = stored_minimum(m, block, i, above);
-    if (is_code && !exact) z = fmul(s, z);
-    fstore(Z + i, fnma(fsplat(bias), s, z));
-  });
-}
-
-// ---------------------------------------------------------------- a block with a few columns
 template <class C, int MR, bool MINS, bool HALVES> struct Tile {
   static constexpr int N = HALVES ? 4 : 8;  // quads until scales change
   typedef Dot<C::BITS> D;
@@ -149,7 +78,7 @@ template <class C, int MR, bool MINS, bool HALVES> struct Tile {
           acc[c][v] = fma(fmul(dot, scale), s, acc[c][v]);
           acc[c][v] = fnma(fload(Z + v * LANES), sum, acc[c][v]);
         } else {
-          acc[c][v] = fma(fsub(fmul(dot, scale), sum), s, acc[c][v]);
+          acc[c][v] = fma(fms(dot, scale, sum), s, acc[c][v]);
         }
       }
     }

@@ -75,10 +75,19 @@ static Unpack unpacking(const Plane& plane) {
 // Two codes of BITS that follow each other into one, the first low; each such pair is a byte.
 template <int BITS> static uint32_t pairs(Eight x) { return even(x | x >> (8 - BITS)); }
 
+// Sixteen codes of six bits, four quads, in the bytes of three; see `six_bits` of codes.h.
+static void pack_sixes(Eight first, Eight second, uint8_t* to) {
+  const uint32_t quads[] = {even(first), even(first >> 8), even(second)}, last = even(second >> 8);
+  for (int i = 0; i < 3; i++) {
+    const uint32_t both = quads[i] | (last >> 2 * i & 0x03030303) << 6;
+    memcpy(to + i * 128, &both, 4);
+  }
+}
+
 // The codes of a row's unit to the row's quads; `to` is the unit, `r` the row.
 template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to) {
   constexpr int above = CODES == U3 ? 256 : 512;  // where the plane of high bits begins
-  uint32_t low[2] = {}, high[2] = {};
+  uint32_t low[2] = {}, high = 0;
   to += r * 4;
   for (int d = 0; d < 4; d++) {
     const Eight x = code[d];
@@ -86,18 +95,17 @@ template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to
       const uint32_t a = even(x), b = even(x >> 8);
       memcpy(to + 2 * d * 128, &a, 4), memcpy(to + (2 * d + 1) * 128, &b, 4);
     }
-    if (CODES == U4 || CODES == U5 || CODES == U6) {
+    if (CODES == U4 || CODES == U5) {
       const uint32_t both = pairs<4>(x & each(15));
       memcpy(to + d * 128, &both, 4);
     }
+    if (CODES == U6 && d % 2) pack_sixes(code[d - 1], x, to + d / 2 * 384);
     if (CODES == U2 || CODES == U3) low[d / 2] |= pairs<2>(x & each(3)) << d % 2 * 4;
-    if (CODES == U6) high[d / 2] |= pairs<2>(x >> 4 & each(3)) << d % 2 * 4;
-    if (CODES == U5) high[0] |= pairs<1>(x >> 4 & each(1)) << 2 * d;
-    if (CODES == U3) high[0] |= pairs<1>(x >> 2 & each(1)) << 2 * d;
+    if (CODES == U5) high |= pairs<1>(x >> 4 & each(1)) << 2 * d;
+    if (CODES == U3) high |= pairs<1>(x >> 2 & each(1)) << 2 * d;
   }
   if (CODES == U2 || CODES == U3) memcpy(to, low, 4), memcpy(to + 128, low + 1, 4);
-  if (CODES == U6) memcpy(to + above, high, 4), memcpy(to + above + 128, high + 1, 4);
-  if (CODES == U5 || CODES == U3) memcpy(to + above, high, 4);
+  if (CODES == U5 || CODES == U3) memcpy(to + above, &high, 4);
 }
 
 // What is read over and over is copied: stores of bytes might change anything else.

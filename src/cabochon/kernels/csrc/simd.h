@@ -85,6 +85,7 @@ INL V quad(const int8_t* p) {
 }
 INL V both(V a, V b) { return _mm512_and_si512(a, b); }
 INL V either(V a, V b) { return _mm512_or_si512(a, b); }
+INL V with(V a, V b, V mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }  // a | b & mask
 template <int N> INL V right(V a) { return _mm512_srli_epi16(a, N); }
 template <int N> INL V left(V a) { return _mm512_slli_epi16(a, N); }
 INL V table16(const uint8_t* p) {
@@ -100,6 +101,7 @@ INL F fsub(F a, F b) { return _mm512_sub_ps(a, b); }
 INL F fmul(F a, F b) { return _mm512_mul_ps(a, b); }
 INL F fdiv(F a, F b) { return _mm512_div_ps(a, b); }
 INL F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INL F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }    // a b - c
 INL F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 INL F fmax2(F a, F b) { return _mm512_max_ps(a, b); }
 INL F fmin2(F a, F b) { return _mm512_min_ps(a, b); }
@@ -191,6 +193,7 @@ INL V quad(const int8_t* p) {
 }
 INL V both(V a, V b) { return _mm256_and_si256(a, b); }
 INL V either(V a, V b) { return _mm256_or_si256(a, b); }
+INL V with(V a, V b, V mask) { return either(a, both(b, mask)); }
 template <int N> INL V right(V a) { return _mm256_srli_epi16(a, N); }
 template <int N> INL V left(V a) { return _mm256_slli_epi16(a, N); }
 INL V table16(const uint8_t* p) {
@@ -206,6 +209,7 @@ INL F fsub(F a, F b) { return _mm256_sub_ps(a, b); }
 INL F fmul(F a, F b) { return _mm256_mul_ps(a, b); }
 INL F fdiv(F a, F b) { return _mm256_div_ps(a, b); }
 INL F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+INL F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
 INL F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 INL F fmax2(F a, F b) { return _mm256_max_ps(a, b); }
 INL F fmin2(F a, F b) { return _mm256_min_ps(a, b); }
@@ -330,6 +334,7 @@ INL V quad(const int8_t* p) {
 }
 INL V both(V a, V b) { return vandq_u8(a, b); }
 INL V either(V a, V b) { return vorrq_u8(a, b); }
+INL V with(V a, V b, V mask) { return either(a, both(b, mask)); }
 template <int N> INL V right(V a) {
   return vreinterpretq_u8_u16(vshlq_u16(vreinterpretq_u16_u8(a), vdupq_n_s16(-N)));
 }
@@ -347,6 +352,7 @@ INL F fsub(F a, F b) { return vsubq_f32(a, b); }
 INL F fmul(F a, F b) { return vmulq_f32(a, b); }
 INL F fdiv(F a, F b) { return vdivq_f32(a, b); }
 INL F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+INL F fms(F a, F b, F c) { return vfmaq_f32(vnegq_f32(c), a, b); }
 INL F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }
 INL F fmax2(F a, F b) { return vmaxq_f32(a, b); }
 INL F fmin2(F a, F b) { return vminq_f32(a, b); }
@@ -436,6 +442,7 @@ INL V splat8(uint8_t x) { BYTES(x); }
 INL V quad(const int8_t* p) { BYTES((uint8_t)p[i % 4]); }
 INL V both(V a, V b) { BYTES(a.b[i] & b.b[i]); }
 INL V either(V a, V b) { BYTES(a.b[i] | b.b[i]); }
+INL V with(V a, V b, V mask) { BYTES(a.b[i] | (b.b[i] & mask.b[i])); }
 template <int N> INL V right(V a) { BYTES((uint8_t)(a.b[i] >> N)); }
 template <int N> INL V left(V a) { BYTES((uint8_t)(a.b[i] << N)); }
 INL V table16(const uint8_t* p) { BYTES(p[i % 16]); }
@@ -449,6 +456,7 @@ INL F fsub(F a, F b) { EACH(F, a.f[i] - b.f[i]); }
 INL F fmul(F a, F b) { EACH(F, a.f[i] * b.f[i]); }
 INL F fdiv(F a, F b) { EACH(F, a.f[i] / b.f[i]); }
 INL F fma(F a, F b, F c) { EACH(F, a.f[i] * b.f[i] + c.f[i]); }
+INL F fms(F a, F b, F c) { EACH(F, a.f[i] * b.f[i] - c.f[i]); }
 INL F fnma(F a, F b, F c) { EACH(F, c.f[i] - a.f[i] * b.f[i]); }
 INL F fmax2(F a, F b) { EACH(F, a.f[i] > b.f[i] ? a.f[i] : b.f[i]); }
 INL F fmin2(F a, F b) { EACH(F, a.f[i] < b.f[i] ? a.f[i] : b.f[i]); }
