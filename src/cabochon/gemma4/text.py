@@ -30,11 +30,18 @@ class LayersCall(Protocol):
         rotations: Sequence[Rotation],
         kv: KeyValues,
     ) -> Tensor:
-        """What `layers` make of `x [tokens, hidden_size]`; `own` and `rotations` are of all."""
+        """What `layers` make of `x [tokens, hidden_size]`; `own` and `rotations` are of all.
+
+        Behind the last layer, through the final norm.
+        """
         ...
 
     def inputs(self, context: Tensor, found: Tensor) -> Tensor:
         """Each layer's own inputs, `[tokens, layers, ple_dim]`, in the place of `context`."""
+        ...
+
+    def rotations(self, positions: Tensor) -> list[Rotation]:
+        """The rotation of each of the model's `kinds`."""
         ...
 
 
@@ -180,9 +187,7 @@ class TextModel(nn.Module):
                 kv = kv.narrow(wanted)
                 own = None if own is None else own[wanted]
                 rotations = self._rotations(positions[wanted], x.dtype)
-        if layers:
-            x = self._compute(layers, x, own, rotations, kv)
-        return self.norm(x)
+        return self._compute(layers, x, own, rotations, kv) if layers else x
 
     def _compute(
         self,
@@ -192,16 +197,17 @@ class TextModel(nn.Module):
         rotations: Sequence[Rotation],
         kv: KeyValues,
     ) -> Tensor:
-        if (together := self._together(x)) is not None:
+        """What `layers` make of `x`; behind the last, through the final norm."""
+        if (together := self._together(x.dtype)) is not None:
             return together(layers, x, own, rotations, kv)
         for index in layers:
             compute = self.fused.get(index, self.layers[index])
             part = None if own is None else own[:, index]
             x = compute(x, part, rotations[self.turns[index]], kv)
-        return x
+        return self.norm(x) if layers.stop == len(self.layers) else x
 
-    def _together(self, x: Tensor) -> LayersCall | None:
-        return self.together if x.dtype is torch.float32 else None
+    def _together(self, dtype: torch.dtype) -> LayersCall | None:
+        return self.together if dtype is torch.float32 else None
 
     def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
         """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""
@@ -210,12 +216,14 @@ class TextModel(nn.Module):
         shape = (len(self.config.layers), self.config.ple_dim)
         context = self.per_layer_model_projection(x).unflatten(-1, shape)
         found = self.embed_tokens_per_layer(ids, x.dtype).unflatten(-1, shape)
-        if (together := self._together(x)) is not None:
+        if (together := self._together(x.dtype)) is not None:
             return together.inputs(context, found)
         context = self.per_layer_projection_norm(context * self.config.hidden_size**-0.5)
         return (context + found) * 2**-0.5
 
     def _rotations(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
         """The rotation of each of `kinds`."""
+        if (together := self._together(dtype)) is not None:
+            return together.rotations(positions)
         rope = self.config.rope
         return [text_rotation(positions, dim, rope[kind], dtype) for kind, dim in self.kinds]

@@ -31,7 +31,7 @@ from cabochon.nn.attention import KeyValues
 from cabochon.nn.kept import Store
 from cabochon.nn.linear import Linear as Module
 from cabochon.nn.norm import RMSNorm
-from cabochon.nn.rotary import Rotation
+from cabochon.nn.rotary import Rotation, text_frequencies
 
 WIDTH = 16  # floats of the widest vectors; sizes must be multiples
 
@@ -133,13 +133,21 @@ class FusedLayer:
 
 
 class FusedLayers:
-    """Computes consecutive layers in one call; layer i turns by rotation `turns[i]`."""
+    """Computes consecutive layers in one call, and `final` behind the last of them.
+
+    Layer i turns by rotation `turns[i]`.
+    """
 
     def __init__(
-        self, library: Library, layers: Sequence[FusedLayer], turns: Sequence[int]
+        self,
+        library: Library,
+        layers: Sequence[FusedLayer],
+        turns: Sequence[int],
+        final: RMSNorm | None = None,
     ) -> None:
         self._library = library
         self._alive = layers
+        self._final = final
         self._width = max(layer.width for layer in layers)
         self._kept = max(layer.kept for layer in layers)
         count = len(layers)
@@ -161,6 +169,7 @@ class FusedLayers:
         n = len(x)
         assert own is None or own[0].is_contiguous()
         x = x.clone(memory_format=torch.contiguous_format)
+        norm = self._final if layers.stop == len(self._alive) else None
         queries, attended = torch.empty(2, n, self._width)
         keys, values = torch.empty(2, n, self._kept)
         accesses = kv.accesses()  # lives until all is computed
@@ -175,9 +184,11 @@ class FusedLayers:
             keys=address(keys),
             values=address(values),
             attended=address(attended),
+            norm=None if norm is None else address(norm.weight),
             inputs_ld=0 if own is None else own.stride(0),
             n=n,
             threads=threads(),
+            eps=0.0 if norm is None else norm.eps,
         )
         caches, run = self._caches_in(kv.store), (layers.start, len(layers))
         self._library.layers(self._layers, caches, self._turns, step, *run)
@@ -206,10 +217,12 @@ def _cache(store: Store, source: int) -> Cache:
 
 
 class FusedText(FusedLayers):
-    """Computes all layers of `text`, and what each gets of a token for itself."""
+    """Computes all layers of `text`, and what they are given of a token and its place."""
 
     def __init__(self, library: Library, layers: Sequence[FusedLayer], text: TextModel) -> None:
-        super().__init__(library, layers, text.turns)
+        super().__init__(library, layers, text.turns, text.norm)
+        rope, cpu = text.config.rope, torch.device("cpu")
+        self._frequencies = [text_frequencies(dim, rope[kind], cpu) for kind, dim in text.kinds]
         self._own: Own | None = None
         if text.config.ple_dim:
             norm = text.per_layer_projection_norm
@@ -226,3 +239,18 @@ class FusedText(FusedLayers):
         found = found.contiguous()
         self._library.own(self._own, address(found), address(context), len(context), threads())
         return context
+
+    def rotations(self, positions: Tensor) -> list[Rotation]:
+        positions, made = positions.contiguous(), []
+        for frequencies in self._frequencies:
+            shape = (len(positions), 1, len(frequencies))
+            rotation = Rotation(torch.empty(shape), torch.empty(shape))
+            self._library.turn(
+                address(frequencies),
+                address(positions),
+                *shape[::2],
+                *map(address, rotation),
+                threads(),
+            )
+            made.append(rotation)
+        return made

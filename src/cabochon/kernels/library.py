@@ -243,10 +243,11 @@ class Step(ctypes.Structure):
         ("rotations", POINTER(Turn)),
         ("accesses", POINTER(Access)),
         *((name, c_void_p) for name in ("x", "inputs")),
-        *((name, c_void_p) for name in ("queries", "keys", "values", "attended")),
+        *((name, c_void_p) for name in ("queries", "keys", "values", "attended", "norm")),
         ("inputs_ld", c_int64),
         ("n", c_int32),
         ("threads", c_int32),
+        ("eps", c_float),
     )
 
 
@@ -273,6 +274,7 @@ _SIGNATURES = {
         [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(c_int32), POINTER(Step), c_int, c_int],
     ),
     "own": (None, [POINTER(Own), c_void_p, c_void_p, c_int, c_int]),
+    "turn": (None, [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
@@ -301,6 +303,7 @@ class Library:
         self.dense = self._dll.cabochon_dense
         self.layers = self._dll.cabochon_layers
         self.own = self._dll.cabochon_own
+        self.turn = self._dll.cabochon_turn
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise

@@ -21,14 +21,19 @@ class Rotation(NamedTuple):
 def text_rotation(
     positions: Tensor, head_dim: int, rope: RopeConfig, dtype: torch.dtype
 ) -> Rotation:
-    """Rotations for `positions [tokens]`.
+    """Rotations for `positions [tokens]`."""
+    frequencies = text_frequencies(head_dim, rope, positions.device)
+    return _rotation(positions[:, None].float() * frequencies, dtype)
+
+
+def text_frequencies(head_dim: int, rope: RopeConfig, device: torch.device) -> Tensor:
+    """How far each pair turns from one position to the next: `[head_dim / 2]`, float32.
 
     With `rope.fraction` below one ("proportional"), the first pairs rotate at the frequencies they
     would have in the whole head, and the others stay where they are.
     """
     rotating = int(rope.fraction * head_dim // 2)
-    frequencies = _frequencies(head_dim, rope.theta, positions.device, rotating)
-    return _rotation(positions[:, None].float() * frequencies, dtype)
+    return _frequencies(head_dim, rope.theta, device, rotating)
 
 
 def vision_rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:

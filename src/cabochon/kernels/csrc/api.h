@@ -178,13 +178,16 @@ struct Rotation {
 // What layers work on, one after the other: `x [n, hidden]` is read and overwritten, `inputs`
 // [n, own] of the first lies `inputs_ld` apart, with those of the next behind it; queries, keys,
 // values and attended are room for [n, heads * head_dim] of the widest. Of `rotations` and
-// `accesses` there is one for layers that have it in common.
+// `accesses` there is one for layers that have it in common. Behind the last comes a norm, unless
+// `norm` is null.
 struct Step {
   const Rotation* rotations;
   const Access* accesses;
   float* x;
   const float* inputs;
   float *queries, *keys, *values, *attended;
+  const float* norm;
   int64_t inputs_ld;
   int32_t n, threads;
+  float eps;
 };

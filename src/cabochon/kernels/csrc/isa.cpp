@@ -40,6 +40,12 @@ static void decoder_layers(const Layer* const* layers, const Cache* caches, cons
     run_layer(layer, View{caches[i], s.accesses[caches[i].group]}, s.rotations[turns[i]], s);
     s.inputs += layer.own;
   }
+  if (!s.norm || count == 0) return;
+  const int hidden = layers[first]->hidden;
+  each_row(s, [&](int i) {
+    float* x = s.x + (int64_t)i * hidden;
+    normalize(x, s.norm, hidden, s.eps, x);
+  });
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
