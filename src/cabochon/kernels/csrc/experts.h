@@ -67,8 +67,9 @@ static Pairs route(const Experts& e, const float* x, int n, int hidden, float ep
     normalize(x + (int64_t)i * hidden, e.router_scale, hidden, eps, row);
     for (int k = 0; k < hidden; k += LANES) fstore(row + k, fmul(fload(row + k), fsplat(e.root)));
   }
-  if (e.router.rows)
-    multiply_rows(*e.router.rows, nullptr, normed, hidden, n, 0, e.count, scores, e.count, threads);
+  if (const Rows* m = e.router.rows)
+    multiply_rows(*m, nullptr, lifted_for(*m, normed, hidden, n), n, 0, e.count, scores, e.count,
+                  threads);
   else
     multiply_exactly(*e.router.packed, normed, hidden, n, 0, e.count, scores, e.count, threads);
   each_row(n, threads, [&](int i) {
@@ -123,7 +124,8 @@ static Inputs gather(const Experts& e, const Pairs& p, const float* x, int n, in
 }
 
 // gelu(gate) * up of all pairs, `[pairs, intermediate]`.
-static void activate(const Experts& e, const Pairs& p, const Inputs& in, float* out, int threads) {
+static void activate(const Experts& e, const Pairs& p, const Inputs& in, const Next& out,
+                     int threads) {
   const int width = e.intermediate, each = rows_at_once(in.columns);
   const int chunks = (width + each - 1) / each;
   in_parallel(p.active * chunks, threads, [&](int job) {
@@ -131,11 +133,13 @@ static void activate(const Experts& e, const Pairs& p, const Inputs& in, float* 
     const int a = job / chunks, first = p.begin[a], count = p.begin[a + 1] - first;
     const int from = job % chunks * each, rows = std::min(each, width - from);
     const int gate = p.expert[a] * 2 * width + from, up = gate + width;
-    float *other = room.of((size_t)count * rows), *to = out + (int64_t)first * width + from;
-    times_tall(e.gate_up, e.gate_up_rows, in, first, count, gate, gate + rows, to, width);
+    float *made = room.of((size_t)count * rows * 2), *other = made + (size_t)count * rows;
+    times_tall(e.gate_up, e.gate_up_rows, in, first, count, gate, gate + rows, made, rows);
     times_tall(e.gate_up, e.gate_up_rows, in, first, count, up, up + rows, other, rows);
-    for (int i = 0; i < count; i++)
-      gate_by_gelu(to + (int64_t)i * width, other + (int64_t)i * rows, rows);
+    for (int64_t i = 0; i < count; i++) {
+      gate_by_gelu(made + i * rows, other + i * rows, rows);
+      out.put(first + i, made + i * rows, from, from + rows);
+    }
   });
 }
 
@@ -155,17 +159,11 @@ static void project(const Experts& e, const Pairs& p, const Inputs& in, int hidd
 // The weighted sum of what its experts make of each row of `x [n, hidden]`, to `out`.
 static void mix(const Experts& e, const Pairs& p, const float* x, int n, int hidden, float* out,
                 int threads) {
-  static thread_local Room room, codes_room;
-  const int width = e.intermediate, digits = digits_of(e.down[0]), units = units_of(width);
-  float* inner = room.of((size_t)p.count * (width + hidden));
-  float* made = inner + (size_t)p.count * width;
-  const int64_t columns = (int64_t)p.count * digits;
-  const Quantized codes = quantized_in(
-      codes_room.of(quantized_bytes(columns, units) / sizeof(float) + 1), columns, units);
-  const Inputs first = gather(e, p, x, n, hidden, threads), second{inner, width, codes};
-  activate(e, p, first, inner, threads);
-  if (digits) quantize(inner, width, p.count, width, units, digits, codes, threads);
-  project(e, p, second, hidden, made, threads);
+  static thread_local Room room;
+  float* made = room.of((size_t)p.count * hidden);
+  const Next next = Next::of(e.down[0], p.count, e.intermediate);
+  activate(e, p, gather(e, p, x, n, hidden, threads), next, threads);
+  project(e, p, next.inputs(), hidden, made, threads);
   each_row(n, threads, [&](int i) {
     for (int k = 0; k < hidden; k += LANES) {
       F sum = fzero();

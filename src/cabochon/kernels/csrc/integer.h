@@ -160,12 +160,17 @@ static void block_of(const Matrix& m, int block, const Quantized& x, int columns
   }
 }
 
+// Rows that a thread takes at a time.
+INL int rows_at_once(const Matrix& m, int columns) {
+  return (columns > WIDEST ? 1 : std::max<int>(1, (int)(CHUNK / m.stride))) * ROWS;
+}
+
 // y [n, stop - start] = x [n, columns] times rows `start` to `stop`.
 template <class C, bool MINS, bool HALVES>
 static void multiply_as(const Matrix& m, const Quantized& x, int columns, int start, int stop,
                         float* y, int64_t ldy, int threads) {
   const int first = start / ROWS, last = (stop + ROWS - 1) / ROWS;
-  const int each = columns > WIDEST ? 1 : std::max<int>(1, (int)(CHUNK / m.stride));
+  const int each = rows_at_once(m, columns) / ROWS;
   in_parallel((last - first + each - 1) / each, threads, [&](int piece) {
     const int from = first + piece * each, to = std::min(from + each, last);
     for (int b = from; b < to; b++) block_of<C, MINS, HALVES>(m, b, x, columns, start, stop, y, ldy);

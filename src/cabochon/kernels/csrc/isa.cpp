@@ -20,7 +20,7 @@ static void times(const Matrix* m, const float* x, int64_t ldx, int n, int start
 
 static void times_rows(const Rows* m, const int64_t* ids, const float* x, int64_t ldx, int n,
                        int start, int stop, float* y, int64_t ldy, int threads) {
-  multiply_rows(*m, ids, x, ldx, n, start, stop, y, ldy, threads);
+  multiply_rows(*m, ids, lifted_for(*m, x, ldx, n), n, start, stop, y, ldy, threads);
 }
 
 static int64_t sketch(Backlog* backlog, const Rows* m, const Matrix* to, const Margin* margin) {

@@ -17,11 +17,9 @@ static void before(const Layer& l, const View& cache, const Rotation& rotation, 
               normed + (int64_t)i * l.hidden);
   });
   Input in{normed, s.n, l.hidden, s.threads};
-  in.times(l.q, s.queries);
-  if (!l.shares_kv) {
-    in.times(l.k, s.keys);
-    if (!l.values_are_keys) in.times(l.v, s.values);
-  }
+  if (l.shares_kv) in.times(l.q, s.queries);
+  else if (l.values_are_keys) in.times({{&l.q, s.queries}, {&l.k, s.keys}});
+  else in.times({{&l.q, s.queries}, {&l.k, s.keys}, {&l.v, s.values}});
   each_row(s, [&](int i) {
     const float *cos = rotation.cos + (int64_t)i * pairs, *sin = rotation.sin + (int64_t)i * pairs;
     for (int h = 0; h < l.heads; h++) {
@@ -43,17 +41,25 @@ static void before(const Layer& l, const View& cache, const Rotation& rotation, 
   });
 }
 
-// gelu(gate(x)) * up(x), projected back, of the rows `normed`; `room` is as large as `made`.
-static void feed_forward(const Layer& l, const Step& s, const float* normed, float* room,
-                         float* made) {
-  Input in{normed, s.n, l.hidden, s.threads};
-  in.times(l.gate, room);
-  in.times(l.up, made);
-  each_part(s.n, l.intermediate, s.threads, [&](int i, int from, int to) {
-    const int64_t at = (int64_t)i * l.intermediate + from;
-    gate_by_gelu(room + at, made + at, to - from);
+// gelu(gate(x)) * up(x), projected back, of the rows `normed`.
+static void feed_forward(const Layer& l, const Step& s, const float* normed, float* made) {
+  const int width = l.intermediate, n = s.n;
+  const int each = std::max(ROWS, rows_at_once(l.gate, n) / ROWS * ROWS);
+  const Next next = Next::of(l.down, n, width);
+  Input in{normed, n, l.hidden, s.threads};
+  in.ready(l.gate), in.ready(l.up);
+  in_parallel((width + each - 1) / each, s.threads, [&](int piece) {
+    static thread_local Room room;
+    const int from = piece * each, to = std::min(from + each, width), some = to - from;
+    float *gate = room.of((size_t)n * some * 2), *up = gate + (size_t)n * some;
+    in.made.times(l.gate, 0, n, from, to, gate, some, 1);
+    in.made.times(l.up, 0, n, from, to, up, some, 1);
+    for (int64_t i = 0; i < n; i++) {
+      gate_by_gelu(gate + i * some, up + i * some, some);
+      next.put(i, gate + i * some, from, to);
+    }
   });
-  Input{room, s.n, l.intermediate, s.threads}.times(l.down, made);
+  next.inputs().times(l.down, 0, n, 0, l.hidden, made, l.hidden, s.threads);
 }
 
 // To what `feed_forward` made, what the experts make of the same rows; each through its norm.
@@ -101,7 +107,7 @@ static void add_own(const Layer& l, const Step& s, float* room, float* made) {
 
 static void after(const Layer& l, const Step& s, float* normed) {
   static thread_local Room rooms;
-  const int64_t size = (int64_t)s.n * std::max({l.intermediate, l.hidden, l.own});
+  const int64_t size = (int64_t)s.n * std::max(l.hidden, l.own);
   float *room = rooms.of(2 * size), *made = room + size;
   Input{s.attended, s.n, l.heads * l.head_dim, s.threads}.times(l.o, made);
   each_row(s, [&](int i) {
@@ -109,7 +115,7 @@ static void after(const Layer& l, const Step& s, float* normed) {
     normalize(made + at, l.after_attention, l.hidden, l.eps, s.x + at, true);
     normalize(s.x + at, l.before_mlp, l.hidden, l.eps, normed + at);
   });
-  feed_forward(l, s, normed, room, made);
+  feed_forward(l, s, normed, made);
   if (l.experts) add_experts(l, s, normed, room, made);
   each_row(s, [&](int i) {
     const int64_t at = (int64_t)i * l.hidden;

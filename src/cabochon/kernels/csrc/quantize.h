@@ -30,16 +30,16 @@ INL void quantize_unit(float* x, int8_t* codes, float* scale, float* sum, float*
   *sum = halves[0] + halves[1];
 }
 
-// Units `from` to `to` of a row.
-static void quantize_row(const float* x, int columns, int units, int digits, int row, int from,
-                         int to, const Quantized& out) {
+// Columns `from` to `to` of a row, of which the first begins a unit; they lie at `x`.
+static void quantize_row(const float* x, int from, int to, int units, int digits, int64_t row,
+                         const Quantized& out) {
   alignas(64) float some[UNIT];
-  for (int u = from; u < to; u++) {
-    const int width = std::min(UNIT, columns - u * UNIT);
-    memcpy(some, x + u * UNIT, width * sizeof(float));
+  for (int k = from; k < to; k += UNIT, x += UNIT) {
+    const int width = std::min(UNIT, to - k);
+    memcpy(some, x, width * sizeof(float));
     if (width < UNIT) memset(some + width, 0, (UNIT - width) * sizeof(float));
     for (int d = 0; d < digits; d++) {
-      const int64_t at = (int64_t)(row * digits + d) * units + u;
+      const int64_t at = (row * digits + d) * units + k / UNIT;
       quantize_unit(some, out.codes + at * UNIT, out.scales + at, out.sums + at,
                     out.halves + at * 2);
     }
@@ -60,7 +60,7 @@ INL Quantized quantized_in(void* room, int64_t n, int units) {
 static void quantize(const float* x, int64_t ldx, int n, int columns, int units, int digits,
                      const Quantized& out, int threads) {
   each_part(n, units * UNIT, threads, [&](int i, int from, int to) {
-    quantize_row(x + i * ldx, columns, units, digits, i, from / UNIT, to / UNIT, out);
+    quantize_row(x + i * ldx + from, from, std::min(to, columns), units, digits, i, out);
   });
 }
 

@@ -122,12 +122,24 @@ static Lifted lift(const float* x, int64_t ldx, int n, int columns) {
   return {made, ld, lower};
 }
 
+// Inputs as products with `m` want them.
+static Lifted lifted_for(const Rows& m, const float* x, int64_t ldx, int n) {
+  return m.type == ROW_E4M3 ? lift(x, ldx, n, m.columns) : Lifted{x, ldx, nullptr};
+}
+
+INL int size_of(const Rows& m) { return m.type == ROW_E4M3 ? 1 : m.type == ROW_F32 ? 4 : 2; }
+
+// Rows that a thread takes at a time.
+INL int rows_at_once(const Rows& m) {
+  const int64_t fit = CHUNK / ((int64_t)m.columns * size_of(m));
+  return (int)std::max<int64_t>(TOGETHER, fit / TOGETHER * TOGETHER);
+}
+
 // Products with rows `start` to `stop`, or with those of these numbers that `ids` lists.
 template <int TYPE>
-static void multiply_rows_as(const Rows& m, const int64_t* ids, const float* x, int64_t ldx, int n,
+static void multiply_rows_as(const Rows& m, const int64_t* ids, const Lifted& lifted, int n,
                              int start, int stop, float* y, int64_t ldy, int threads) {
-  const Lifted lifted = TYPE == ROW_E4M3 ? lift(x, ldx, n, m.columns) : Lifted{x, ldx, nullptr};
-  const int each = std::max<int64_t>(TOGETHER, CHUNK / (m.columns * SIZE<TYPE>) / TOGETHER * TOGETHER);
+  const int each = rows_at_once(m);
   in_parallel((stop - start + each - 1) / each, threads, [&](int piece) {
     const int first = start + piece * each, last = std::min(first + each, stop);
     for (int c = 0; c < n; c += 4) {
@@ -150,9 +162,9 @@ static void multiply_rows_as(const Rows& m, const int64_t* ids, const float* x, 
   });
 }
 
-static void multiply_rows(const Rows& m, const int64_t* ids, const float* x, int64_t ldx, int n,
-                          int start, int stop, float* y, int64_t ldy, int threads) {
-#define AS(TYPE) return multiply_rows_as<TYPE>(m, ids, x, ldx, n, start, stop, y, ldy, threads)
+static void multiply_rows(const Rows& m, const int64_t* ids, const Lifted& x, int n, int start,
+                          int stop, float* y, int64_t ldy, int threads) {
+#define AS(TYPE) return multiply_rows_as<TYPE>(m, ids, x, n, start, stop, y, ldy, threads)
   switch (m.type) {
     case ROW_BF16: AS(ROW_BF16);
     case ROW_F16: AS(ROW_F16);
