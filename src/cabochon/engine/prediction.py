@@ -61,10 +61,11 @@ def predictions(model: Gemma4, hidden: Tensor, few: Sequence[bool]) -> list[Pred
     made: dict[int, Prediction] = {}
     short = [row for row, little in enumerate(few) if little]
     if short:
-        shortlist = model.shortlist(hidden[short])
-        finite = hidden.isfinite().all(dim=-1).tolist()
+        rows = hidden if len(short) == len(few) else hidden[short]
+        shortlist = model.shortlist(rows)
+        finite = np.isfinite(rows.float().cpu().numpy()).all(axis=1)  # in torch: 0.1 ms more
         for place, row in enumerate(short):
-            made[row] = Likeliest(model, shortlist, place, finite=finite[row])
+            made[row] = Likeliest(model, shortlist, place, finite=bool(finite[place]))
     whole = [row for row in range(len(few)) if row not in made]
     if whole:
         logits = model.logits(hidden[whole])

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int SPLIT = 256;  // positions that a thread takes at a time
 constexpr int SHARING = 8;  // query heads at once that share a key head
+constexpr int ALONE = 8192; // numbers of keys that are too little work to be shared out
 #if defined(CABOCHON_AVX512) || defined(CABOCHON_NEON)
 constexpr int SUMS = 24;    // what the registers hold
 #elif defined(CABOCHON_AVX2)
@@ -192,7 +193,8 @@ static void attend_alone(const View& cache, const int32_t* rows, int n, const He
   const int splits = (longest + SPLIT - 1) / SPLIT, each = of.kv_heads * bundles * splits;
   const int record = SHARING * (of.dim + 2);
   float* parts = room.of((size_t)n * each * record);
-  const int helped = n * longest > 64 ? threads : 1;
+  const bool long_enough = (int64_t)n * longest * of.kv_heads * of.dim > ALONE;
+  const int helped = long_enough ? threads : 1;
   in_parallel(n * each, helped, [&](int job) {
     const int row = rows[job / each], kv = job % each / (bundles * splits);
     const int bundle = job % (bundles * splits) / splits, split = job % splits;
