@@ -2,7 +2,9 @@
 //
 // A barrier waits for every thread of a team, also for one that the system has put off, and then a
 // busy machine multiplies by thousandths of its speed. Here nobody waits for a thread that has not
-// begun: whoever asks works too, and ends when the pieces that were taken are done.
+// begun: whoever asks works too, and ends when the pieces that were taken are done. A thread takes
+// pieces that follow each other, whose memory it reads on and on; who has none left takes half of
+// what another has before it.
 #pragma once
 
 // Calls work(context, i) for each i below `count`, on at most `threads` threads, the caller's among
