@@ -32,10 +32,14 @@ class Plane:
         """uint8 `[n, bytes]` to uint8 `[n, entries]`, in their place in the code."""
         octets = blocks[:, self.at : self.at + -(-entries * self.bits // 8)]
         if not self.run:
-            return streams.unpack(octets, self.bits, entries) << self.to
+            return _moved(streams.unpack(octets, self.bits, entries), self.to)
         runs, mask = octets.unflatten(1, (-1, self.run)), (1 << self.bits) - 1
         parts = [runs >> shift & mask for shift in range(0, 8, self.bits)]
-        return torch.stack(parts, dim=2).flatten(1) << self.to
+        return _moved(torch.stack(parts, dim=2).flatten(1), self.to)
+
+
+def _moved(codes: Tensor, to: int) -> Tensor:
+    return codes << to if to else codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +73,5 @@ class Layout:
         first, *others = (plane.codes(blocks, self.entries) for plane in self.planes)
         for other in others:
             first = first | other
-        return (first ^ self.flip).view(len(octets), -1)[:, :count]
+        flipped = first ^ self.flip if self.flip else first
+        return flipped.view(len(octets), -1)[:, :count]

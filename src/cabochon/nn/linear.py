@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,10 @@ class Embedding(nn.Module):
         self.register_module("weight", None)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:  # [n] -> [n, embedding_dim]
-        # The reference rounds the scale first: the root of 1536 is 39.25 in bfloat16.
-        scale = torch.tensor(self.scale, dtype=dtype, device=ids.device)
-        return self.weight.rows(ids, dtype) * scale
+        return self.weight.rows(ids, dtype) * _rounded(self.scale, dtype)
+
+
+@cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """As the reference rounds a scale first: the root of 1536 is 39.25 in bfloat16."""
+    return float(torch.tensor(scale, dtype=dtype))
