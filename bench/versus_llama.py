@@ -5,7 +5,8 @@
 
 Needs llama-cpp-python. Each engine lives in a process of its own, loaded once; rounds begin when
 Cabochon has moved its weights into large pages. They alternate between both, so that a machine
-whose speed drifts is the same for them, and medians are compared.
+whose speed drifts is the same for them, and medians are compared. A third process says in each
+round what the memory gives to threads that only read.
 A rate by the clock says what a user sees. One by processor time leaves out what other processes
 took; with one thread it can be trusted on a machine that is not idle.
 """
@@ -80,6 +81,17 @@ def work(engine: Callable[..., Generate], pipe: Connection, *arguments: Any) -> 
         pipe.send(made)
 
 
+def read(pipe: Connection, threads: int) -> None:
+    """Say how many GB a second can be read, as often as somebody asks."""
+    import torch
+
+    from cabochon.bench import machine
+
+    torch.set_num_threads(threads)
+    while pipe.recv() is not None:
+        pipe.send(machine().read / 1e9)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
@@ -99,17 +111,23 @@ def main() -> None:
         spawn.Process(target=work, args=inputs, daemon=True).start()
         pipes[engine.__name__] = ours
         print(f"{engine.__name__:9} loaded in {ours.recv()['load']:.1f} s", flush=True)
+    memory, theirs = spawn.Pipe()
+    spawn.Process(target=read, args=(theirs, arguments.threads), daemon=True).start()
     generator = random.Random(0)
     for size in sizes:
+        limits: list[float] = []
         seen: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
         for _ in range(arguments.rounds):
             prompt = [2, *(generator.randrange(1000, 200_000) for _ in range(size - 1))]
+            memory.send(True)
+            limits.append(memory.recv())
             for name, pipe in pipes.items():
                 pipe.send(prompt)
                 for what, value in pipe.recv().items():
                     seen[name].setdefault(what, []).append(value)
         one, other = ({k: statistics.median(v) for k, v in s.items()} for s in seen.values())
-        print(f"prompt of {size} tokens, medians of {arguments.rounds}")
+        can = statistics.median(limits)
+        print(f"prompt of {size} tokens, medians of {arguments.rounds}; {can:.1f} GB/s can be read")
         for what in one:
             unit = "GB" if what == "peak" else "tokens/s"
             print(
@@ -117,7 +135,7 @@ def main() -> None:
                 f"  ratio {one[what] / other[what]:5.2f}",
                 flush=True,
             )
-    for pipe in pipes.values():
+    for pipe in (*pipes.values(), memory):
         pipe.send(None)
 
 
