@@ -54,13 +54,13 @@ struct Product {
   float* y;
 };
 
-// The inputs of a few matrices; made what these want when the first of them asks.
+// The inputs of a few matrices, `made` what these want when the first of them asks.
 struct Input {
   const float* x;
   int n, columns, threads;
   Inputs made{x, columns, {}};
 
-  const Inputs& ready(const Linear& w) {
+  void ready(const Linear& w) {
     const int digits = digits_of(w);
     if (w.rows && w.rows->type == ROW_E4M3 && !made.lifted.x)
       made.lifted = lifted_for(*w.rows, x, columns, n);
@@ -70,7 +70,6 @@ struct Input {
       made.codes = quantized_in(room.of(quantized_bytes(count, units) / sizeof(float) + 1), count, units);
       quantize(x, columns, n, columns, units, digits, made.codes, threads);
     }
-    return made;
   }
 
   // Threads share the pieces of all of them: none waits at the end of each.
