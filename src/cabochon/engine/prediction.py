@@ -53,7 +53,9 @@ class Likeliest:
 
     def choices(self, count: int, never: Sequence[int], allowed: Allowed | None) -> Choices:
         ids, products = self._shortlist.largest(self._row, count, never, allowed)
-        return Choices(self._model.cap(torch.from_numpy(products)).numpy(), ids)
+        if len(ids) > 1:  # the cap changes no order
+            products = self._model.cap(torch.from_numpy(products)).numpy()
+        return Choices(products, ids)
 
 
 def predictions(model: Gemma4, hidden: Tensor, few: Sequence[bool]) -> list[Prediction]:

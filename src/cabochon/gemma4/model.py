@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from cabochon.config import AudioConfig, Gemma4Config, VisionConfig
@@ -16,8 +14,7 @@ from cabochon.gemma4.vision import VisionTower
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.linear import Linear
 from cabochon.nn.shortlist import Shortlist
-
-_ROUNDING = 1e-6  # of tanh in float32, generously
+from cabochon.nn.softcap import SoftCap
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +63,7 @@ class Gemma4(nn.Module):
         if has_head:
             self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size)
         self.has_head = has_head
+        self.cap = SoftCap(config.text.softcap)
 
     def forward(self, batch: Batch, kv: KeyValues) -> Tensor:
         """What the wanted rows' logits are made of: `[rows, hidden_size]`."""
@@ -86,19 +84,7 @@ class Gemma4(nn.Module):
     def shortlist(self, hidden: Tensor) -> Shortlist:
         """The largest logits of each row, before the soft-cap."""
         head = self.lm_head if self.has_head else self.model.language_model.embed_tokens
-        return head.weight.shortlist(hidden, self.floor)
-
-    def floor(self, logit: float) -> float:
-        """The least logit that the soft-cap may make equal to this one: it rounds at its ends."""
-        cap = self.config.text.softcap
-        if cap is None or not math.isfinite(logit):
-            return logit
-        share = math.tanh(logit / cap) - _ROUNDING
-        return cap * math.atanh(share) if share > -1 else -math.inf
-
-    def cap(self, logits: Tensor) -> Tensor:
-        cap = self.config.text.softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return head.weight.shortlist(hidden, self.cap)
 
     def see(self, pixels: Tensor, positions: Tensor) -> Tensor:
         """Soft tokens `[m, hidden_size]` of one picture: patches `[n, pixels]` at `[n, 2]`."""

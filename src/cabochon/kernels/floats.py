@@ -8,6 +8,8 @@ from torch import Tensor
 from cabochon.kernels.arena import Arena
 from cabochon.kernels.backlog import Backlog, at_once
 from cabochon.kernels.library import Library, Rows, address, threads
+from cabochon.kernels.search import Found
+from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import StoredFloats, Weight
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.uint8: 3}
@@ -74,6 +76,9 @@ class FloatsWeight(Weight):
             threads(),
         )
         return y.to(x.dtype).view(*x.shape[:-1], stop - start)
+
+    def shortlist(self, x: Tensor, cap: SoftCap) -> Found:
+        return Found(self._library, self.linear(x.float()), x, cap)
 
     def among(self, x: Tensor, ids: Tensor) -> Tensor:
         count = ids.shape[1]

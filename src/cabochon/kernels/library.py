@@ -154,6 +154,18 @@ class Margin(ctypes.Structure):
     _fields_ = (("of", c_void_p), *((name, c_float) for name in ("left", "all", "least")))
 
 
+class Search(ctypes.Structure):
+    """`struct Search` of csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("products", "margins")),
+        ("rows", POINTER(Rows)),
+        *((name, c_void_p) for name in ("x", "never", "allowed", "ids", "found")),
+        *((name, c_int32) for name in ("n", "count", "nevers", "room", "threads")),
+        *((name, c_float) for name in ("widest", "slack", "cap", "rounding")),
+    )
+
+
 class Linear(ctypes.Structure):
     """`struct Linear` of csrc/api.h."""
 
@@ -268,6 +280,7 @@ _SIGNATURES = {
     "pack": (c_int64, [c_void_p, POINTER(Matrix), POINTER(Stored)]),
     "sketch": (c_int64, [c_void_p, POINTER(Rows), POINTER(Matrix), POINTER(Margin)]),
     "copy": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
+    "search": (c_int64, [POINTER(Search)]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
     "layers": (
         None,
@@ -300,6 +313,7 @@ class Library:
         self.pack = self._dll.cabochon_pack
         self.sketch = self._dll.cabochon_sketch
         self.copy = self._dll.cabochon_copy
+        self.search = self._dll.cabochon_search
         self.dense = self._dll.cabochon_dense
         self.layers = self._dll.cabochon_layers
         self.own = self._dll.cabochon_own

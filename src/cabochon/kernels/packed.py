@@ -14,8 +14,10 @@ from cabochon.kernels import library
 from cabochon.kernels.arena import ALIGNMENT, Arena
 from cabochon.kernels.backlog import Backlog, at_once
 from cabochon.kernels.library import Activations, Grouped, Library, Matrix, Stored, address, threads
+from cabochon.kernels.search import Found
 from cabochon.nn.layout import Layout
 from cabochon.nn.minifloat import E4M3, E8M0
+from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import Coded, Weight
 
 ROWS, UNIT = 32, 32  # of a block, and columns of its units; csrc/api.h
@@ -196,6 +198,9 @@ class PackedWeight(Weight):
             threads(),
         )
         return y.to(x.dtype).view(*x.shape[:-1], stop - start)
+
+    def shortlist(self, x: Tensor, cap: SoftCap) -> Found:
+        return Found(self._library, self.linear(x.float()), x, cap)
 
 
 _UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes

@@ -8,10 +8,8 @@ floats themselves, few of them, so that what is drawn is exactly what would have
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +18,9 @@ from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Library, Margin, address
 from cabochon.kernels.packed import PackedWeight
+from cabochon.kernels.search import Found, Nearly
 from cabochon.nn.layout import Layout
-from cabochon.nn.shortlist import Allowed, Floor, Ids, Numbers, kth_largest, reaching, usable
+from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
 GROUP, BITS = 64, 6  # csrc/sketch.h
@@ -87,38 +86,9 @@ class SketchedHead(FloatsWeight):
         """The largest margin."""
         return float(self.margins.max())
 
-    def shortlist(self, x: Tensor, floor: Floor) -> Candidates:
-        return Candidates(self, x, floor)
+    def shortlist(self, x: Tensor, cap: SoftCap) -> Found:
+        nearly = Nearly(self.margins, self.widest, _SLACK, self.matrix)
+        return Found(self._library, self.sketch.linear(x.float()), x, cap, nearly)
 
     def nearly(self, x: Tensor) -> Tensor:
         return self.sketch.linear(x)
-
-
-class Candidates:
-    """The products of `x [rows, in_features]` as the sketch has them, to be looked into."""
-
-    def __init__(self, head: SketchedHead, x: Tensor, floor: Floor) -> None:
-        self._head = head
-        self._floor = floor
-        self._x = x
-        self._near = head.sketch.linear(x.float()).numpy()
-        self._norms = torch.linalg.vector_norm(x.float(), dim=-1).tolist()
-        # What products are rounded to in the end makes equal what is so near.
-        self._rounding = 0.0 if x.dtype is torch.float32 else torch.finfo(x.dtype).eps
-        self._margins = head.margins.numpy()
-
-    def largest(
-        self, row: int, count: int, never: Sequence[int], allowed: Allowed | None
-    ) -> tuple[Ids, Numbers]:
-        near, norm = usable(self._near[row], never, allowed), self._norms[row] * _SLACK
-        # By the widest of all margins first, which leaves few to look at by their own.
-        widest = self._head.widest * norm
-        ids = reaching(near, self._least(kth_largest(near, count) - widest) - widest)
-        near, margins = near[ids], self._margins[ids] * np.float32(norm)
-        ids = ids[reaching(near + margins, self._least(kth_largest(near - margins, count)))]
-        products = self._head.among(self._x[row : row + 1], torch.from_numpy(ids)[None])
-        return ids, products[0].float().numpy()
-
-    def _least(self, product: float) -> float:
-        least = self._floor(product)
-        return least - self._rounding * abs(least) if self._rounding else least

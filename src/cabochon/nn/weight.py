@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cabochon.nn.layout import Layout
-from cabochon.nn.shortlist import Floor, Products, Shortlist
+from cabochon.nn.shortlist import Products, Shortlist
+from cabochon.nn.softcap import SoftCap
 
 TILE_BYTES = 8 << 20  # of a tile turned into the compute dtype, so that no dense copy ever exists
 
@@ -81,9 +82,9 @@ class Weight(nn.Module):
         """The rows `ids` (any shape) in `dtype`: `[*ids.shape, in_features]`."""
         raise NotImplementedError
 
-    def shortlist(self, x: Tensor, floor: Floor) -> Shortlist:
-        """`x @ W.T` for those who want the largest products of each row alone."""
-        return Products(self.linear(x), floor)
+    def shortlist(self, x: Tensor, cap: SoftCap) -> Shortlist:
+        """`x @ W.T` for those who want the largest products of each row alone, through a cap."""
+        return Products(self.linear(x), cap)
 
     def among(self, x: Tensor, ids: Tensor) -> Tensor:
         """The products of each of `x [n, in_features]` with its own rows `ids [n, m]`: `[n, m]`."""

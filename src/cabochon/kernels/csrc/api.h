@@ -115,6 +115,26 @@ struct Margin {
   float left, all, least;
 };
 
+// Who looks for the `count` largest of a row's `products [n]` and what may become equal to one of them,
+// of those that are `allowed` (null: all) and none of `never`. With `margins`, products are near the
+// true ones, those of `rows` with `x`: off by no more than a margin times the norm of `x`, times
+// `slack`. The true ones are rounded by no more than the part `rounding`, then through a soft-cap.
+struct Search {
+  float* products;  // -inf afterwards, where it may not be drawn
+  const float* margins;
+  const Rows* rows;
+  const float* x;
+  const int64_t* never;
+  const uint8_t* allowed;
+  int64_t* ids;  // what is found, in rising order: room for `room`
+  float* found;  // and its products
+  int32_t n, count, nevers, room, threads;
+  float widest;  // of the margins
+  float slack;
+  float cap;  // 0: none
+  float rounding;
+};
+
 // Either of the two, or neither: then there is no such matrix.
 struct Linear {
   const Matrix* packed;

@@ -67,6 +67,8 @@ int64_t cabochon_sketch(Backlog* backlog, const Rows* m, const Matrix* to, const
   return table->sketch(backlog, m, to, margin);
 }
 
+int64_t cabochon_search(const Search* asked) { return table->search(asked); }
+
 void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,
                     int threads) {
   table->dense(m, rows, start, n, out, threads);

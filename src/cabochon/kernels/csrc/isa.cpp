@@ -4,6 +4,7 @@
 #include "layer.h"
 #include "quantize.h"
 #include "rows.h"
+#include "search.h"
 #include "sketch.h"
 #include "table.h"
 
@@ -50,6 +51,6 @@ static void decoder_layers(const Layer* const* layers, const Cache* caches, cons
 
 extern "C" const Table* CABOCHON_TABLE() {
   static const Table table = {times, times_rows, decoder_layers, own_inputs, sketch, peak, read_all,
-                              entries};
+                              search, entries};
   return &table;
 }

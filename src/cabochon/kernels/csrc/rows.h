@@ -68,6 +68,10 @@ INL void dot_rows(const uint8_t* const* rows, const float* const* x, int from, i
     }
 }
 
+INL void fetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 template <int TYPE, int MR>
 static void some_rows(const Rows& m, const int64_t* ids, int first, int last, const float* const* x,
                       float* const* y) {
@@ -78,7 +82,8 @@ static void some_rows(const Rows& m, const int64_t* ids, int first, int last, co
     const uint8_t* rows[TOGETHER];
     for (int r = 0; r < TOGETHER; r++) {
       const int64_t row = std::min(n + r, last - 1);
-      rows[r] = m.data + (ids ? ids[row] : row) * m.columns * SIZE<TYPE>;
+      rows[r] = m.data + (ids ? ids[row] : row) * width;
+      if (ids) fetch(m.data + ids[std::min<int64_t>(row + TOGETHER, last - 1)] * width, width);
     }
     float sums[TOGETHER][MR] = {};
     for (int part = 0; part < across; part++) {

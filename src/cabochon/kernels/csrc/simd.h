@@ -120,6 +120,7 @@ INL void fsum4(const F* a, float* out) {  // four sums in fewer steps than four 
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 INL float fmaximum(F a) { return _mm512_reduce_max_ps(a); }
+INL uint32_t fno_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // a bit a lane
 INL F fload_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
@@ -235,6 +236,7 @@ INL float fmaximum(F a) {
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
+INL uint32_t fno_less(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
 INL F fload_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 INL F fload_bf16(const uint16_t* p) {
   __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -366,6 +368,10 @@ INL void fsum4(const F* a, float* out) {
   vst1q_f32(out, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
 }
 INL float fmaximum(F a) { return vmaxvq_f32(a); }
+INL uint32_t fno_less(F a, F b) {
+  const uint32x4_t bits = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vcgeq_f32(a, b), bits));
+}
 INL F fload_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INL F fload_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INL F fload_u8(const uint8_t* p) {
@@ -475,6 +481,11 @@ INL float fmaximum(F a) {
   float s = a.f[0];
   for (int i = 1; i < LANES; i++) s = s > a.f[i] ? s : a.f[i];
   return s;
+}
+INL uint32_t fno_less(F a, F b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits |= (uint32_t)(a.f[i] >= b.f[i]) << i;
+  return bits;
 }
 INL F fload_f16(const uint16_t* p) { EACH(F, half_to_float(p[i])); }
 INL F fload_bf16(const uint16_t* p) { EACH(F, bf16_to_float(p[i])); }

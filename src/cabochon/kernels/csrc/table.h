@@ -15,5 +15,6 @@ struct Table {
   int64_t (*sketch)(Backlog*, const Rows*, const Matrix* to, const Margin*);
   double (*peak)(int64_t rounds, int threads);
   void (*read)(const uint8_t* data, int64_t size, int threads);
+  int64_t (*search)(const Search*);
   void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
 };
