@@ -91,19 +91,19 @@ def test_two_who_compute_at_once_have_their_own_caches() -> None:
     with LLM(fixture("e2b-w4a16"), activations="int16") as llm:
         llm.prefill_chunk = 16
         text = llm.runner.model.model.language_model
-        expected, compute = llm.logits(TOKENS), text.together._library.layers
+        expected, compute = llm.logits(TOKENS), text.together._library.text
         others: list[Tensor] = []
 
         def interrupted(*arguments: object) -> None:
-            text.together._library.layers = compute
+            text.together._library.text = compute
             others.append(llm.logits(TOKENS[::-1]))
             compute(*arguments)
 
-        text.together._library.layers = interrupted
+        text.together._library.text = interrupted
         try:
             assert torch.equal(llm.logits(TOKENS), expected)
         finally:
-            text.together._library.layers = compute
+            text.together._library.text = compute
         assert torch.equal(others[0], llm.logits(TOKENS[::-1]))
 
 

@@ -7,6 +7,8 @@ read their source's.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -302,8 +304,9 @@ class CacheStep:
     def __init__(self, cache: PagedCache, chunks: Sequence[Chunk]) -> None:
         self.cache = cache
         self.chunks = chunks
-        self._spans = [torch.arange(c.start, c.stop, device=cache.device) for c in chunks]
-        self._queries = self._spans  # positions that ask, a tensor for each chunk
+        # Positions that ask, of each chunk.
+        self._asking: Sequence[Sequence[int]] = [range(c.start, c.stop) for c in chunks]
+        self._narrowed = False
         self._writes: dict[int, Tensor] = {}
         self._readings: dict[int, list[_Reading]] = {}
         self._accesses: list[Access] = []
@@ -325,7 +328,7 @@ class CacheStep:
             self._readings[group] = [self._reading(group, i) for i in range(len(self.chunks))]
         out = torch.empty_like(queries)
         row = 0
-        for reading, asking in zip(self._readings[group], self._queries, strict=True):
+        for reading, asking in zip(self._readings[group], self._asking, strict=True):
             rows = slice(row, row := row + len(asking))
             keys = self.store.keys[layer].read(reading.slots, queries.dtype)
             values = self.store.values[layer].read(reading.slots, queries.dtype)
@@ -339,48 +342,49 @@ class CacheStep:
 
     def _access(self, group: int) -> Access:
         layout = self.cache.plan.groups[group]
-        pages: list[int] = []
-        slots: list[int] = []
-        page_at: list[int] = []
-        ranges: list[tuple[int, int]] = []
-        for chunk, asking in zip(self.chunks, self._queries, strict=True):
-            held, positions = chunk.table.pages[group], asking.tolist()
-            page_at.extend([len(pages)] * len(positions))
+        slots, pages, page_at = array("q"), array("i"), array("i")
+        low, high = array("i"), array("i")
+        for chunk, asking in zip(self.chunks, self._asking, strict=True):
+            held, first = chunk.table.pages[group], len(pages)
             pages.extend(held)
-            ranges.extend(
-                seen(position, layout.window, layout.pictures, chunk.pictures)
-                for position in positions
-            )
-            if self._queries is self._spans:
-                slots.extend(held[at // PAGE] * PAGE + at % PAGE for at in positions)
-        low, high = zip(*ranges, strict=True)
-        whole = [torch.tensor(x, dtype=torch.int32) for x in (pages, page_at, low, high)]
-        return Access(torch.tensor(slots, dtype=torch.int64), *whole)
+            for position in asking:
+                page_at.append(first)
+                sees = seen(position, layout.window, layout.pictures, chunk.pictures)
+                low.append(sees[0])
+                high.append(sees[1])
+                if not self._narrowed:
+                    slots.append(held[position // PAGE] * PAGE + position % PAGE)
+        return Access(slots, pages, page_at, low, high)
 
-    def narrow(self, rows: Tensor) -> CacheStep:
-        ends = torch.tensor([len(span) for span in self._spans], device=rows.device).cumsum(0)
-        owners = torch.searchsorted(ends, rows, right=True)
-        asked = [i for i in range(len(self.chunks)) if bool((owners == i).any())]
+    def narrow(self, rows: Sequence[int]) -> CacheStep:
+        asking: list[list[int]] = []
+        first = 0
+        for chunk in self.chunks:
+            stop = first + chunk.stop - chunk.start
+            inside = rows[bisect_left(rows, first) : bisect_left(rows, stop)]
+            asking.append([chunk.start + row - first for row in inside])
+            first = stop
+        asked = [i for i, positions in enumerate(asking) if positions]
         step = CacheStep(self.cache, [self.chunks[i] for i in asked])
-        step._queries = [self._spans[i][rows[owners == i] - ends[i]] for i in asked]
+        step._asking, step._narrowed = [asking[i] for i in asked], True
         return step
 
     def _write_slots(self, group: int) -> Tensor:
-        return torch.cat(
-            [
-                slots_of(chunk.table.pages[group], span)
-                for chunk, span in zip(self.chunks, self._spans, strict=True)
-            ]
-        )
+        return torch.cat([self._slots(group, chunk, chunk.start) for chunk in self.chunks])
+
+    def _slots(self, group: int, chunk: Chunk, first: int) -> Tensor:
+        """Where positions from `first` to the end of `chunk` lie."""
+        span = torch.arange(first, chunk.stop, device=self.cache.device)
+        return slots_of(chunk.table.pages[group], span)
 
     def _reading(self, group: int, index: int) -> _Reading:
-        chunk, asking = self.chunks[index], self._queries[index]
+        chunk, asking = self.chunks[index], self._asking[index]
         layout = self.cache.plan.groups[group]
         window = layout.window
-        first = 0 if window is None else max(0, int(asking[0]) - window + 1)
-        span = torch.arange(first, chunk.stop, device=self.cache.device)
-        slots = slots_of(chunk.table.pages[group], span)
-        if len(asking) == 1 and int(asking[0]) == chunk.stop - 1:  # sees all that is read
+        first = 0 if window is None else max(0, asking[0] - window + 1)
+        slots = self._slots(group, chunk, first)
+        if len(asking) == 1 and asking[0] == chunk.stop - 1:  # sees all that is read
             return _Reading(slots, None)
+        span = torch.arange(first, chunk.stop, device=self.cache.device)
         mask = visible(asking, span, window, layout.pictures, chunk.pictures)
         return _Reading(slots, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,6 @@ class Drafts:
         self._target = target
         self._cache = cache
 
-    @torch.inference_mode()
     def __call__(self, sequences: Sequence[TokenSequence], count: int) -> list[list[int]]:
         """`count` tokens for each sequence, of which all but the latest token is computed."""
         device, dtype = self._target.device, self._target.dtype
@@ -85,17 +85,14 @@ class Past:
         return self._accesses
 
     def _access(self, group: int) -> Access:
-        pages: list[int] = []
-        page_at: list[int] = []
+        pages, page_at = array("i"), array("i")
         for table, end in zip(self._tables, self._ends, strict=True):
             page_at.append(len(pages))
             pages.extend(table.pages[group][: -(-end // PAGE)])
-        low = [self._first(group, end) for end in self._ends]
-        whole = (pages, page_at, low, self._ends)
-        none = torch.empty(0, dtype=torch.int64)
-        return Access(none, *(torch.tensor(x, dtype=torch.int32) for x in whole))
+        low = array("i", (self._first(group, end) for end in self._ends))
+        return Access(array("q"), pages, page_at, low, array("i", self._ends))
 
-    def narrow(self, rows: Tensor) -> Past:
+    def narrow(self, rows: Sequence[int]) -> Past:
         raise AssertionError("each row of a drafter asks")
 
     def _first(self, group: int, end: int) -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from cabochon.engine.cache import CachePlan, PagedCache
@@ -178,7 +179,8 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            self._serve()
+            with torch.inference_mode():
+                self._serve()
         except BaseException:  # a panic in a library's Rust code is no Exception
             logger.critical("the engine has stopped", exc_info=True)
             self._abandon()

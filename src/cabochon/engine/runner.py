@@ -18,7 +18,10 @@ from cabochon.gemma4.sounds import Sound
 
 
 class Runner:
-    """A model in its compute dtype on its device; keys and values are kept in `kv_dtype`."""
+    """A model in its compute dtype on its device; keys and values are kept in `kv_dtype`.
+
+    Who runs it does so in `torch.inference_mode`, once for all steps.
+    """
 
     def __init__(
         self,
@@ -33,9 +36,11 @@ class Runner:
         self.device = device
         ids = model.config.tokens
         self._media = {ids.image, ids.audio, ids.video}
+        self._no_soft = torch.empty(
+            0, model.config.text.hidden_size, dtype=self.dtype, device=self.device
+        )
         self._not_finite: str | None = None
 
-    @torch.inference_mode()
     def encode(self, scheduled: Scheduled) -> None:
         """Turn the pictures and sounds that a chunk reaches into soft tokens, and let them go."""
         sequence = scheduled.sequence
@@ -57,7 +62,6 @@ class Runner:
         """The soft tokens of a sound."""
         return self.model.hear(torch.from_numpy(sound.features).to(self.device, self.dtype))
 
-    @torch.inference_mode()
     def run(self, cache: PagedCache, step: Sequence[Scheduled], *, every: bool = False) -> Tensor:
         """What logits are made of: `[rows, hidden_size]`, for each sequence as many as it wants.
 
@@ -73,12 +77,10 @@ class Runner:
             cache.settle(sequence.table, sequence.computed)
         return hidden
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """`[rows, vocab_size]`, float32."""
         return self.model.logits(hidden)
 
-    @torch.inference_mode()
     def predict(self, hidden: Tensor, few: Sequence[bool]) -> list[Prediction]:
         """What each row says of the next token; `few`: whether its likeliest tokens will do."""
         return predictions(self.model, hidden, few)
@@ -103,9 +105,8 @@ class Runner:
         positions: list[int] = []
         wanted: list[int] = []
         soft_at: list[int] = []
-        text = self.model.config.text
-        hidden, padding = text.hidden_size, text.pad_token_id
-        soft = [torch.empty(0, hidden, dtype=self.dtype, device=self.device)]
+        soft: list[Tensor] = []
+        padding = self.model.config.text.pad_token_id
         for scheduled in step:
             start, stop = scheduled.chunk.start, scheduled.chunk.stop
             for place, rows in _soft_parts(scheduled):
@@ -118,19 +119,18 @@ class Runner:
             tokens.extend(padding if token in self._media else token for token in own)
             positions.extend(range(start, stop))
             wanted.extend(range(len(tokens) - scheduled.rows, len(tokens)))
-        if every:
-            wanted = list(range(len(tokens)))
-        integers = [
-            torch.tensor(x, dtype=torch.int64, device=self.device)
-            for x in (tokens, positions, soft_at, wanted)
-        ]
+        all_wanted = every or len(wanted) == len(tokens)
+        ids, places = torch.tensor((tokens, positions), device=self.device)
         return Batch(
-            tokens=integers[0],
-            positions=integers[1],
-            soft_at=integers[2],
-            soft=torch.cat(soft),
-            wanted=integers[3],
+            tokens=ids,
+            positions=places,
+            soft_at=self._indices(soft_at),
+            soft=torch.cat(soft) if soft else self._no_soft,
+            wanted=None if all_wanted else self._indices(wanted),
         )
+
+    def _indices(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
 
 def _soft_parts(scheduled: Scheduled) -> list[tuple[int, Tensor]]:

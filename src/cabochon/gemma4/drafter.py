@@ -79,7 +79,7 @@ class Drafter(nn.Module):
         """
         x = self.pre_projection(torch.cat([embedded, states], dim=-1))
         everyone = torch.arange(len(x), device=x.device)
-        hidden = self.model.language_model(everyone, x, positions, kv, everyone)
+        hidden = self.model.language_model(everyone, x, positions, kv, None)
         return hidden, self.post_projection(hidden)
 
     def likeliest(self, hidden: Tensor) -> Tensor:

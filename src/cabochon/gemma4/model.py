@@ -25,7 +25,7 @@ class Batch:
     positions: Tensor  # [tokens], within each sequence
     soft_at: Tensor  # [soft tokens], rows that a picture or a sound fills
     soft: Tensor  # [soft tokens, hidden_size]; its dtype is the compute dtype
-    wanted: Tensor  # [rows], sorted: whose logits to compute
+    wanted: Tensor | None  # [rows], sorted: whose logits to compute; None: all
 
 
 class Gemma4Model(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,29 +19,18 @@ from cabochon.nn.rotary import Rotation, rotate, text_rotation
 LayerCall = Callable[[Tensor, Tensor | None, Rotation, KeyValues], Tensor]
 
 
-class LayersCall(Protocol):
-    """Computes what `TextModel` does, many layers at once, in float32."""
+class TextCall(Protocol):
+    """Computes what lies between embeddings and head, in float32."""
 
     def __call__(
         self,
-        layers: range,
         x: Tensor,
-        own: Tensor | None,
-        rotations: Sequence[Rotation],
+        found: Tensor | None,
+        positions: Tensor,
         kv: KeyValues,
+        wanted: Tensor | None,
     ) -> Tensor:
-        """What `layers` make of `x [tokens, hidden_size]`; `own` and `rotations` are of all.
-
-        Behind the last layer, through the final norm.
-        """
-        ...
-
-    def inputs(self, context: Tensor, found: Tensor) -> Tensor:
-        """Each layer's own inputs, `[tokens, layers, ple_dim]`, in the place of `context`."""
-        ...
-
-    def rotations(self, positions: Tensor) -> list[Rotation]:
-        """The rotation of each of the model's `kinds`."""
+        """As `TextModel.forward`; `x` is overwritten, `found [tokens, layers * ple_dim]` by id."""
         ...
 
 
@@ -160,70 +149,53 @@ class TextModel(nn.Module):
         self.turns = [self.kinds.index(kind) for kind in kinds]
         # What computes a layer in its module's place; a pass over the built tree fills it.
         self.fused: dict[int, LayerCall] = {}
-        # What computes many at once in float32, if each of them is fused.
-        self.together: LayersCall | None = None
+        # What computes them all at once in float32, if each of them is fused.
+        self.together: TextCall | None = None
 
     def forward(
-        self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor
+        self, ids: Tensor, x: Tensor, positions: Tensor, kv: KeyValues, wanted: Tensor | None
     ) -> Tensor:
         """Hidden states of the rows `wanted`, after the final norm.
 
         Args:
             ids: `[tokens]`; soft tokens hold the padding id.
-            x: `[tokens, hidden_size]`, embeddings with soft tokens in their places.
+            x: `[tokens, hidden_size]`, embeddings with soft tokens in their places; it may be
+                overwritten.
             positions: `[tokens]`.
             kv: the step's view of the cache.
-            wanted: `[rows]`, sorted. From the first layer that shares keys and values on, nothing
-                is written any more, so only these rows go through the rest of the model.
+            wanted: `[rows]`, sorted; None: all. From the first layer that shares keys and values
+                on, nothing is written any more, so only these rows go through the rest of the
+                model.
         """
-        own = self._layer_inputs(ids, x)
-        rotations = self._rotations(positions, x.dtype)
+        found = self.embed_tokens_per_layer(ids, x.dtype) if self.config.ple_dim else None
+        if self.together is not None and x.dtype is torch.float32:
+            return self.together(x, found, positions, kv, wanted)
+        own = None if found is None else self._layer_inputs(x, found)
         layers = range(len(self.layers))
-        if len(wanted) < len(x):
+        if wanted is not None:
             writing = sum(not layer.shares_kv for layer in self.config.layers)
-            x = self._compute(layers[:writing], x, own, rotations, kv)[wanted]
+            x = self._compute(layers[:writing], x, own, positions, kv)[wanted]
             layers = layers[writing:] if len(wanted) else range(0)
             if layers:
-                kv = kv.narrow(wanted)
+                kv, positions = kv.narrow(wanted.tolist()), positions[wanted]
                 own = None if own is None else own[wanted]
-                rotations = self._rotations(positions[wanted], x.dtype)
-        return self._compute(layers, x, own, rotations, kv) if layers else x
+        return self.norm(self._compute(layers, x, own, positions, kv))
 
     def _compute(
-        self,
-        layers: range,
-        x: Tensor,
-        own: Tensor | None,
-        rotations: Sequence[Rotation],
-        kv: KeyValues,
+        self, layers: range, x: Tensor, own: Tensor | None, positions: Tensor, kv: KeyValues
     ) -> Tensor:
-        """What `layers` make of `x`; behind the last, through the final norm."""
-        if (together := self._together(x.dtype)) is not None:
-            return together(layers, x, own, rotations, kv)
+        """What `layers` make of `x`."""
+        rope = self.config.rope
+        turned = [text_rotation(positions, dim, rope[kind], x.dtype) for kind, dim in self.kinds]
         for index in layers:
             compute = self.fused.get(index, self.layers[index])
             part = None if own is None else own[:, index]
-            x = compute(x, part, rotations[self.turns[index]], kv)
-        return self.norm(x) if layers.stop == len(self.layers) else x
+            x = compute(x, part, turned[self.turns[index]], kv)
+        return x
 
-    def _together(self, dtype: torch.dtype) -> LayersCall | None:
-        return self.together if dtype is torch.float32 else None
-
-    def _layer_inputs(self, ids: Tensor, x: Tensor) -> Tensor | None:
+    def _layer_inputs(self, x: Tensor, found: Tensor) -> Tensor:
         """What each layer gets of each token, `[tokens, layers, ple_dim]`: by id and by context."""
-        if not self.config.ple_dim:
-            return None
         shape = (len(self.config.layers), self.config.ple_dim)
         context = self.per_layer_model_projection(x).unflatten(-1, shape)
-        found = self.embed_tokens_per_layer(ids, x.dtype).unflatten(-1, shape)
-        if (together := self._together(x.dtype)) is not None:
-            return together.inputs(context, found)
         context = self.per_layer_projection_norm(context * self.config.hidden_size**-0.5)
-        return (context + found) * 2**-0.5
-
-    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> list[Rotation]:
-        """The rotation of each of `kinds`."""
-        if (together := self._together(dtype)) is not None:
-            return together.rotations(positions)
-        rope = self.config.rope
-        return [text_rotation(positions, dim, rope[kind], dtype) for kind, dim in self.kinds]
+        return (context + found.unflatten(-1, shape)) * 2**-0.5

@@ -1,4 +1,4 @@
-"""Decoder layers in one call: what `gemma4.text.DecoderLayer` computes, without Python between."""
+"""Decoder layers, one or all, in one call: what `gemma4.text` computes, without Python between."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from cabochon.kernels.library import (
     Cache,
     Layer,
     Library,
-    Own,
+    Linear,
+    Pass,
     Step,
+    Text,
     Turn,
     address,
     threads,
 )
 from cabochon.kernels.mixtures import Mixture, linear
 from cabochon.kernels.packed import PackedWeight
+from cabochon.nn.attention import Access as Seen
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.kept import Store
 from cabochon.nn.linear import Linear as Module
@@ -50,11 +53,18 @@ def fuse(model: Gemma4 | Drafter, library: Library | None, *, exact: bool) -> st
             assert isinstance(layer, DecoderLayer)
             if _fits(layer):
                 fused[index] = FusedLayer(library, layer)
-        if len(fused) == len(text.layers):
+        if len(fused) == len(text.layers) and _projects(text):
             text.together = FusedText(library, list(fused.values()), text)
     text.fused |= fused
     how = "all layers in one call" if text.together else "a layer in one call"
     return f"{len(fused)} of {len(text.layers)} layers are fused, {how}"
+
+
+def _projects(text: TextModel) -> bool:
+    """Whether there is a kernel for what layers get of a token, if they get anything."""
+    if not text.config.ple_dim:
+        return True
+    return isinstance(text.per_layer_model_projection.weight, PackedWeight | FloatsWeight)
 
 
 def _fits(layer: DecoderLayer) -> bool:
@@ -93,8 +103,6 @@ class FusedLayer:
         attention = layer.self_attn
         self.layer = attention.layer
         linears = _linears(layer)
-        self.width = attention.q_proj.out_features
-        self.kept = self.layer.kv_heads * self.layer.head_dim
         own = linears.get("own_gate")
         norms: dict[str, RMSNorm] = {
             "before_attention": layer.input_layernorm,
@@ -110,7 +118,7 @@ class FusedLayer:
         self._mixture = Mixture(layer) if layer.mixed else None
         self.struct = Layer(
             hidden=attention.q_proj.in_features,
-            heads=self.width // self.layer.head_dim,
+            heads=attention.q_proj.out_features // self.layer.head_dim,
             kv_heads=self.layer.kv_heads,
             head_dim=self.layer.head_dim,
             intermediate=layer.mlp.gate_proj.out_features,
@@ -128,80 +136,100 @@ class FusedLayer:
         if x.dtype is not torch.float32:
             made: Tensor = self._module(x, own, rotation, kv)
             return made
-        alone = FusedLayers(self._library, [self], [0])
-        return alone(range(1), x, None if own is None else own[:, None], [rotation], kv)
+        x = x.clone(memory_format=torch.contiguous_format)
+        assert own is None or own.stride(1) == 1
+        cache, accesses = _cache(kv.store, self.layer.kv_source), kv.accesses()
+        self._library.layer(
+            self.struct,
+            cache,
+            _access(accesses[cache.group]),
+            Turn(*map(address, rotation)),
+            Pass(
+                x=address(x),
+                inputs=None if own is None else own.data_ptr(),
+                inputs_ld=0 if own is None else own.stride(0),
+                n=len(x),
+                threads=threads(),
+            ),
+        )
+        return x
 
 
-class FusedLayers:
-    """Computes consecutive layers in one call, and `final` behind the last of them.
+class FusedText:
+    """Computes all layers of `text`, what they are given of a token and its place, and the norm."""
 
-    Layer i turns by rotation `turns[i]`.
-    """
-
-    def __init__(
-        self,
-        library: Library,
-        layers: Sequence[FusedLayer],
-        turns: Sequence[int],
-        final: RMSNorm | None = None,
-    ) -> None:
+    def __init__(self, library: Library, layers: Sequence[FusedLayer], text: TextModel) -> None:
         self._library = library
-        self._alive = layers
-        self._final = final
-        self._width = max(layer.width for layer in layers)
-        self._kept = max(layer.kept for layer in layers)
-        count = len(layers)
+        self._layers = layers
+        config, count, kinds = text.config, len(layers), len(text.kinds)
+        rope, cpu = config.rope, torch.device("cpu")
+        frequencies = [text_frequencies(dim, rope[kind], cpu) for kind, dim in text.kinds]
+        norms = {"norm": text.norm.weight}
+        projection = Linear()
+        if config.ple_dim:
+            norms["own_norm"] = text.per_layer_projection_norm.weight
+            projection = linear(text.per_layer_model_projection.weight)
         pointers = [ctypes.pointer(layer.struct) for layer in layers]
-        self._layers = (ctypes.POINTER(Layer) * count)(*pointers)
-        self._turns = (ctypes.c_int32 * count)(*turns)
+        turns = (ctypes.c_int32 * count)(*text.turns)
+        tables = (ctypes.c_void_p * kinds)(*map(address, frequencies))
+        pairs = (ctypes.c_int32 * kinds)(*map(len, frequencies))
+        self._alive = (frequencies, norms, turns, tables, pairs)
+        self._struct = Text(
+            layers=(ctypes.POINTER(Layer) * count)(*pointers),
+            turns=ctypes.addressof(turns),
+            frequencies=ctypes.addressof(tables),
+            pairs=ctypes.addressof(pairs),
+            projection=projection,
+            count=count,
+            writing=sum(not layer.layer.shares_kv for layer in layers),
+            rotations=kinds,
+            own=config.ple_dim or 0,
+            own_scale=config.hidden_size**-0.5,
+            eps=config.eps,
+            **{name: address(weight) for name, weight in norms.items()},
+        )
         # Threads may compute with caches of their own: a pair is replaced, never changed.
         self._caches: tuple[ref[Store], ctypes.Array[Cache]] | None = None
 
     def __call__(
         self,
-        layers: range,
         x: Tensor,
-        own: Tensor | None,
-        rotations: Sequence[Rotation],
+        found: Tensor | None,
+        positions: Tensor,
         kv: KeyValues,
+        wanted: Tensor | None,
     ) -> Tensor:
-        """What `layers` make of `x [n, hidden]`; `own [n, layers, ple_dim]` is of all."""
-        n = len(x)
-        assert own is None or own[0].is_contiguous()
-        x = x.clone(memory_format=torch.contiguous_format)
-        norm = self._final if layers.stop == len(self._alive) else None
-        queries, attended = torch.empty(2, n, self._width)
-        keys, values = torch.empty(2, n, self._kept)
+        assert positions.dtype is torch.int64
+        rows = len(x) if wanted is None else len(wanted)
+        y = x.new_empty(rows, x.shape[1])
         accesses = kv.accesses()  # lives until all is computed
-        seen = [Access(*map(address, access)) for access in accesses]
-        turns = [Turn(address(cos), address(sin)) for cos, sin in rotations]
         step = Step(
-            rotations=(Turn * len(turns))(*turns),
-            accesses=(Access * len(seen))(*seen),
+            accesses=(Access * len(accesses))(*map(_access, accesses)),
             x=address(x),
-            inputs=None if own is None else own[:, layers.start].data_ptr(),
-            queries=address(queries),
-            keys=address(keys),
-            values=address(values),
-            attended=address(attended),
-            norm=None if norm is None else address(norm.weight),
-            inputs_ld=0 if own is None else own.stride(0),
-            n=n,
+            found=address(found),
+            positions=address(positions),
+            wanted=address(wanted),
+            y=address(y),
+            groups=len(accesses),
+            n=len(x),
+            rows=rows,
             threads=threads(),
-            eps=0.0 if norm is None else norm.eps,
         )
-        caches, run = self._caches_in(kv.store), (layers.start, len(layers))
-        self._library.layers(self._layers, caches, self._turns, step, *run)
-        return x
+        self._library.text(self._struct, self._caches_in(kv.store), step)
+        return y
 
     def _caches_in(self, store: Store) -> ctypes.Array[Cache]:
         known = self._caches
         if known is not None and known[0]() is store:
             return known[1]
-        made = [_cache(store, layer.layer.kv_source) for layer in self._alive]
+        made = [_cache(store, layer.layer.kv_source) for layer in self._layers]
         caches = (Cache * len(made))(*made)
         self._caches = (ref(store), caches)
         return caches
+
+
+def _access(access: Seen) -> Access:
+    return Access(*(part.buffer_info()[0] for part in access))
 
 
 def _cache(store: Store, source: int) -> Cache:
@@ -214,43 +242,3 @@ def _cache(store: Store, source: int) -> Cache:
         kind=_KEPT[keys.data.dtype],
         group=store.group_of[source],
     )
-
-
-class FusedText(FusedLayers):
-    """Computes all layers of `text`, and what they are given of a token and its place."""
-
-    def __init__(self, library: Library, layers: Sequence[FusedLayer], text: TextModel) -> None:
-        super().__init__(library, layers, text.turns, text.norm)
-        rope, cpu = text.config.rope, torch.device("cpu")
-        self._frequencies = [text_frequencies(dim, rope[kind], cpu) for kind, dim in text.kinds]
-        self._own: Own | None = None
-        if text.config.ple_dim:
-            norm = text.per_layer_projection_norm
-            self._own = Own(
-                norm=address(norm.weight),
-                layers=len(layers),
-                dim=text.config.ple_dim,
-                eps=norm.eps,
-                scale=text.config.hidden_size**-0.5,
-            )
-
-    def inputs(self, context: Tensor, found: Tensor) -> Tensor:
-        assert self._own is not None
-        found = found.contiguous()
-        self._library.own(self._own, address(found), address(context), len(context), threads())
-        return context
-
-    def rotations(self, positions: Tensor) -> list[Rotation]:
-        positions, made = positions.contiguous(), []
-        for frequencies in self._frequencies:
-            shape = (len(positions), 1, len(frequencies))
-            rotation = Rotation(torch.empty(shape), torch.empty(shape))
-            self._library.turn(
-                address(frequencies),
-                address(positions),
-                *shape[::2],
-                *map(address, rotation),
-                threads(),
-            )
-            made.append(rotation)
-        return made

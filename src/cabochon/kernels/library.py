@@ -214,15 +214,16 @@ class Layer(ctypes.Structure):
     )
 
 
-class Own(ctypes.Structure):
-    """`struct Own` of csrc/api.h."""
+class Text(ctypes.Structure):
+    """`struct Text` of csrc/api.h."""
 
     _fields_ = (
-        ("norm", c_void_p),
-        ("layers", c_int32),
-        ("dim", c_int32),
-        ("eps", c_float),
-        ("scale", c_float),
+        ("layers", POINTER(POINTER(Layer))),
+        *((name, c_void_p) for name in ("turns", "frequencies", "pairs")),
+        ("projection", Linear),
+        *((name, c_void_p) for name in ("own_norm", "norm")),
+        *((name, c_int32) for name in ("count", "writing", "rotations", "own")),
+        *((name, c_float) for name in ("own_scale", "eps")),
     )
 
 
@@ -252,14 +253,19 @@ class Step(ctypes.Structure):
     """`struct Step` of csrc/api.h."""
 
     _fields_ = (
-        ("rotations", POINTER(Turn)),
         ("accesses", POINTER(Access)),
+        *((name, c_void_p) for name in ("x", "found", "positions", "wanted", "y")),
+        *((name, c_int32) for name in ("groups", "n", "rows", "threads")),
+    )
+
+
+class Pass(ctypes.Structure):
+    """`struct Pass` of csrc/api.h."""
+
+    _fields_ = (
         *((name, c_void_p) for name in ("x", "inputs")),
-        *((name, c_void_p) for name in ("queries", "keys", "values", "attended", "norm")),
         ("inputs_ld", c_int64),
-        ("n", c_int32),
-        ("threads", c_int32),
-        ("eps", c_float),
+        *((name, c_int32) for name in ("n", "threads")),
     )
 
 
@@ -282,12 +288,11 @@ _SIGNATURES = {
     "copy": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
     "search": (c_int64, [POINTER(Search)]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
-    "layers": (
+    "text": (None, [POINTER(Text), POINTER(Cache), POINTER(Step)]),
+    "layer": (
         None,
-        [POINTER(POINTER(Layer)), POINTER(Cache), POINTER(c_int32), POINTER(Step), c_int, c_int],
+        [POINTER(Layer), POINTER(Cache), POINTER(Access), POINTER(Turn), POINTER(Pass)],
     ),
-    "own": (None, [POINTER(Own), c_void_p, c_void_p, c_int, c_int]),
-    "turn": (None, [c_void_p, c_void_p, c_int, c_int, c_void_p, c_void_p, c_int]),
     "peak": (c_double, [c_int64, c_int]),
     "read": (None, [c_void_p, c_int64, c_int]),
     "advise": (None, [c_void_p, c_int64]),
@@ -315,9 +320,8 @@ class Library:
         self.copy = self._dll.cabochon_copy
         self.search = self._dll.cabochon_search
         self.dense = self._dll.cabochon_dense
-        self.layers = self._dll.cabochon_layers
-        self.own = self._dll.cabochon_own
-        self.turn = self._dll.cabochon_turn
+        self.text = self._dll.cabochon_text
+        self.layer = self._dll.cabochon_layer
         self.peak = self._dll.cabochon_peak
         self.read = self._dll.cabochon_read
         self.advise = self._dll.cabochon_advise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -22,11 +23,11 @@ class Access(NamedTuple):
     pages of 16 slots from `pages[page_at[i]]` on. Rows of a sequence follow each other.
     """
 
-    slots: Tensor  # int64 [rows]; none in a step that was narrowed
-    pages: Tensor  # int32, of all sequences
-    page_at: Tensor  # int32 [rows]
-    low: Tensor  # int32 [rows]
-    high: Tensor
+    slots: array[int]  # of 64 bits
+    pages: array[int]  # of 32 bits, as the rest: of all sequences
+    page_at: array[int]
+    low: array[int]
+    high: array[int]
 
 
 class KeyValues(Protocol):
@@ -53,7 +54,7 @@ class KeyValues(Protocol):
         """Which of it the rows write and see, group by group."""
         ...
 
-    def narrow(self, rows: Tensor) -> KeyValues:
+    def narrow(self, rows: Sequence[int]) -> KeyValues:
         """The same step with only `rows` (sorted) asking; what is stored does not change."""
         ...
 
@@ -100,9 +101,13 @@ def seen(
 
 
 def visible(
-    queries: Tensor, keys: Tensor, window: int | None, sight: PictureSight, pictures: Spans = ()
+    queries: Sequence[int],
+    keys: Tensor,
+    window: int | None,
+    sight: PictureSight,
+    pictures: Spans = (),
 ) -> Tensor:
-    """Which keys at positions `keys [m]` the queries at positions `queries [n]` see: `[n, m]`."""
-    ranges = [seen(position, window, sight, pictures) for position in queries.tolist()]
+    """Which keys at positions `keys [m]` the queries at positions `queries` see: `[n, m]`."""
+    ranges = [seen(position, window, sight, pictures) for position in queries]
     low, high = torch.tensor(ranges, device=keys.device).T[..., None]
     return (keys >= low) & (keys < high)

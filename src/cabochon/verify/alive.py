@@ -110,6 +110,7 @@ def _end(said: Said) -> str:
     return "ends its turn" if said.ended else "goes on"
 
 
+@torch.inference_mode()
 def _soft_tokens(model: Gemma4, prompts: Prompts) -> Iterator[str]:
     """Different pictures must look different to the decoder."""
     if prompts.config.vision is None:

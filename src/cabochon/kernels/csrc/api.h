@@ -164,12 +164,19 @@ struct Layer {
   float eps, scalar;
 };
 
-// How a row's own inputs to `layers` layers, `dim` numbers each, are made of what is projected from
-// it, times `scale`, through a norm, and of what is found for its token.
-struct Own {
-  const float* norm;
-  int32_t layers, dim;
-  float eps, scale;
+// A text model: its layers, of which those from `writing` on write no keys and values, and a norm
+// behind them. Layer i turns by rotation `turns[i]`, a pair of numbers by each of its frequencies.
+// Where `own` is not 0, a layer gets so many numbers of a token for itself: what is projected from
+// its embedding, times `own_scale`, through a norm, and what is found for it.
+struct Text {
+  const Layer* const* layers;
+  const int32_t* turns;
+  const float* const* frequencies;
+  const int32_t* pairs;  // of each rotation
+  Linear projection;
+  const float *own_norm, *norm;
+  int32_t count, writing, rotations, own;
+  float own_scale, eps;
 };
 
 enum Kept : int32_t { KEPT_F32 = 0, KEPT_F16 = 1, KEPT_I8 = 2 };
@@ -195,19 +202,23 @@ struct Rotation {
   const float *cos, *sin;
 };
 
-// What layers work on, one after the other: `x [n, hidden]` is read and overwritten, `inputs`
-// [n, own] of the first lies `inputs_ld` apart, with those of the next behind it; queries, keys,
-// values and attended are room for [n, heads * head_dim] of the widest. Of `rotations` and
-// `accesses` there is one for layers that have it in common. Behind the last comes a norm, unless
-// `norm` is null.
+// A step of a text model: `x [n, hidden]`, which is overwritten, and `found [n, count, own]` of its
+// tokens, each at a position. Only the rows `wanted`, sorted, are gone on with where nothing is
+// written any more, and end in `y [rows, hidden]`. There is an access for each of `groups` of layers.
 struct Step {
-  const Rotation* rotations;
   const Access* accesses;
   float* x;
+  const float* found;
+  const int64_t *positions, *wanted;
+  float* y;
+  int32_t groups, n, rows, threads;
+};
+
+// What a layer works on: `x [n, hidden]` is read and overwritten, `inputs [n, own]` lie `inputs_ld`
+// apart.
+struct Pass {
+  float* x;
   const float* inputs;
-  float *queries, *keys, *values, *attended;
-  const float* norm;
   int64_t inputs_ld;
   int32_t n, threads;
-  float eps;
 };

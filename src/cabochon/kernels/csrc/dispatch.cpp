@@ -74,14 +74,14 @@ void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   table->dense(m, rows, start, n, out, threads);
 }
 
-// Computes `count` layers from `first` on, each turned by which of the step's rotations `turns` says.
-void cabochon_layers(const Layer* const* layers, const Cache* caches, const int32_t* turns,
-                     const Step* step, int first, int count) {
-  table->layers(layers, caches, turns, step, first, count);
+// Hidden states of the rows that a step wants; `caches` are those of each layer.
+void cabochon_text(const Text* text, const Cache* caches, const Step* step) {
+  table->text(text, caches, step);
 }
 
-void cabochon_own(const Own* own, const float* found, float* made, int n, int threads) {
-  table->own(own, found, made, n, threads);
+void cabochon_layer(const Layer* layer, const Cache* cache, const Access* access,
+                    const Rotation* rotation, const Pass* pass) {
+  table->layer(layer, cache, access, rotation, pass);
 }
 
 // Additions and multiplications done, of codes of four bits that are already in registers.

@@ -1,12 +1,12 @@
 // The kernels for one instruction set, which the build chooses. Each gives a table.
 #include "exact.h"
 #include "limits.h"
-#include "layer.h"
 #include "quantize.h"
 #include "rows.h"
 #include "search.h"
 #include "sketch.h"
 #include "table.h"
+#include "text.h"
 
 static void times(const Matrix* m, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                   int64_t ldy, int threads) {
@@ -33,24 +33,13 @@ static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   dense(*m, rows, start, n, out, threads);
 }
 
-static void decoder_layers(const Layer* const* layers, const Cache* caches, const int32_t* turns,
-                           const Step* step, int first, int count) {
-  Step s = *step;
-  for (int i = first; i < first + count; i++) {
-    const Layer& layer = *layers[i];
-    run_layer(layer, View{caches[i], s.accesses[caches[i].group]}, s.rotations[turns[i]], s);
-    s.inputs += layer.own;
-  }
-  if (!s.norm || count == 0) return;
-  const int hidden = layers[first]->hidden;
-  each_row(s, [&](int i) {
-    float* x = s.x + (int64_t)i * hidden;
-    normalize(x, s.norm, hidden, s.eps, x);
-  });
+static void layer(const Layer* of, const Cache* cache, const Access* access, const Rotation* rotation,
+                  const Pass* pass) {
+  run_layer(*of, View{*cache, *access}, *rotation, *pass);
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, decoder_layers, own_inputs, sketch, peak, read_all,
-                              search, entries};
+  static const Table table = {times, times_rows, run_text, layer,   sketch,
+                              peak,  read_all,   search,   entries};
   return &table;
 }

@@ -1,48 +1,53 @@
-// What gemma4/text.py computes: a whole decoder layer, and what layers get of a token for themselves.
+// What gemma4/text.py computes in a decoder layer.
 #pragma once
 #include "experts.h"
 #include "prompt.h"
 
 namespace {
 
-template <class Work> INL void each_row(const Step& s, const Work& work) {
+template <class Work> INL void each_row(const Pass& s, const Work& work) {
   each_row(s.n, s.threads, work);
 }
 
-static void before(const Layer& l, const View& cache, const Rotation& rotation, const Step& s,
-                   float* normed) {
+// Room for what attention makes and looks at, of one pass.
+struct Vectors {
+  float *queries, *attended, *keys, *values;
+};
+
+static void before(const Layer& l, const View& cache, const Rotation& rotation, const Pass& s,
+                   const Vectors& made, float* normed) {
   const int width = l.heads * l.head_dim, kept = l.kv_heads * l.head_dim, pairs = l.head_dim / 2;
   each_row(s, [&](int i) {
     normalize(s.x + (int64_t)i * l.hidden, l.before_attention, l.hidden, l.eps,
               normed + (int64_t)i * l.hidden);
   });
   Input in{normed, s.n, l.hidden, s.threads};
-  if (l.shares_kv) in.times(l.q, s.queries);
-  else if (l.values_are_keys) in.times({{&l.q, s.queries}, {&l.k, s.keys}});
-  else in.times({{&l.q, s.queries}, {&l.k, s.keys}, {&l.v, s.values}});
+  if (l.shares_kv) in.times(l.q, made.queries);
+  else if (l.values_are_keys) in.times({{&l.q, made.queries}, {&l.k, made.keys}});
+  else in.times({{&l.q, made.queries}, {&l.k, made.keys}, {&l.v, made.values}});
   each_row(s, [&](int i) {
     const float *cos = rotation.cos + (int64_t)i * pairs, *sin = rotation.sin + (int64_t)i * pairs;
     for (int h = 0; h < l.heads; h++) {
-      float* q = s.queries + (int64_t)i * width + h * l.head_dim;
+      float* q = made.queries + (int64_t)i * width + h * l.head_dim;
       normalize(q, l.q_norm, l.head_dim, l.eps, q);
       rotate(q, cos, sin, l.head_dim);
     }
     if (l.shares_kv) return;
     for (int h = 0; h < l.kv_heads; h++) {
-      float* k = s.keys + (int64_t)i * kept + h * l.head_dim;
-      float* v = s.values + (int64_t)i * kept + h * l.head_dim;
+      float* k = made.keys + (int64_t)i * kept + h * l.head_dim;
+      float* v = made.values + (int64_t)i * kept + h * l.head_dim;
       normalize(l.values_are_keys ? k : v, nullptr, l.head_dim, l.eps, v);
       normalize(k, l.k_norm, l.head_dim, l.eps, k);
       rotate(k, cos, sin, l.head_dim);
     }
     const int64_t at = (int64_t)i * kept, slot = cache.slots[i];
-    write_kept(cache, s.keys + at, cache.keys, cache.key_scales, slot, l.kv_heads, l.head_dim);
-    write_kept(cache, s.values + at, cache.values, cache.value_scales, slot, l.kv_heads, l.head_dim);
+    write_kept(cache, made.keys + at, cache.keys, cache.key_scales, slot, l.kv_heads, l.head_dim);
+    write_kept(cache, made.values + at, cache.values, cache.value_scales, slot, l.kv_heads, l.head_dim);
   });
 }
 
 // gelu(gate(x)) * up(x), projected back, of the rows `normed`.
-static void feed_forward(const Layer& l, const Step& s, const float* normed, float* made) {
+static void feed_forward(const Layer& l, const Pass& s, const float* normed, float* made) {
   const int width = l.intermediate, n = s.n;
   const int each = std::max(ROWS, rows_at_once(l.gate, n) / ROWS * ROWS);
   const Next next = Next::of(l.down, n, width);
@@ -63,7 +68,7 @@ static void feed_forward(const Layer& l, const Step& s, const float* normed, flo
 }
 
 // To what `feed_forward` made, what the experts make of the same rows; each through its norm.
-static void add_experts(const Layer& l, const Step& s, float* normed, float* room, float* made) {
+static void add_experts(const Layer& l, const Pass& s, float* normed, float* room, float* made) {
   const Experts& e = *l.experts;
   const Pairs pairs = route(e, s.x, s.n, l.hidden, l.eps, s.threads);
   each_row(s, [&](int i) {
@@ -78,22 +83,8 @@ static void add_experts(const Layer& l, const Step& s, float* normed, float* roo
   });
 }
 
-// made = (norm(made * scale) + found) / sqrt(2), of `n` rows.
-static void own_inputs(const Own* own, const float* found, float* made, int n, int threads) {
-  const F scale = fsplat(own->scale), half = fsplat((float)std::sqrt(0.5));
-  const int64_t width = (int64_t)own->layers * own->dim;
-  each_row(n, threads, [&](int i) {
-    float* row = made + i * width;
-    for (int64_t k = 0; k < width; k += LANES) fstore(row + k, fmul(fload(row + k), scale));
-    for (int64_t k = 0; k < width; k += own->dim)
-      normalize(row + k, own->norm, own->dim, own->eps, row + k);
-    for (int64_t k = 0; k < width; k += LANES)
-      fstore(row + k, fmul(fadd(fload(row + k), fload(found + i * width + k)), half));
-  });
-}
-
 // What the layer gets of each token for itself.
-static void add_own(const Layer& l, const Step& s, float* room, float* made) {
+static void add_own(const Layer& l, const Pass& s, float* room, float* made) {
   Input{s.x, s.n, l.hidden, s.threads}.times(l.own_gate, room);
   each_row(s, [&](int i) {
     gate_by_gelu(room + (int64_t)i * l.own, s.inputs + i * s.inputs_ld, l.own);
@@ -105,11 +96,11 @@ static void add_own(const Layer& l, const Step& s, float* room, float* made) {
   });
 }
 
-static void after(const Layer& l, const Step& s, float* normed) {
+static void after(const Layer& l, const Pass& s, const float* attended, float* normed) {
   static thread_local Room rooms;
   const int64_t size = (int64_t)s.n * std::max(l.hidden, l.own);
   float *room = rooms.of(2 * size), *made = room + size;
-  Input{s.attended, s.n, l.heads * l.head_dim, s.threads}.times(l.o, made);
+  Input{attended, s.n, l.heads * l.head_dim, s.threads}.times(l.o, made);
   each_row(s, [&](int i) {
     const int64_t at = (int64_t)i * l.hidden;
     normalize(made + at, l.after_attention, l.hidden, l.eps, s.x + at, true);
@@ -128,13 +119,16 @@ static void after(const Layer& l, const Step& s, float* normed) {
   });
 }
 
-static void run_layer(const Layer& l, const View& cache, const Rotation& rotation,
-                      const Step& s) {
-  static thread_local Room room;
-  float* normed = room.of((size_t)s.n * l.hidden);
-  before(l, cache, rotation, s, normed);
-  attend(cache, s.n, {l.heads, l.kv_heads, l.head_dim}, s.queries, s.attended, s.threads);
-  after(l, s, normed);
+static void run_layer(const Layer& l, const View& cache, const Rotation& rotation, const Pass& s) {
+  static thread_local Room rows, room;
+  const int64_t width = l.heads * l.head_dim, kept = l.kv_heads * l.head_dim;
+  float* normed = rows.of((size_t)s.n * l.hidden);
+  float* queries = room.of(2 * s.n * (width + kept));
+  float *attended = queries + s.n * width, *keys = attended + s.n * width;
+  const Vectors made{queries, attended, keys, keys + s.n * kept};
+  before(l, cache, rotation, s, made, normed);
+  attend(cache, s.n, {l.heads, l.kv_heads, l.head_dim}, queries, attended, s.threads);
+  after(l, s, attended, normed);
 }
 
 }  // namespace

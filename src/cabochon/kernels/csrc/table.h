@@ -9,9 +9,8 @@ struct Table {
                 int64_t ldy, int threads);
   void (*times_rows)(const Rows*, const int64_t* ids, const float* x, int64_t ldx, int n, int start,
                      int stop, float* y, int64_t ldy, int threads);
-  void (*layers)(const Layer* const*, const Cache*, const int32_t* turns, const Step*, int first,
-                 int count);
-  void (*own)(const Own*, const float* found, float* made, int n, int threads);
+  void (*text)(const Text*, const Cache*, const Step*);
+  void (*layer)(const Layer*, const Cache*, const Access*, const Rotation*, const Pass*);
   int64_t (*sketch)(Backlog*, const Rows*, const Matrix* to, const Margin*);
   double (*peak)(int64_t rounds, int threads);
   void (*read)(const uint8_t* data, int64_t size, int threads);
