@@ -31,7 +31,8 @@ INL void look_at_keys(const View& cache, const Place& place, int dim, int from, 
   const void* keys = cache.keys;
   int64_t at[AT];
   for (int j = 0; j < AT; j++) at[j] = place(from + std::min(i + j, n - 1));
-  fetch<KIND>(keys, place(from + std::min(i + PAGE, n - 1)), dim);
+#pragma GCC unroll 8
+  for (int j = 0; j < AT; j++) fetch<KIND>(keys, place(from + std::min(i + PAGE + j, n - 1)), dim);
   F sums[AT * HEADS];
 #pragma GCC unroll 32
   for (int j = 0; j < AT * HEADS; j++) sums[j] = fzero();
@@ -79,6 +80,7 @@ template <int KIND, int HEADS>
 INL void add_values(const View& cache, const Place& place, int dim, int from, int i, int to, int n,
                     float (*scores)[SPLIT], float* out) {
   constexpr int WIDE = std::max(1, std::min(4, SUMS / HEADS));  // vectors
+  constexpr int LINE = std::max(1, 64 / (LANES * KEPT_BYTES<KIND>));  // that are fetched together
   int64_t at[PAGE], next[PAGE];
   for (int j = 0; j < PAGE; j++) {
     at[j] = place(from + std::min(i + j, to - 1)) * dim;
@@ -92,7 +94,9 @@ INL void add_values(const View& cache, const Place& place, int dim, int from, in
       sums[k] = fload(out + k / W * dim + d + k % W * LANES);
     for (int j = 0; j < to - i; j++) {
       F value[W];
-      __builtin_prefetch((const char*)cache.values + (next[j] + d) * KEPT_BYTES<KIND>);
+#pragma GCC unroll 4
+      for (int w = 0; w < W; w += LINE)
+        __builtin_prefetch((const char*)cache.values + (next[j] + d + w * LANES) * KEPT_BYTES<KIND>);
 #pragma GCC unroll 4
       for (int w = 0; w < W; w++) value[w] = kept<KIND>(cache.values, at[j] + d + w * LANES);
 #pragma GCC unroll 8
