@@ -1,12 +1,13 @@
 """Cabochon and llama.cpp on the same GGUF, or each on a file of its own, in turns.
 
     python bench/versus_llama.py MODEL.gguf [--theirs OTHER.gguf] [--threads 2] [--rounds 5]
-        [--prompts 8,512,2048,4096]
+        [--prompts 8,512,2048,4096] [--least 60]
 
 Needs llama-cpp-python. Each engine lives in a process of its own, loaded once; rounds begin when
 Cabochon has moved its weights into large pages. They alternate between both, so that a machine
-whose speed drifts is the same for them, and medians are compared. A third process says in each
-round what the memory gives to threads that only read.
+whose speed drifts is the same for them, and medians are compared. A third process says around each
+round what the memory gives to threads that only read; with `--least`, a round counts only if it
+was so many GB/s before and behind it.
 A rate by the clock says what a user sees. One by processor time leaves out what other processes
 took; with one thread it can be trusted on a machine that is not idle.
 """
@@ -92,6 +93,19 @@ def read(pipe: Connection, threads: int) -> None:
         pipe.send(machine().read / 1e9)
 
 
+def turns(
+    pipes: dict[str, Connection], memory: Connection, prompt: list[int]
+) -> tuple[float, dict[str, dict[str, float]]]:
+    """What each engine made of the prompt, and what could be read at least, before or behind it."""
+    memory.send(True)
+    before, made = memory.recv(), {}
+    for name, pipe in pipes.items():
+        pipe.send(prompt)
+        made[name] = pipe.recv()
+    memory.send(True)
+    return min(before, memory.recv()), made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("model")
@@ -99,6 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", default="8,512,2048,4096")
+    parser.add_argument("--least", type=float, default=0.0, help="GB/s that a round must have")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.prompts.split(",")]
     context = max(sizes) + 64
@@ -117,13 +132,14 @@ def main() -> None:
     for size in sizes:
         limits: list[float] = []
         seen: dict[str, dict[str, list[float]]] = {name: {} for name in pipes}
-        for _ in range(arguments.rounds):
+        while len(limits) < arguments.rounds:
             prompt = [2, *(generator.randrange(1000, 200_000) for _ in range(size - 1))]
-            memory.send(True)
-            limits.append(memory.recv())
-            for name, pipe in pipes.items():
-                pipe.send(prompt)
-                for what, value in pipe.recv().items():
+            limit, made = turns(pipes, memory, prompt)
+            if limit < arguments.least:
+                continue
+            limits.append(limit)
+            for name, figures in made.items():
+                for what, value in figures.items():
                     seen[name].setdefault(what, []).append(value)
         one, other = ({k: statistics.median(v) for k, v in s.items()} for s in seen.values())
         can = statistics.median(limits)

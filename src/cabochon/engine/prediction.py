@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -65,9 +66,10 @@ def predictions(model: Gemma4, hidden: Tensor, few: Sequence[bool]) -> list[Pred
     if short:
         rows = hidden if len(short) == len(few) else hidden[short]
         shortlist = model.shortlist(rows)
-        finite = np.isfinite(rows.float().cpu().numpy()).all(axis=1)  # in torch: 0.1 ms more
-        for place, row in enumerate(short):
-            made[row] = Likeliest(model, shortlist, place, finite=bool(finite[place]))
+        # One that is no number makes the sum so. In torch: 0.1 ms more.
+        sums = np.add.reduce(rows.float().cpu().numpy(), axis=1).tolist()
+        for place, (row, total) in enumerate(zip(short, sums, strict=True)):
+            made[row] = Likeliest(model, shortlist, place, finite=math.isfinite(total))
     whole = [row for row in range(len(few)) if row not in made]
     if whole:
         logits = model.logits(hidden[whole])

@@ -57,7 +57,7 @@ class SketchedHead(FloatsWeight):
     ) -> None:
         super().__init__(library, stored, move=None)
         rows, columns = self.out_features, self.in_features
-        self.register_buffer("margins", torch.empty(rows))
+        self.register_buffer("margins", arena.take(4 * rows).view(torch.float32))
         margin = Margin(address(self.margins), _SLACK, _ROUNDING, _LOST)
         coded = Coded(
             octets=torch.empty(rows, columns * BITS // 8, dtype=torch.uint8, device="meta"),

@@ -123,7 +123,7 @@ class DenseWeight(Weight):
         return self.data[start:stop].to(dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.data[ids].to(dtype)
+        return torch.embedding(self.data, ids).to(dtype)
 
 
 class Stack(Weight):
