@@ -208,7 +208,37 @@ static void sketches() {
   }
 }
 
+// How many are found, which, and their products.
+static std::vector<float> found(const Table* by, std::vector<float> products, int count,
+                                const std::vector<uint8_t>* allowed) {
+  const int n = (int)products.size();
+  std::vector<int64_t> ids(n);
+  std::vector<float> made(2 * n + 1);
+  const int64_t never[] = {5, n - 1};
+  Search s{};
+  s.products = products.data(), s.n = n, s.count = count, s.room = n, s.threads = 1, s.cap = 30;
+  s.never = never, s.nevers = 2, s.allowed = allowed ? allowed->data() : nullptr;
+  s.ids = ids.data(), s.found = made.data() + n + 1;
+  made[0] = (float)by->search(&s);
+  for (int i = 0; i < made[0]; i++) made[1 + i] = (float)ids[i];
+  return made;
+}
+
+static void searches() {
+  const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
+  for (int count : {1, 8, 64, 3000})
+    for (bool some : {false, true}) {
+      std::vector<float> products(5003);
+      std::vector<uint8_t> allowed(products.size());
+      for (float& p : products) p = normal() * 9;
+      for (uint8_t& a : allowed) a = below(3) == 0;
+      const auto* among = some ? &allowed : nullptr;
+      compare("a search", found(one, products, count, among), found(other, products, count, among), 0);
+    }
+}
+
 int main() {
+  searches();
   matrices();
   stored_floats();
   sketches();

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import count
 
 import torch
@@ -19,7 +18,7 @@ from cabochon.engine.drafts import Drafts
 from cabochon.engine.guesses import Guesser
 from cabochon.engine.guide import Guide
 from cabochon.engine.prediction import Prediction, Whole
-from cabochon.engine.reader import Reader, delta_of
+from cabochon.engine.reader import Reader
 from cabochon.engine.request import Delta, Prompt, SamplingParams, TokenLogprob
 from cabochon.engine.runner import Runner, new_sequence
 from cabochon.engine.sampler import Sampling, logprob
@@ -368,14 +367,7 @@ class Engine:
         reads, reason = request.take(token, self.ends)
         if reason:
             self._end(number, reason)
-        self._emit(
-            request,
-            replace(
-                delta_of(token, reads, reason, logprobs),
-                prompt_logprobs=request.told(),
-                cached_tokens=request.sequence.cached,
-            ),
-        )
+        self._emit(request, request.delta(token, reads, reason, logprobs))
 
     def _fail(self, number: int, error: CabochonError) -> None:
         request = self._requests[number]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cabochon.engine.request import Delta, FinishReason, Prompt, TokenLogprob
+from cabochon.engine.request import Prompt
 from cabochon.text.calls import ToolCall
 from cabochon.text.detokenizer import Detokenizer, StopStrings
 from cabochon.text.parser import Parsed, State, TurnParser
@@ -60,23 +60,3 @@ class Reader:
         if not met and (last or parsed.calls):  # what a call follows is complete
             text += self._stops.flush()
         return Read(text, parsed.reasoning, parsed.calls, parsed.broken, self._stops.met)
-
-
-def delta_of(
-    token: int,
-    reads: Sequence[Read],
-    reason: FinishReason | None,
-    logprobs: tuple[TokenLogprob, ...],
-) -> Delta:
-    """What `token` added to an answer, of all that was read of it."""
-    return Delta(
-        tokens=(token,),
-        text="".join(read.text for read in reads),
-        finish_reason=reason,
-        reasoning="".join(read.reasoning for read in reads),
-        calls=tuple(call for read in reads for call in read.calls),
-        broken_call=any(read.broken_call for read in reads),
-        stop=next((read.stop for read in reads if read.stop is not None), None),
-        logprobs=logprobs,
-        reasoning_tokens=sum(read.thoughts for read in reads),
-    )

@@ -56,7 +56,29 @@ class Work:
             reads.append(self.reader.finish())
         return reads, "stop" if reads and reads[-1].stop is not None else reason
 
-    def told(self) -> tuple[TokenLogprob, ...] | None:
+    def delta(
+        self,
+        token: int,
+        reads: Sequence[Read],
+        reason: FinishReason | None,
+        logprobs: tuple[TokenLogprob, ...],
+    ) -> Delta:
+        """What `token` added to the answer, of all that was read of it."""
+        return Delta(
+            tokens=(token,),
+            text="".join(read.text for read in reads),
+            finish_reason=reason,
+            reasoning="".join(read.reasoning for read in reads),
+            calls=tuple(call for read in reads for call in read.calls),
+            broken_call=any(read.broken_call for read in reads),
+            stop=next((read.stop for read in reads if read.stop is not None), None),
+            logprobs=logprobs,
+            prompt_logprobs=self._told(),
+            reasoning_tokens=sum(read.thoughts for read in reads),
+            cached_tokens=self.sequence.cached,
+        )
+
+    def _told(self) -> tuple[TokenLogprob, ...] | None:
         """The probabilities of the prompt's tokens, once."""
         if self.params.prompt_logprobs is None or self.sequence.scored:
             return None
