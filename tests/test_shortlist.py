@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -72,6 +73,33 @@ def test_of_those_that_may_be_drawn(made: Made, share: float) -> None:
         order = np.flatnonzero(open_)[np.argsort(rows[row][open_])[-count:]]
         assert np.array_equal(ids, np.sort(order))
         assert np.array_equal(products, rows[row][ids])
+
+
+def test_more_than_there_are_need_no_more_room(made: Made) -> None:
+    """`top_k` may be any number below 2**31: room for so many would be 25 GB."""
+    rows = drawn(3000)[None]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        ids, products = made(torch.from_numpy(rows.copy()), SoftCap(None)).largest(
+            0, 2**31 - 1, [], None
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert np.array_equal(ids, np.arange(3000))
+    assert np.array_equal(products, rows[0])
+
+
+@pytest.mark.skipif(KERNELS is None, reason="no C++ compiler where it was installed")
+def test_compiled_code_writes_to_no_column_that_is_not_there() -> None:
+    assert KERNELS is not None
+    room = torch.from_numpy(np.stack([drawn(300) for _ in range(3)]))
+    before = room.clone()
+    found = Found(KERNELS, room[1:2], torch.zeros(1, 1), SoftCap(None))
+    found.largest(0, 1, [-1, 300, 301], None)
+    assert torch.equal(room, before)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -63,7 +63,9 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.ends = ends
-        self.suppressed = list(suppressed)
+        # A tokenizer may know tokens that the model has no logits of.
+        vocab = runner.model.config.text.vocab_size
+        self.suppressed = [token for token in suppressed if token < vocab]
         self.max_context = plan.max_context
         self.cache = PagedCache(plan, runner.kv_dtype, runner.device)
         drafts = Drafts(drafter, runner, self.cache) if drafter else None

@@ -53,6 +53,8 @@ class Found:
     def largest(
         self, row: int, count: int, never: Sequence[int], allowed: Allowed | None
     ) -> tuple[Ids, Numbers]:
+        columns = self._products.shape[1]
+        count = min(count, columns)
         refused = (c_int64 * len(never))(*never)
         allowed = None if allowed is None else np.ascontiguousarray(allowed)
         search = Search(
@@ -61,7 +63,7 @@ class Found:
             never=addressof(refused),
             nevers=len(never),
             allowed=None if allowed is None else allowed.ctypes.data,
-            n=self._products.shape[1],
+            n=columns,
             count=count,
             threads=threads(),
             cap=self._cap.cap or 0.0,

@@ -45,7 +45,8 @@ struct Runs {
   std::vector<float> highest;
 
   void look(const Search& s) {
-    for (int i = 0; i < s.nevers; i++) products[s.never[i]] = -INFINITY;
+    for (int i = 0; i < s.nevers; i++)
+      if (s.never[i] >= 0 && s.never[i] < n) products[s.never[i]] = -INFINITY;
     highest.resize((n + RUN - 1) / RUN);
     const int count = (int)highest.size();
     in_parallel((count + RUNS_AT_ONCE - 1) / RUNS_AT_ONCE, s.threads, [&](int piece) {
