@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,10 +14,17 @@ from torch import Tensor
 from cabochon import LLM, SamplingParams
 from cabochon.kernels import sketch
 from cabochon.kernels.arena import Arena
-from cabochon.kernels.library import Library, library
+from cabochon.kernels.floats import FloatsWeight
+from cabochon.kernels.library import Activations, Library, library
+from cabochon.kernels.packed import PackedWeight
 from cabochon.kernels.sketch import SketchedHead, sketchable
+from cabochon.nn.affine import AffineWeight
+from cabochon.nn.bits import pack
+from cabochon.nn.byte_codes import ByteWeight
+from cabochon.nn.gguf_blocks import KINDS, BlockWeight
+from cabochon.nn.minifloat import E4M3
 from cabochon.nn.softcap import SoftCap
-from cabochon.nn.weight import DenseWeight, StoredFloats
+from cabochon.nn.weight import Coded, DenseWeight, Weight
 
 KERNELS = library()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="the kernels were not built: no compiler")
@@ -54,8 +62,8 @@ def matrices(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     )
 
 
-def inputs() -> Iterator[Tensor]:
-    x = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(4))
+def inputs(columns: int = COLUMNS) -> Iterator[Tensor]:
+    x = torch.randn(5, columns, generator=torch.Generator().manual_seed(4))
     yield x
     x[1, 3] = 1e4
     x[2] = 0
@@ -64,46 +72,142 @@ def inputs() -> Iterator[Tensor]:
     yield x
 
 
+def of_floats(kernels: Library, data: Tensor) -> SketchedHead:
+    whole = FloatsWeight(kernels, DenseWeight(data), move=None)
+    return SketchedHead(kernels, whole, arena=Arena(kernels))
+
+
+def blocks(kind: str) -> BlockWeight:
+    """Random ones, whose scales are float16 numbers near 1, of either sign."""
+    entries, nbytes = KINDS[kind].layout.entries, KINDS[kind].layout.nbytes
+    made = torch.Generator().manual_seed(6)
+    stored = torch.randint(
+        0, 256, (ROWS * 512 // entries, nbytes), generator=made, dtype=torch.uint8
+    )
+    for at in {"Q8_0": (0,), "Q6_K": (208,), "Q5_K": (0, 2), "Q5_0": (0,)}[kind]:
+        stored[:, at + 1] = stored[:, at + 1] & 0x83 | 0x38
+    return BlockWeight(stored.view(ROWS, -1), kind, in_features=512)
+
+
+def affine() -> AffineWeight:
+    codes = torch.randint(0, 256, (ROWS, 256), generator=torch.Generator().manual_seed(7))
+    scales, biases = (torch.randn(ROWS, 4).to(torch.bfloat16) for _ in range(2))
+    words = pack(codes.to(torch.uint8), 8)
+    return AffineWeight(words, scales, biases, in_features=256, bits=8, group=64)
+
+
+def bytes_by_row() -> ByteWeight:
+    """Whose entries are rounded to bfloat16, but not where inputs are rounded."""
+    codes = torch.randint(-128, 128, (ROWS, 192), dtype=torch.int8)
+    return ByteWeight(codes, torch.rand(ROWS, 1).to(torch.bfloat16), cell=(1, 192))
+
+
+CODED: Mapping[str, Callable[[], Weight]] = {
+    **{kind: partial(blocks, kind) for kind in ("Q8_0", "Q6_K", "Q5_K", "Q5_0")},
+    "MLX's 8 bits": affine,
+    "8 bits by row": bytes_by_row,
+}
+
+
+def of_codes(kernels: Library, weight: Weight, activations: Activations) -> SketchedHead:
+    coded = weight.description()
+    assert isinstance(coded, Coded)
+    whole = PackedWeight(
+        kernels,
+        coded,
+        activations,
+        out_features=weight.out_features,
+        in_features=weight.in_features,
+        arena=Arena(kernels),
+        keep=True,
+    )
+    return SketchedHead(kernels, whole, arena=Arena(kernels))
+
+
+def allowed(head: SketchedHead, x: Tensor) -> Tensor:
+    """How far off products with `x` may be, by the definition of the margins."""
+    x = x.double()
+    norms = torch.stack([x.norm(dim=1), x.unflatten(1, (-1, 64)).norm(dim=2).amax(dim=1)])
+    rounded_once = isinstance(head.whole, PackedWeight) and head.whole.activations == "int8"
+    each = head.margins.double().T[:, None, :] * norms[:, :, None]
+    return each.amin(dim=0) * (1.0223 if rounded_once else 1.0001)
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_no_product_is_farther_off_than_the_margin(kernels: Library, name: str) -> None:
-    """In float64, by the sketch's own entries as the margin's definition has them."""
     for _, data in matrices(TYPES[name]):
-        head = SketchedHead(kernels, DenseWeight(data.clone()), arena=Arena(kernels))
+        head = of_floats(kernels, data.clone())
         for x in inputs():
-            near = head.sketch.linear(x).double()
             true = x.double() @ data.double().T
-            allowed = head.margins.double() * torch.linalg.vector_norm(x.double(), dim=-1)[:, None]
-            assert bool(((near - true).abs() <= allowed + 1e-37).all())
+            assert bool(((head.nearly(x) - true).abs() <= allowed(head, x) + 1e-37).all())
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+@pytest.mark.parametrize("name", CODED)
+def test_nor_one_of_a_quantized_head(kernels: Library, name: str, activations: Activations) -> None:
+    head = of_codes(kernels, CODED[name](), activations)
+    for x in inputs(head.in_features):
+        true = head.whole.linear(x).double()
+        assert bool(((head.nearly(x) - true).abs() <= allowed(head, x) + 1e-37).all())
 
 
 def test_margins_are_not_loose(kernels: Library) -> None:
-    """Or all tokens would be multiplied with: 6 bits leave a 40th of an ordinary row."""
+    """Or many tokens would be multiplied with. They are ten deviations, or a few more."""
     data = dict(matrices(torch.bfloat16))["ordinary"]
-    head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
-    assert bool((head.margins < 0.04 * data.float().norm(dim=1)).all())
+    head = of_floats(kernels, data)
+    for x in inputs():
+        off = head.nearly(x).double() - x.double() @ data.double().T
+        shares = (off / allowed(head, x))[x.norm(dim=1) > 0]
+        assert shares.abs().max() < 0.6
+        assert 0.05 < float(shares.square().mean().sqrt()) < 0.11
+
+
+def test_errors_do_not_add_up(kernels: Library) -> None:
+    """Without a dither, equal entries would all be told as too large, or all as too small."""
+    data = torch.full((64, 1536), 0.0) + torch.linspace(0.3, 0.4, 64)[:, None]
+    data[:, ::64] = 1.0
+    head = of_floats(kernels, data)
+    x = torch.ones(1, 1536)
+    assert bool(((head.nearly(x) - x @ data.T).abs() <= allowed(head, x)).all())
+
+
+def check(head: SketchedHead, x: Tensor, count: int, what: str) -> None:
+    """What a shortlist finds are the largest of all products, to the bit."""
+    some = np.random.default_rng(2).random(ROWS) < 0.3
+    never = [0, 17, 999]
+    whole = head.linear(x).numpy()
+    shortlist = head.shortlist(x, SoftCap(None))
+    for row in range(len(x)):
+        for mask in (None, some):
+            ids, products = shortlist.largest(row, count, never, mask)
+            assert (np.diff(ids) > 0).all()
+            assert np.array_equal(products, whole[row][ids]), what
+            may = np.ones(ROWS, bool) if mask is None else mask.copy()
+            may[never] = False
+            assert may[ids].all()
+            least = np.sort(whole[row][may])[-count]
+            missed = set(np.flatnonzero(may & (whole[row] >= least))) - set(ids.tolist())
+            assert not missed, what
 
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("count", [1, 3, 64])
 def test_the_largest_are_there_to_the_bit(kernels: Library, name: str, count: int) -> None:
-    allowed = np.random.default_rng(2).random(ROWS) < 0.3
-    never = [0, 17, 999]
     for what, data in matrices(TYPES[name]):
-        head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
+        head = of_floats(kernels, data)
         for x in inputs():
-            whole = head.linear(x).numpy()
-            shortlist = head.shortlist(x, SoftCap(None))
-            for row in range(len(x)):
-                for mask in (None, allowed):
-                    ids, products = shortlist.largest(row, count, never, mask)
-                    assert (np.diff(ids) > 0).all()
-                    assert np.array_equal(products, whole[row][ids]), what
-                    may = np.ones(ROWS, bool) if mask is None else mask.copy()
-                    may[never] = False
-                    assert may[ids].all()
-                    least = np.sort(whole[row][may])[-count]
-                    missed = set(np.flatnonzero(may & (whole[row] >= least))) - set(ids.tolist())
-                    assert not missed, what
+            check(head, x, count, what)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+@pytest.mark.parametrize("count", [1, 64])
+@pytest.mark.parametrize("name", CODED)
+def test_and_those_of_a_quantized_head(
+    kernels: Library, name: str, count: int, activations: Activations
+) -> None:
+    head = of_codes(kernels, CODED[name](), activations)
+    for x in inputs(head.in_features):
+        check(head, x, count, name)
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -114,7 +218,7 @@ def test_rounded_products_that_a_soft_cap_makes_equal_are_all_there(
     """As a model that computes in bfloat16 has them; many are equal then, most at the cap's end."""
     cap = 30.0
     for what, data in matrices(torch.bfloat16):
-        head = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels))
+        head = of_floats(kernels, data)
         for x in inputs():
             rounded = (x * large).bfloat16()
             whole = head.linear(rounded).float()
@@ -129,19 +233,33 @@ def test_rounded_products_that_a_soft_cap_makes_equal_are_all_there(
 
 def test_few_are_looked_at(kernels: Library) -> None:
     data = dict(matrices(torch.bfloat16))["ordinary"]
-    shortlist = SketchedHead(kernels, DenseWeight(data), arena=Arena(kernels)).shortlist(
-        next(inputs()), SoftCap(None)
-    )
+    shortlist = of_floats(kernels, data).shortlist(next(inputs()), SoftCap(None))
     assert all(len(shortlist.largest(row, 1, [], None)[0]) < ROWS // 50 for row in range(5))
 
 
 def test_which_heads_have_one() -> None:
+    def has(weight: Weight) -> bool:
+        described = weight.description()
+        assert described is not None
+        return sketchable(weight, described)
+
     large = torch.empty(1 << 18, 64, dtype=torch.bfloat16)
-    assert sketchable(StoredFloats(data=large))
-    assert not sketchable(StoredFloats(data=large[:1000]))
-    assert not sketchable(StoredFloats(data=large, scales=torch.ones(1, 1)))
-    assert not sketchable(StoredFloats(data=torch.empty(1 << 18, 65)))
-    assert not sketchable(StoredFloats(data=large.view(torch.uint8)))
+    assert has(DenseWeight(large))
+    assert not has(DenseWeight(large[:1000]))
+    assert not has(DenseWeight(torch.empty(1 << 18, 65)))
+    assert not has(ByteWeight(large.view(torch.uint8), torch.ones(1, 1), E4M3, cell=(64, 64)))
+
+    def kind(name: str, nbytes: int) -> BlockWeight:
+        octets = torch.zeros(1 << 16, nbytes, dtype=torch.uint8)
+        return BlockWeight(octets, name, in_features=256)
+
+    assert has(kind("Q6_K", 210))
+    assert has(kind("Q8_0", 34 * 8))
+    assert not has(kind("Q4_0", 18 * 8)), "four bits by themselves"
+    turned = ByteWeight(
+        torch.zeros(256, 1 << 16, dtype=torch.int8).T, torch.ones(1, 1), cell=(1, 1)
+    )
+    assert not has(turned), "what it is packed from is nowhere"
 
 
 @pytest.fixture(params=["e2b-w4a16", "12b-w4a16", "26b-w4a16", "e2b-bf16"])

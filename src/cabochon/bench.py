@@ -174,13 +174,11 @@ def step_bytes(llm: LLM) -> int:
 
 def _bytes(module: nn.Module) -> int:
     """Of the matrices in `module` that kernels multiply with."""
-    total = 0
-    for part in module.modules():
-        if isinstance(part, PackedWeight):
-            total += part.data.numel()
-        elif isinstance(part, FloatsWeight) and not isinstance(part, SketchedHead):
-            total += sum(buffer.nbytes for buffer in part.buffers())
-    return total
+    if isinstance(module, SketchedHead | PackedWeight):
+        return module.data.numel()
+    if isinstance(module, FloatsWeight):
+        return sum(buffer.nbytes for buffer in module.buffers())
+    return sum(_bytes(child) for child in module.children())
 
 
 def _has_head(llm: LLM) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cabochon.kernels.library import Library, Margin, Matrix, Rows, Stored, Stretch, threads
+from cabochon.kernels.library import Library, Matrix, Sketch, Stored, Stretch, threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +62,9 @@ class Backlog:
         """Fill `matrix`, whose room is `to`, with what is `stored` in `parts`."""
         self._keep(self._library.pack(self._handle, matrix, stored), (to,), parts)
 
-    def sketch(self, rows: Rows, matrix: Matrix, margin: Margin, *to: Tensor) -> None:
-        """Fill `matrix` and `margin`, whose room is `to`, with a sketch of `rows`."""
-        self._keep(self._library.sketch(self._handle, rows, matrix, margin), to, ())
+    def sketch(self, sketch: Sketch, to: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+        """Fill `sketch`, whose room is `to`, with one of what is stored in `parts`."""
+        self._keep(self._library.sketch(self._handle, sketch), to, parts)
 
     def copy(self, to: Tensor, stored: Tensor) -> None:
         address, nbytes = stored.data_ptr(), stored.nbytes

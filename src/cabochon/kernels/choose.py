@@ -11,6 +11,7 @@ from cabochon.kernels.arena import Arena
 from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Activations, Library
+from cabochon.kernels.multiplied import Multiplied
 from cabochon.kernels.packed import PackedWeight, unsupported
 from cabochon.kernels.sketch import SketchedHead, sketchable
 from cabochon.nn.weight import Coded, StoredFloats, Weight
@@ -66,27 +67,29 @@ class Kernels:
         backlog, arena = self._backlog, self._arena
         if library is None or arena is None or described is None:
             return None
-        exact = self.activations == "float32"
-        if isinstance(described, StoredFloats):
-            if exact and described.rounded is not torch.float32:
-                return None
-            if head and not exact and sketchable(described):
-                self._chosen["stored floats, the likeliest found by a sketch"] += 1
-                return SketchedHead(library, weight, arena=arena, backlog=backlog)
-            self._chosen["stored floats"] += 1
-            return FloatsWeight(library, weight, move=arena, backlog=backlog)
-        if unsupported(described) is not None or (exact and not described.exact):
+        if not _multipliable(described, exact=self.activations == "float32"):
             return None
-        self._chosen[f"{_name(described)}, activations {self.activations}"] += 1
-        return PackedWeight(
-            library,
-            described,
-            self.activations,
-            out_features=weight.out_features,
-            in_features=weight.in_features,
-            arena=arena,
-            backlog=backlog,
-        )
+        sketched = head and self.activations != "float32" and sketchable(weight, described)
+        kernel: Multiplied
+        if isinstance(described, StoredFloats):
+            kernel = FloatsWeight(
+                library, weight, move=None if sketched else arena, backlog=backlog
+            )
+        else:
+            kernel = PackedWeight(
+                library,
+                described,
+                self.activations,
+                out_features=weight.out_features,
+                in_features=weight.in_features,
+                arena=arena,
+                backlog=backlog,
+                keep=sketched,
+            )
+        self._chosen[_name(described, self.activations, sketched=sketched)] += 1
+        if sketched:
+            return SketchedHead(library, kernel, arena=arena, backlog=backlog)
+        return kernel
 
     def enlarge(self) -> None:
         """Have large pages for what was put in weights' places, in a thread, while it is used."""
@@ -104,7 +107,17 @@ class Kernels:
         return f"kernels for {self._library.isa}: {chosen}"
 
 
-def _name(coded: Coded) -> str:
-    kind = "int" if coded.values is None else "table"
-    group = "row" if coded.scales.shape[1] == 1 else f"{coded.group}"
-    return f"{kind}{coded.bits} by {group}"
+def _multipliable(described: Coded | StoredFloats, *, exact: bool) -> bool:
+    """Whether kernels compute what `dense` says; `exact`: to the last bit."""
+    if isinstance(described, StoredFloats):
+        return not exact or described.rounded is torch.float32
+    return unsupported(described) is None and (described.exact or not exact)
+
+
+def _name(described: Coded | StoredFloats, activations: Activations, *, sketched: bool) -> str:
+    how = ", the likeliest found by a sketch" if sketched else ""
+    if isinstance(described, StoredFloats):
+        return f"stored floats{how}"
+    kind = "int" if described.values is None else "table"
+    group = "row" if described.scales.shape[1] == 1 else f"{described.group}"
+    return f"{kind}{described.bits} by {group}, activations {activations}{how}"

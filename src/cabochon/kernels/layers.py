@@ -13,7 +13,6 @@ from cabochon.gemma4.drafter import Drafter
 from cabochon.gemma4.model import Gemma4
 from cabochon.gemma4.text import DecoderLayer, TextModel
 from cabochon.kernels import mixtures
-from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import (
     Access,
     Cache,
@@ -27,8 +26,8 @@ from cabochon.kernels.library import (
     address,
     threads,
 )
-from cabochon.kernels.mixtures import Mixture, linear
-from cabochon.kernels.packed import PackedWeight
+from cabochon.kernels.mixtures import Mixture
+from cabochon.kernels.multiplied import Multiplied, linear
 from cabochon.nn.attention import Access as Seen
 from cabochon.nn.attention import KeyValues
 from cabochon.nn.kept import Store
@@ -64,7 +63,7 @@ def _projects(text: TextModel) -> bool:
     """Whether there is a kernel for what layers get of a token, if they get anything."""
     if not text.config.ple_dim:
         return True
-    return isinstance(text.per_layer_model_projection.weight, PackedWeight | FloatsWeight)
+    return isinstance(text.per_layer_model_projection.weight, Multiplied)
 
 
 def _fits(layer: DecoderLayer) -> bool:
@@ -75,7 +74,7 @@ def _fits(layer: DecoderLayer) -> bool:
     if hasattr(layer, "per_layer_input_gate"):
         sizes.append(layer.per_layer_input_gate.out_features)
     weights = [module.weight for module in _linears(layer).values()]
-    known = all(isinstance(weight, PackedWeight | FloatsWeight) for weight in weights)
+    known = all(isinstance(weight, Multiplied) for weight in weights)
     whole = all(size % WIDTH == 0 for size in sizes)
     return known and whole and mixtures.has_kernels(layer)
 

@@ -101,6 +101,7 @@ class Stored(ctypes.Structure):
         *((name, c_int64) for name in ("ld", "bytes")),
         ("layout", Layout),
         ("grouped", Grouped * 4),
+        ("which", c_void_p),
     )
 
 
@@ -148,28 +149,34 @@ class Rows(ctypes.Structure):
     )
 
 
-class Margin(ctypes.Structure):
-    """`struct Margin` of csrc/api.h."""
+class Linear(ctypes.Structure):
+    """`struct Linear` of csrc/api.h."""
 
-    _fields_ = (("of", c_void_p), *((name, c_float) for name in ("left", "all", "least")))
+    _fields_ = (("packed", POINTER(Matrix)), ("rows", POINTER(Rows)))
+
+
+class Sketch(ctypes.Structure):
+    """`struct Sketch` of csrc/api.h."""
+
+    _fields_ = (
+        ("near", Matrix),
+        *((name, c_void_p) for name in ("dither", "margins")),
+        ("whole", Linear),
+        ("stored", POINTER(Stored)),
+    )
 
 
 class Search(ctypes.Structure):
     """`struct Search` of csrc/api.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("products", "margins")),
-        ("rows", POINTER(Rows)),
+        ("products", c_void_p),
+        ("sketch", POINTER(Sketch)),
         *((name, c_void_p) for name in ("x", "never", "allowed", "ids", "found")),
         *((name, c_int32) for name in ("n", "count", "nevers", "room", "threads")),
-        *((name, c_float) for name in ("widest", "slack", "cap", "rounding")),
+        ("widest", c_float * 2),
+        *((name, c_float) for name in ("cap", "rounding")),
     )
-
-
-class Linear(ctypes.Structure):
-    """`struct Linear` of csrc/api.h."""
-
-    _fields_ = (("packed", POINTER(Matrix)), ("rows", POINTER(Rows)))
 
 
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down", "own_gate", "own_up")
@@ -284,8 +291,9 @@ _SIGNATURES = {
     "end": (None, [c_void_p]),
     "look": (c_int64, [c_void_p, POINTER(Stretch)]),
     "pack": (c_int64, [c_void_p, POINTER(Matrix), POINTER(Stored)]),
-    "sketch": (c_int64, [c_void_p, POINTER(Rows), POINTER(Matrix), POINTER(Margin)]),
+    "sketch": (c_int64, [c_void_p, POINTER(Sketch)]),
     "copy": (c_int64, [c_void_p, c_void_p, c_void_p, c_int64]),
+    "near": (None, [POINTER(Sketch), c_void_p, c_int64, c_int, c_void_p, c_int64, c_int]),
     "search": (c_int64, [POINTER(Search)]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
     "text": (None, [POINTER(Text), POINTER(Cache), POINTER(Step)]),
@@ -318,6 +326,7 @@ class Library:
         self.pack = self._dll.cabochon_pack
         self.sketch = self._dll.cabochon_sketch
         self.copy = self._dll.cabochon_copy
+        self.near = self._dll.cabochon_near
         self.search = self._dll.cabochon_search
         self.dense = self._dll.cabochon_dense
         self.text = self._dll.cabochon_text

@@ -11,15 +11,9 @@ from torch import Tensor
 from cabochon.gemma4.text import DecoderLayer
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Experts, Linear, address
+from cabochon.kernels.multiplied import Multiplied, linear
 from cabochon.kernels.packed import PackedWeight
 from cabochon.nn.weight import Stack, Weight
-
-
-def linear(weight: Weight) -> Linear:
-    if isinstance(weight, PackedWeight):
-        return Linear(packed=ctypes.pointer(weight.matrix))
-    assert isinstance(weight, FloatsWeight)
-    return Linear(rows=ctypes.pointer(weight.matrix))
 
 
 def sizes(layer: DecoderLayer) -> list[int]:
@@ -31,7 +25,7 @@ def has_kernels(layer: DecoderLayer) -> bool:
     """Whether the router has one, and all parts of each of the experts' matrices the same."""
     if not layer.mixed:
         return True
-    if not isinstance(layer.router.proj.weight, PackedWeight | FloatsWeight):
+    if not isinstance(layer.router.proj.weight, Multiplied):
         return False
     for projection in (layer.experts.gate_up_proj, layer.experts.down_proj):
         kinds = {_kind(part) for part in _parts(projection.weight)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -44,6 +44,13 @@ class _Table(NamedTuple):
     fine: float
 
 
+class Source(NamedTuple):
+    """What a matrix is packed from."""
+
+    stored: Stored
+    parts: tuple[Tensor, ...]  # that are in it
+
+
 def unsupported(coded: Coded) -> str | None:
     """Why the kernels cannot compute this; None if they can."""
     if coded.group % 16 and coded.scales.shape[1] > 1:
@@ -62,7 +69,7 @@ class PackedWeight(Weight):
             at all.
         arena: where its memory is taken from.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
-        fill: has `data` filled where codes and scales are nowhere yet, but on the meta device.
+        keep: what it is packed from stays, to be packed again.
     """
 
     def __init__(
@@ -75,7 +82,7 @@ class PackedWeight(Weight):
         in_features: int,
         arena: Arena,
         backlog: Backlog | None = None,
-        fill: Callable[[Backlog, PackedWeight], None] | None = None,
+        keep: bool = False,
     ) -> None:
         assert unsupported(coded) is None
         super().__init__(out_features, in_features)
@@ -88,12 +95,10 @@ class PackedWeight(Weight):
         elif halves > 1 and halves % 2:  # a scale may change within a unit: one for each half
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
-        placed = self._placed(coded, arena)
+        source = _source(coded.octets, coded.layout, self._placed(coded, arena))
+        self.source = source if keep else None
         with at_once(library, backlog) as work:
-            if fill is None:
-                self._pack(coded, placed, work)
-            else:
-                fill(work, self)
+            work.pack(self.matrix, source.stored, self.data, *source.parts)
 
     data: Tensor  # uint8 [bytes]
     levels: Tensor | None
@@ -158,18 +163,6 @@ class PackedWeight(Weight):
         matrix.data = address(self.data)
         return placed
 
-    def _pack(self, coded: Coded, placed: Mapping[int, Tensor], work: Backlog) -> None:
-        octets = coded.octets
-        assert octets.stride(1) == 1
-        stored = Stored(
-            rows=octets.data_ptr(),
-            ld=octets.stride(0),
-            bytes=octets.shape[1],
-            layout=_struct(coded.layout),
-            grouped=tuple(_grouped(at, tensor) for at, tensor in placed.items()),
-        )
-        work.pack(self.matrix, stored, self.data, octets, *placed.values())
-
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.out_features if stop is None else stop
         out = torch.empty(stop - start, self.in_features)
@@ -201,6 +194,18 @@ class PackedWeight(Weight):
 
     def shortlist(self, x: Tensor, cap: SoftCap) -> Found:
         return Found(self._library, self.linear(x.float()), x, cap)
+
+
+def _source(octets: Tensor, layout: Layout, placed: Mapping[int, Tensor]) -> Source:
+    assert octets.stride(1) == 1
+    stored = Stored(
+        rows=octets.data_ptr(),
+        ld=octets.stride(0),
+        bytes=octets.shape[1],
+        layout=_struct(layout),
+        grouped=tuple(_grouped(at, tensor) for at, tensor in placed.items()),
+    )
+    return Source(stored, (octets, *placed.values()))
 
 
 _UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cabochon.kernels.library import Library, Rows, Search, address, threads
+from cabochon.kernels.library import Library, Search, Sketch, threads
 from cabochon.nn.shortlist import Allowed, Ids, Numbers
 from cabochon.nn.softcap import SoftCap
 
@@ -19,12 +19,11 @@ ROOM = 64  # for those that are found beside as many as are asked for; more is r
 
 @dataclass(frozen=True, slots=True)
 class Nearly:
-    """How far products are off at most, and what the true ones are made of."""
+    """What says how far products are off, and what the true ones are."""
 
-    margins: Tensor  # float32 [out_features], of an input of norm 1
-    widest: float  # of them
-    slack: float  # times the norm of an input
-    rows: Rows
+    sketch: Sketch
+    widest: tuple[float, float]  # of its margins
+    owner: object  # of the memory that the sketch points to
 
 
 class Found:
@@ -70,8 +69,7 @@ class Found:
             rounding=0.0 if self._dtype is torch.float32 else torch.finfo(self._dtype).eps,
         )
         if (nearly := self._nearly) is not None:
-            search.margins, search.widest = address(nearly.margins), nearly.widest
-            search.rows, search.slack = pointer(nearly.rows), nearly.slack
+            search.sketch, search.widest = pointer(nearly.sketch), nearly.widest
         room = count + ROOM
         while True:
             ids, found = (c_int64 * room)(), (c_float * room)()

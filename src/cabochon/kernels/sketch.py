@@ -1,94 +1,144 @@
-"""`SketchedHead`: an LM head of stored floats that finds the likeliest tokens in 2/5 of the bytes.
+"""`SketchedHead`: an LM head that finds the likeliest tokens in few of its bytes.
 
-Beside the floats there is a sketch of them in six bits an entry. It gives every product, and how
-far off that is at most: by Cauchy and Schwarz, the norm of the input times that of what the sketch
-left of a row. Only tokens that by this bound may be among the likeliest are multiplied with the
-floats themselves, few of them, so that what is drawn is exactly what would have been drawn.
+Beside the matrix there is a sketch of it in four bits an entry, which gives every product, and how
+far off that may be. Only tokens that may then be among the likeliest are multiplied with the matrix
+itself, few of them, so that what is drawn is what would have been drawn: but for a chance of one in
+10^16 a draw, since the sketch is drawn by lot. csrc/sketch.h says how.
 """
 
 from __future__ import annotations
 
+from ctypes import pointer
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cabochon.kernels.arena import Arena
-from cabochon.kernels.backlog import Backlog
+from cabochon.kernels.arena import ALIGNMENT, Arena
+from cabochon.kernels.backlog import Backlog, at_once
 from cabochon.kernels.floats import FloatsWeight
-from cabochon.kernels.library import Library, Margin, address
-from cabochon.kernels.packed import PackedWeight
+from cabochon.kernels.library import Library, Matrix, Sketch, address, threads
+from cabochon.kernels.multiplied import Multiplied, linear
+from cabochon.kernels.packed import ROWS, UNIT, PackedWeight
 from cabochon.kernels.search import Found, Nearly
-from cabochon.nn.layout import Layout
 from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
-GROUP, BITS = 64, 6  # csrc/sketch.h
+GROUP, ZERO = 64, 8  # csrc/sketch.h
 LEAST = 1 << 24  # entries that are worth it
+LEAST_BITS = 5  # of what is coded
 
-# Inputs are rounded twice to eight bits of the largest of 32: their norm changes by no more than
-# sqrt(32) / 254**2 of it, 8.8e-5. The rest is for sums in float32.
-_ROUNDING = 1e-4
-_SLACK = 1.0001
-_LOST = 1e-16  # norms of rows whose squares are too small for float32
-
-
-def sketchable(described: StoredFloats) -> bool:
-    """Whether a head of these floats can have a sketch, and gains by it."""
-    data = described.data
-    plain = described.scales is None and data.dtype in (
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-    )
-    return plain and data.shape[1] % GROUP == 0 and data.numel() >= LEAST
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_BF16 = 1  # csrc/api.h
+_UNIT_BYTES = 512
 
 
-class SketchedHead(FloatsWeight):
-    """The floats stay where they are, in their file if it is mapped."""
+def sketchable(weight: Weight, described: Coded | StoredFloats) -> bool:
+    """Whether a head that is so described can have a sketch, and gains by it."""
+    rows, columns = weight.out_features, weight.in_features
+    if columns % GROUP or rows * columns < LEAST:
+        return False
+    if isinstance(described, StoredFloats):
+        return described.scales is None and described.data.dtype in _FLOATS
+    # Rows are packed again from where they are stored; what was made of that would have to stay.
+    kept = described.octets.data_ptr() in {buffer.data_ptr() for buffer in weight.buffers()}
+    return kept and described.values is None and described.bits >= LEAST_BITS
+
+
+class SketchedHead(Weight):
+    """A sketch of `whole`, whose floats, or what it is packed from, stay where they are."""
 
     def __init__(
         self,
         library: Library,
-        stored: Weight,
+        whole: Multiplied,
         *,
         arena: Arena,
         backlog: Backlog | None = None,
     ) -> None:
-        super().__init__(library, stored, move=None)
-        rows, columns = self.out_features, self.in_features
-        self.register_buffer("margins", arena.take(4 * rows).view(torch.float32))
-        margin = Margin(address(self.margins), _SLACK, _ROUNDING, _LOST)
-        coded = Coded(
-            octets=torch.empty(rows, columns * BITS // 8, dtype=torch.uint8, device="meta"),
-            layout=Layout.stream(BITS),
-            group=GROUP,
-            scales=torch.empty(rows, columns // GROUP, dtype=torch.bfloat16, device="meta"),
-            zero=1 << (BITS - 1),
+        super().__init__(whole.out_features, whole.in_features)
+        self.whole = whole
+        self._library = library
+        source = whole.source if isinstance(whole, PackedWeight) else None
+        near = _matrix(whole)
+        self.register_buffer("data", arena.take(-(-self.out_features // ROWS) * near.stride))
+        self.register_buffer("dither", torch.rand(self.in_features, generator=_lot()))
+        margins = arena.take(2 * 4 * self.out_features).view(torch.float32)
+        self.register_buffer("margins", margins.view(-1, 2))
+        near.data = address(self.data)
+        self.sketch = Sketch(
+            near=near,
+            dither=address(self.dither),
+            margins=address(self.margins),
+            whole=linear(whole),
+            stored=pointer(source.stored) if source else None,
         )
-        self.sketch = PackedWeight(
-            library,
-            coded,
-            "int16",
-            out_features=rows,
-            in_features=columns,
-            arena=arena,
-            backlog=backlog,
-            fill=lambda work, to: work.sketch(
-                self.matrix, to.matrix, margin, to.data, self.margins
-            ),
-        )
+        with at_once(library, backlog) as work:
+            parts = source.parts if source else ()
+            work.sketch(self.sketch, (self.data, self.margins, self.dither), parts)
 
-    margins: Tensor  # [out_features], of products with an input of norm 1
+    data: Tensor  # uint8 [bytes]
+    dither: Tensor  # [in_features], from 0 up to 1
+    margins: Tensor  # [out_features, 2]: of norms of an input, and of its largest group
 
     @cached_property
-    def widest(self) -> float:
-        """The largest margin."""
-        return float(self.margins.max())
+    def widest(self) -> tuple[float, float]:
+        """The largest margins."""
+        norm, group = self.margins.amax(dim=0).tolist()
+        return norm, group
+
+    def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.whole.dense(dtype, start, stop)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.whole.rows(ids, dtype)
+
+    def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.whole.linear(x, start, stop)
+
+    def among(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.whole.among(x, ids)
 
     def shortlist(self, x: Tensor, cap: SoftCap) -> Found:
-        nearly = Nearly(self.margins, self.widest, _SLACK, self.matrix)
-        return Found(self._library, self.sketch.linear(x.float()), x, cap, nearly)
+        nearly = Nearly(self.sketch, self.widest, self)
+        return Found(self._library, self.nearly(x), x, cap, nearly)
 
     def nearly(self, x: Tensor) -> Tensor:
-        return self.sketch.linear(x)
+        """Float32, whatever `x` is."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), self.out_features)
+        self._library.near(
+            self.sketch,
+            address(x),
+            self.in_features,
+            len(x),
+            address(y),
+            self.out_features,
+            threads(),
+        )
+        return y
+
+
+def _lot() -> torch.Generator:
+    """The same every time, so that a sketch is."""
+    return torch.Generator().manual_seed(2026)
+
+
+def _matrix(whole: Multiplied) -> Matrix:
+    """Codes of four bits with a bfloat16 for each group; its memory is still missing."""
+    units, groups = whole.in_features // UNIT, whole.in_features // GROUP
+    codes_at = -(-groups * ROWS * 2 // ALIGNMENT) * ALIGNMENT
+    return Matrix(
+        rows=whole.out_features,
+        columns=whole.in_features,
+        units=units,
+        groups=groups,
+        halves=GROUP // 16,
+        per_shared=1,
+        digits=2 if isinstance(whole, FloatsWeight) else whole.matrix.digits,
+        scales=_BF16,
+        zero=ZERO,
+        gain=1.0,
+        codes_at=codes_at,
+        stride=codes_at + units * _UNIT_BYTES,
+    )

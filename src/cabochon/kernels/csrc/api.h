@@ -61,12 +61,14 @@ struct Grouped {
   int32_t per_row, size;
 };
 
-// What a matrix is packed from: rows of `bytes`, `ld` apart, and the numbers of its groups.
+// What a matrix is packed from: rows of `bytes`, `ld` apart, and the numbers of its groups. If there
+// is a `which`, row i is row `which[i]` of what lies there.
 struct Stored {
   const uint8_t* rows;
   int64_t ld, bytes;
   Layout layout;
   Grouped grouped[4];
+  const int64_t* which;
 };
 
 // Which numbers there are in stored bytes, for looking at them: kernels/look.py. Floats of so many
@@ -108,37 +110,37 @@ struct Rows {
   int32_t rows, columns, type, scale_rows, scale_columns;
 };
 
-// How far off products with a sketch's rows are, for inputs of norm 1: room for that of each row, and
-// what the norms count in it of what the sketch leaves and of the row, and what is there at least.
-struct Margin {
-  float* of;
-  float left, all, least;
+// Either of the two, or neither: then there is no such matrix.
+struct Linear {
+  const Matrix* packed;
+  const Rows* rows;
+};
+
+// A matrix told again in few bits, and how far off products with that may be: sketch.h.
+struct Sketch {
+  Matrix near;
+  const float* dither;   // [columns], from 0 up to 1
+  float* margins;        // [rows, 2]
+  Linear whole;          // the matrix
+  const Stored* stored;  // what it is packed from, unless it is rows
 };
 
 // Who looks for the `count` largest of a row's `products [n]` and what may become equal to one of them,
-// of those that are `allowed` (null: all) and none of `never`. With `margins`, products are near the
-// true ones, those of `rows` with `x`: off by no more than a margin times the norm of `x`, times
-// `slack`. The true ones are rounded by no more than the part `rounding`, then through a soft-cap.
+// of those that are `allowed` (null: all) and none of `never`. With a `sketch`, products are near the
+// true ones, which are then its whole matrix times `x`. The true ones are rounded by no more than the
+// part `rounding`, then through a soft-cap.
 struct Search {
   float* products;  // -inf afterwards, where it may not be drawn
-  const float* margins;
-  const Rows* rows;
+  const Sketch* sketch;
   const float* x;
   const int64_t* never;
   const uint8_t* allowed;
   int64_t* ids;  // what is found, in rising order: room for `room`
   float* found;  // and its products
   int32_t n, count, nevers, room, threads;
-  float widest;  // of the margins
-  float slack;
-  float cap;  // 0: none
+  float widest[2];  // of the margins
+  float cap;        // 0: none
   float rounding;
-};
-
-// Either of the two, or neither: then there is no such matrix.
-struct Linear {
-  const Matrix* packed;
-  const Rows* rows;
 };
 
 // Experts of a layer. Each owns `2 * intermediate` rows of one tall matrix, its gate before what is

@@ -63,8 +63,11 @@ void cabochon_times_rows(const Rows* m, const int64_t* ids, const float* x, int6
   table->times_rows(m, ids, x, ldx, n, start, stop, y, ldy, threads);
 }
 
-int64_t cabochon_sketch(Backlog* backlog, const Rows* m, const Matrix* to, const Margin* margin) {
-  return table->sketch(backlog, m, to, margin);
+int64_t cabochon_sketch(Backlog* backlog, const Sketch* of) { return table->sketch(backlog, of); }
+
+void cabochon_near(const Sketch* of, const float* x, int64_t ldx, int n, float* y, int64_t ldy,
+                   int threads) {
+  table->near(of, x, ldx, n, y, ldy, threads);
 }
 
 int64_t cabochon_search(const Search* asked) { return table->search(asked); }

@@ -32,6 +32,9 @@ struct Quantized {
   float* halves;   // [n, units, 2]
 };
 
+// Where the code of a unit's column is: in the order of quads.
+INL int place_in_unit(int column) { return column / 8 * 8 + column % 2 * 4 + column % 8 / 2; }
+
 template <class C, int MR, bool MINS, bool HALVES> struct Tile {
   static constexpr int N = HALVES ? 4 : 8;  // quads until scales change
   typedef Dot<C::BITS> D;

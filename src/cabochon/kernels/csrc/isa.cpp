@@ -4,19 +4,14 @@
 #include "quantize.h"
 #include "rows.h"
 #include "search.h"
-#include "sketch.h"
 #include "table.h"
 #include "text.h"
 
 static void times(const Matrix* m, const float* x, int64_t ldx, int n, int start, int stop, float* y,
                   int64_t ldy, int threads) {
   if (m->digits == 0) return multiply_exactly(*m, x, ldx, n, start, stop, y, ldy, threads);
-  static thread_local Room room;
-  const int columns = n * m->digits;
-  const Quantized q =
-      quantized_in(room.of(quantized_bytes(columns, m->units) / sizeof(float) + 1), columns, m->units);
-  quantize(x, ldx, n, m->columns, m->units, m->digits, q, threads);
-  multiply(*m, q, columns, start, stop, y, ldy, threads);
+  const Quantized q = quantized_for(*m, x, ldx, n, threads);
+  multiply(*m, q, n * m->digits, start, stop, y, ldy, threads);
 }
 
 static void times_rows(const Rows* m, const int64_t* ids, const float* x, int64_t ldx, int n,
@@ -24,8 +19,11 @@ static void times_rows(const Rows* m, const int64_t* ids, const float* x, int64_
   multiply_rows(*m, ids, lifted_for(*m, x, ldx, n), n, start, stop, y, ldy, threads);
 }
 
-static int64_t sketch(Backlog* backlog, const Rows* m, const Matrix* to, const Margin* margin) {
-  return sketch_rows(backlog, *m, *to, *margin);
+static int64_t sketch(Backlog* backlog, const Sketch* s) { return make_sketch(backlog, *s); }
+
+static void near(const Sketch* s, const float* x, int64_t ldx, int n, float* y, int64_t ldy,
+                 int threads) {
+  multiply_near(*s, x, ldx, n, y, ldy, threads);
 }
 
 static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, float* out,
@@ -39,7 +37,7 @@ static void layer(const Layer* of, const Cache* cache, const Access* access, con
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, run_text, layer,   sketch,
-                              peak,  read_all,   search,   entries};
+  static const Table table = {times, times_rows, run_text, layer,  sketch,
+                              near,  peak,       read_all, search, entries};
   return &table;
 }

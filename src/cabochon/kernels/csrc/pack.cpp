@@ -9,6 +9,9 @@ constexpr int AHEAD = 256;  // bytes of a row that are fetched before they are n
 
 typedef uint64_t Eight;  // codes, one a byte; the first is lowest
 
+// Which of the rows that are stored is row `r`.
+static int64_t place(const Stored& s, int r) { return s.which ? s.which[r] : r; }
+
 static Eight eight(const uint8_t* p) {
   Eight x;
   memcpy(&x, p, 8);
@@ -123,7 +126,7 @@ static void pack_rows(const Stored s, const Codes codes, int rows, const Matrix&
     for (int r = 0; r < ROWS; r++) {
       Eight code[4] = {};
       if (r < rows) {
-        const uint8_t* block = s.rows + r * s.ld + at;
+        const uint8_t* block = s.rows + place(s, r) * s.ld + at;
         __builtin_prefetch(block + AHEAD);
         if (!whole) {
           memset(cut, 0, sizeof cut);
@@ -155,7 +158,7 @@ static void pack_pairs(const Stored s, const Pairs pairs, int rows, const Matrix
     for (int r = 0; r < ROWS; r++) {
       uint32_t both[4] = {};
       if (r < rows) {
-        const uint8_t* block = s.rows + r * s.ld + at;
+        const uint8_t* block = s.rows + place(s, r) * s.ld + at;
         __builtin_prefetch(block + AHEAD);
         if (!whole) block = (const uint8_t*)memcpy(cut, block, s.bytes - at);
         pairs(block, unit, both);
@@ -234,39 +237,41 @@ static void pack_block(const Stored& s, int rows, const Matrix& m, uint8_t* to) 
   }
 }
 
-// `rows` of ROWS numbers from `from`, whose rows and groups are so many bytes apart.
+// Numbers of `rows` of ROWS rows.
 template <class T>
-static void pack_numbers(const uint8_t* from, int64_t row, int64_t group, int per_row, int rows,
-                         T* to) {
+static void pack_numbers(const Stored& s, const Grouped& of, int rows, T* to) {
   for (int r = 0; r < ROWS; r++)
-    for (int g = 0; g < per_row; g++) {
+    for (int g = 0; g < of.per_row; g++) {
       to[g * ROWS + r] = 0;
-      if (r < rows) memcpy(to + g * ROWS + r, from + r * row + g * group, sizeof(T));
+      if (r < rows) memcpy(to + g * ROWS + r, of.from + place(s, r) * of.row + g * of.group, sizeof(T));
     }
 }
 
-static void pack_grouped(const Grouped& g, int rows, uint8_t* to) {
-  if (g.size == 1) pack_numbers(g.from, g.row, g.group, g.per_row, rows, to);
-  else if (g.size == 2) pack_numbers(g.from, g.row, g.group, g.per_row, rows, (uint16_t*)to);
-  else pack_numbers(g.from, g.row, g.group, g.per_row, rows, (uint32_t*)to);
+static void pack_grouped(const Stored& s, const Grouped& of, int rows, uint8_t* to) {
+  if (of.size == 1) pack_numbers(s, of, rows, to);
+  else if (of.size == 2) pack_numbers(s, of, rows, (uint16_t*)to);
+  else pack_numbers(s, of, rows, (uint32_t*)to);
 }
 
 void pack(const Matrix& m, const Stored& stored, int64_t block) {
   const int rows = (int)std::min<int64_t>(ROWS, m.rows - block * ROWS);
   uint8_t* to = (uint8_t*)m.data + block * m.stride;
   for (const Grouped& g : stored.grouped)
-    if (g.from) pack_grouped(g, rows, to + g.at);
+    if (g.from) pack_grouped(stored, g, rows, to + g.at);
   pack_block(stored, rows, m, to + m.codes_at);
+}
+
+Stored from_block(Stored s, int64_t block) {
+  s.rows += block * ROWS * s.ld;
+  for (Grouped& g : s.grouped)
+    if (g.from) g.from += block * ROWS * g.row;
+  return s;
 }
 
 extern "C" {
 int64_t cabochon_pack(Backlog* backlog, const Matrix* matrix, const Stored* stored) {
-  return backlog->add((matrix->rows + ROWS - 1) / ROWS, [m = *matrix, all = *stored](int64_t block) {
-    Stored s = all;
-    s.rows += block * ROWS * s.ld;
-    for (Grouped& g : s.grouped)
-      if (g.from) g.from += block * ROWS * g.row;
-    pack(m, s, block);
+  return backlog->add((matrix->rows + ROWS - 1) / ROWS, [m = *matrix, s = *stored](int64_t block) {
+    pack(m, from_block(s, block), block);
   });
 }
 }

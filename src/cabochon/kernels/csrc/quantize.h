@@ -64,4 +64,14 @@ static void quantize(const float* x, int64_t ldx, int n, int columns, int units,
   });
 }
 
+// The same, as products with `m` want them, in memory of this thread.
+static Quantized quantized_for(const Matrix& m, const float* x, int64_t ldx, int n, int threads) {
+  static thread_local Room room;
+  const int columns = n * m.digits;
+  const size_t size = quantized_bytes(columns, m.units) / sizeof(float) + 1;
+  const Quantized made = quantized_in(room.of(size), columns, m.units);
+  quantize(x, ldx, n, m.columns, m.units, m.digits, made, threads);
+  return made;
+}
+
 }  // namespace

@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "rows.h"
+#include "sketch.h"
 
 namespace {
 
@@ -92,30 +92,20 @@ struct Runs {
   }
 };
 
-// The true products of candidates.
-static void measure(const Search& s, const std::vector<int64_t>& ids, std::vector<float>& products) {
-  const int n = (int)ids.size();
-  products.resize(n);
-  multiply_rows(*s.rows, ids.data(), lifted_for(*s.rows, s.x, s.rows->columns, 1), 1, 0, n,
-                products.data(), n, s.threads);
-}
-
-// The same where products are off by no more than `margins` times the norm of `x`.
+// The same where products are near the true ones.
 static void search_near(const Search& s, const Runs& runs, std::vector<int64_t>& ids,
                         std::vector<float>& products) {
-  double squares = 0;
-  for (int k = 0; k < s.rows->columns; k++) squares += (double)s.x[k] * s.x[k];
-  const float norm = (float)(std::sqrt(squares) * s.slack);
-  const double widest = (double)s.widest * norm;
+  const Doubt doubt(*s.sketch, s.x);
+  const Truth truth(*s.sketch, s.x, s.threads);
   // The true products of those that seem the largest say what others must reach.
   runs.reaching(runs.kth_largest(s.count), [&](int64_t i) { ids.push_back(i); });
-  measure(s, ids, products);
+  truth.measure(ids, products);
   const double wanted = least_alike(s, kth(products, s.count));
   ids.clear();
-  runs.reaching(wanted - widest, [&](int64_t i) {
-    if (runs.products[i] + s.margins[i] * norm >= wanted) ids.push_back(i);
+  runs.reaching(wanted - doubt.of(s.widest), [&](int64_t i) {
+    if (runs.products[i] + doubt.of(s.sketch->margins + 2 * i) >= wanted) ids.push_back(i);
   });
-  measure(s, ids, products);
+  truth.measure(ids, products);
   std::vector<float> some = products;
   const double least = least_alike(s, kth(some, s.count));
   size_t kept = 0;
@@ -133,7 +123,7 @@ static int64_t search(const Search* s) {
   ids.clear(), products.clear();
   runs.products = s->products, runs.n = s->n;
   runs.look(*s);
-  if (s->margins) {
+  if (s->sketch) {
     search_near(*s, runs, ids, products);
   } else {
     runs.reaching(least_alike(*s, runs.kth_largest(s->count)), [&](int64_t i) {

@@ -1,76 +1,206 @@
-// A matrix of floats told again in six bits an entry, and how far off that can be: enough to know
-// which of its products are the largest.
+// A matrix told again in four bits an entry, and how far off products with that may be: enough to
+// know which of them are the largest.
+//
+// Codes are dithered: an entry is told as scale * (code - 8 + the dither of its column), with the
+// nearest code. If the dither was drawn evenly from 0 to 1, what this leaves of an entry is spread
+// evenly over half a scale to either side, whatever the entry was, and independent of what is left
+// of others in its row (Schuchman 1964). So a product is off by a sum of independent numbers, whose
+// tail is no heavier than a normal distribution's (each is strictly sub-Gaussian): more than t
+// standard deviations have a chance of 2 exp(-t * t / 2). Without a dither only Cauchy's and
+// Schwarz's bound is sure, four times as wide for 1,536 columns: two bits more.
 #pragma once
 #include "backlog.h"
+#include "exact.h"
 #include "pack.h"
+#include "quantize.h"
 #include "rows.h"
 
 namespace {
 
-constexpr int SKETCH_GROUP = 64;  // columns that share a scale
-constexpr int SKETCH_TOP = 31;    // the largest code; the one for zero is 32
+constexpr int SKETCH_GROUP = 64;     // columns that share a scale
+constexpr int SKETCH_ZERO = 8;       // the code
+constexpr float SKETCH_TOP = 7.5f;   // times the scale: what can be told, whatever the dither
+constexpr double DEVIATIONS = 10;    // one product of 2.6e21 is further off
+constexpr double UNEVEN = 1e-4;      // of both norms: inputs are rounded twice, sums in float32
+constexpr double LOST = 1e-16;       // norms of rows whose squares are too small for float32
 
-struct Squares {
-  F left, all;  // of what the codes leave, and of the entries
+// Sums over a row: of squared scales and entries; and the largest scale.
+struct Margins {
+  double scales = 0, entries = 0, largest = 0;
+
+  // How far off products are, by the norm of the input, and by the largest of those of its groups:
+  // neither is more than the truth.
+  void tell(int groups, float* to) const {
+    const double step = DEVIATIONS / std::sqrt(12.0), least = UNEVEN * std::sqrt(entries) + LOST;
+    to[0] = (float)(step * largest + least);
+    to[1] = (float)(step * std::sqrt(scales) + least * std::sqrt((double)groups));
+  }
 };
 
-template <int TYPE>
-INL void sketch_group(const uint8_t* row, int k, uint8_t* codes, uint16_t* scale, Squares* sums) {
-  constexpr int PARTS = SKETCH_GROUP / LANES;
-  F v[PARTS], q[PARTS], largest = fzero();
-  for (int i = 0; i < PARTS; i++) {
-    v[i] = entry<TYPE>(row, k + i * LANES);
-    largest = fmax2(largest, fabs1(v[i]));
+// The least bfloat16 that is no less than a number above 0.
+INL uint16_t bf16_above(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return (uint16_t)((bits + 0xffff) >> 16);
+}
+
+static void sketch_group(const float* entries, const float* dither, uint8_t* codes, uint16_t* scale,
+                         Margins* margins) {
+  F largest = fzero(), squares = fzero();
+  for (int i = 0; i < SKETCH_GROUP; i += LANES) {
+    const F v = fload(entries + i);
+    largest = fmax2(largest, fabs1(v));
+    squares = fma(v, v, squares);
   }
-  *scale = float_to_bf16(fmaximum(largest) / SKETCH_TOP);
+  *scale = bf16_above(fmaximum(largest) / SKETCH_TOP);
   const float step = bf16_to_float(*scale);
-  const F by = fsplat(step > 0x1p-120f ? 1 / step : 0.0f), steps = fsplat(step);
-  for (int i = 0; i < PARTS; i++) {
-    q[i] = fmin2(fround(fmul(v[i], by)), fsplat(SKETCH_TOP));
-    q[i] = fmax2(q[i], fsplat(-SKETCH_TOP));
-    const F left = fnma(q[i], steps, v[i]);
-    sums->left = fma(left, left, sums->left);
-    sums->all = fma(v[i], v[i], sums->all);
-  }
+  const F by = fsplat(step > 0x1p-120f ? 1 / step : 0.0f);
   float whole[SKETCH_GROUP];
-  for (int i = 0; i < PARTS; i++) fstore(whole + i * LANES, q[i]);
-  for (int i = 0; i < SKETCH_GROUP; i++) codes[i] = (uint8_t)((int)whole[i] + SKETCH_TOP + 1);
+  for (int i = 0; i < SKETCH_GROUP; i += LANES) {
+    const F q = fround(fma(fload(entries + i), by, fsub(fsplat(SKETCH_ZERO), fload(dither + i))));
+    fstore(whole + i, fmax2(fmin2(q, fsplat(15)), fzero()));
+  }
+  for (int i = 0; i < SKETCH_GROUP; i++) codes[i] = (uint8_t)(int)whole[i];
+  margins->scales += (double)step * step;
+  margins->entries += fsum(squares);
+  margins->largest = std::max<double>(margins->largest, step);
 }
 
 // What rows are packed from: codes, a byte each, in their order, and a bfloat16 for each group.
 inline Stored sketched(const uint8_t* codes, const uint16_t* scales, int columns) {
   const int groups = columns / SKETCH_GROUP;
-  Stored s = {codes, columns, columns, {UNIT, UNIT, 0, 0, 1, {{0, 8, 0, 0}}}, {}};
+  Stored s = {codes, columns, columns, {UNIT, UNIT, 0, 0, 1, {{0, 8, 0, 0}}}, {}, nullptr};
   s.grouped[0] = {(const uint8_t*)scales, 0, groups * 2, 2, groups, 2};
   return s;
 }
 
-// The block `b` of `to`, of as many rows of `m` with a multiple of SKETCH_GROUP columns; and how far
-// off products with it are, by the norms of what the codes leave and of the row.
-template <int TYPE>
-static void sketch_block(const Rows& m, const Matrix& to, const Margin& margin, int64_t b) {
-  const int groups = m.columns / SKETCH_GROUP, count = std::min<int64_t>(ROWS, m.rows - b * ROWS);
+// The first of the rows of `stored`, no more than ROWS, as a block of a matrix like `m`: packed in
+// memory of this thread.
+static Matrix packed_again(const Matrix& m, const Stored& stored, int rows) {
   static thread_local Room room;
-  uint16_t* scales = (uint16_t*)room.of((ROWS * (m.columns + groups * 2) + 3) / 4);
-  uint8_t* codes = (uint8_t*)(scales + ROWS * groups);
-  for (int i = 0; i < count; i++) {
-    const int64_t r = b * ROWS + i;
-    const uint8_t* row = m.data + r * m.columns * SIZE<TYPE>;
-    Squares sums{fzero(), fzero()};
-    for (int g = 0; g < groups; g++)
-      sketch_group<TYPE>(row, g * SKETCH_GROUP, codes + (i * groups + g) * SKETCH_GROUP,
-                         scales + i * groups + g, &sums);
-    margin.of[r] = std::sqrt(fsum(sums.left)) * margin.left + std::sqrt(fsum(sums.all)) * margin.all +
-                   margin.least;
-  }
-  pack(to, sketched(codes, scales, m.columns), b);
+  Matrix some = m;
+  some.rows = rows;
+  some.data = (const uint8_t*)room.of(m.stride / sizeof(float) + 1);
+  pack(some, stored, 0);
+  return some;
 }
 
-static int64_t sketch_rows(Backlog* backlog, const Rows& m, const Matrix& to, const Margin& margin) {
-  const auto block = m.type == ROW_BF16  ? sketch_block<ROW_BF16>
-                     : m.type == ROW_F16 ? sketch_block<ROW_F16>
-                                         : sketch_block<ROW_F32>;
-  return backlog->add((m.rows + ROWS - 1) / ROWS, [=](int b) { block(m, to, margin, b); });
+template <int TYPE> static void to_floats(const uint8_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) fstore(to + i, entry<TYPE>(from, (int)i));
+  for (; i < count; i++) to[i] = entry_alone<TYPE>(from, (int)i);
 }
+
+// Entries of a block's `count` rows, as products have them.
+static void entries_of(const Linear& w, const Stored& stored, int64_t block, int count, float* to) {
+  if (w.packed) {
+    Matrix some = packed_again(*w.packed, from_block(stored, block), count);
+    some.round = 0;  // as when inputs are rounded
+    return dense(some, nullptr, 0, count, to, 1);
+  }
+  const Rows& m = *w.rows;
+  const uint8_t* from = m.data + block * ROWS * m.columns * size_of(m);
+  const int64_t all = (int64_t)count * m.columns;
+  if (m.type == ROW_BF16) to_floats<ROW_BF16>(from, all, to);
+  else if (m.type == ROW_F16) to_floats<ROW_F16>(from, all, to);
+  else to_floats<ROW_F32>(from, all, to);
+}
+
+static void sketch_block(const Sketch& s, const Linear& whole, const Stored& stored, int64_t block) {
+  const int columns = s.near.columns, groups = columns / SKETCH_GROUP;
+  const int count = std::min<int64_t>(ROWS, s.near.rows - block * ROWS);
+  static thread_local Room floats, room;
+  float* entries = floats.of((size_t)ROWS * columns);
+  uint16_t* scales = (uint16_t*)room.of((ROWS * (columns + groups * 2) + 3) / 4);
+  uint8_t* codes = (uint8_t*)(scales + ROWS * groups);
+  entries_of(whole, stored, block, count, entries);
+  for (int i = 0; i < count; i++) {
+    Margins margins;
+    for (int g = 0; g < groups; g++) {
+      const int64_t at = (int64_t)(i * groups + g) * SKETCH_GROUP;
+      sketch_group(entries + at, s.dither + g * SKETCH_GROUP, codes + at, scales + i * groups + g,
+                   &margins);
+    }
+    margins.tell(groups, s.margins + (block * ROWS + i) * 2);
+  }
+  pack(s.near, sketched(codes, scales, columns), block);
+}
+
+// Fills what is near, and the margins.
+static int64_t make_sketch(Backlog* backlog, const Sketch& s) {
+  const Rows rows = s.whole.rows ? *s.whole.rows : Rows{};
+  const Matrix packed = s.whole.packed ? *s.whole.packed : Matrix{};
+  const Stored stored = s.stored ? *s.stored : Stored{};
+  const int blocks = (s.near.rows + ROWS - 1) / ROWS;
+  return backlog->add(blocks, [=](int block) {
+    const Linear whole{s.whole.packed ? &packed : nullptr, s.whole.rows ? &rows : nullptr};
+    sketch_block(s, whole, stored, block);
+  });
+}
+
+// y [n, rows], near the products of x [n, columns].
+static void multiply_near(const Sketch& s, const float* x, int64_t ldx, int n, float* y, int64_t ldy,
+                          int threads) {
+  const Matrix& m = s.near;
+  const Quantized q = quantized_for(m, x, ldx, n, threads);
+  const int columns = n * m.digits;
+  // What is taken away, SKETCH_ZERO times the sum of a unit's inputs, is less by these times dithers.
+  for (int64_t i = 0; i < (int64_t)columns * m.units; i++) {
+    const int8_t* codes = q.codes + i * UNIT;
+    const float* dither = s.dither + i % m.units * UNIT;
+    float sum = 0;
+    for (int k = 0; k < UNIT; k++) sum += codes[place_in_unit(k)] * (1 - dither[k] / SKETCH_ZERO);
+    q.sums[i] = sum * q.scales[i];
+  }
+  multiply(m, q, columns, 0, m.rows, y, ldy, threads);
+}
+
+// How far off products with `x` are.
+struct Doubt {
+  double norm = 0, most = 0;  // of the input, and of its largest group
+
+  Doubt(const Sketch& s, const float* x) {
+    for (int from = 0; from < s.near.columns; from += SKETCH_GROUP) {
+      double squares = 0;
+      for (int k = from; k < from + SKETCH_GROUP; k++) squares += (double)x[k] * x[k];
+      norm += squares;
+      most = std::max(most, squares);
+    }
+    // Rounded to eight bits of the largest of 32, inputs may grow: by sqrt(32) / 254 of their norm.
+    const double grown = s.near.digits == 1 ? 1.0223 : 1.0001;
+    norm = std::sqrt(norm) * grown;
+    most = std::sqrt(most) * grown;
+  }
+
+  double of(const float* margins) const { return std::min(margins[0] * norm, margins[1] * most); }
+};
+
+// True products of an input with some rows.
+struct Truth {
+  const Sketch& s;
+  const float* x;
+  int threads;
+  Quantized codes{};  // of the input, where the matrix wants them
+
+  Truth(const Sketch& s, const float* x, int threads) : s(s), x(x), threads(threads) {
+    if (s.whole.packed) codes = quantized_for(*s.whole.packed, x, s.near.columns, 1, threads);
+  }
+
+  void measure(const std::vector<int64_t>& ids, std::vector<float>& products) const {
+    const int n = (int)ids.size();
+    products.resize(n);
+    if (const Rows* rows = s.whole.rows)
+      return multiply_rows(*rows, ids.data(), lifted_for(*rows, x, rows->columns, 1), 1, 0, n,
+                           products.data(), n, threads);
+    // With the kernels that multiply with all rows: these packed again, ROWS together.
+    in_parallel((n + ROWS - 1) / ROWS, threads, [&](int piece) {
+      const int first = piece * ROWS, count = std::min(ROWS, n - first);
+      Stored picked = *s.stored;
+      picked.which = ids.data() + first;
+      const Matrix some = packed_again(*s.whole.packed, picked, count);
+      multiply(some, codes, some.digits, 0, count, products.data() + first, count, 1);
+    });
+  }
+};
 
 }  // namespace

@@ -11,7 +11,8 @@ struct Table {
                      int stop, float* y, int64_t ldy, int threads);
   void (*text)(const Text*, const Cache*, const Step*);
   void (*layer)(const Layer*, const Cache*, const Access*, const Rotation*, const Pass*);
-  int64_t (*sketch)(Backlog*, const Rows*, const Matrix* to, const Margin*);
+  int64_t (*sketch)(Backlog*, const Sketch*);
+  void (*near)(const Sketch*, const float* x, int64_t ldx, int n, float* y, int64_t ldy, int threads);
   double (*peak)(int64_t rounds, int threads);
   void (*read)(const uint8_t* data, int64_t size, int threads);
   int64_t (*search)(const Search*);
