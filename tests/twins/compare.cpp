@@ -171,41 +171,60 @@ static void stored_floats() {
   }
 }
 
-// Room for codes of eight bits with a bfloat16 for every 64 columns, as a sketch has them.
-static Packed eight_bits(int rows, int columns) {
+// Room for codes of four bits with a bfloat16 for every 64 columns, as a sketch has them.
+static Packed four_bits(int rows, int columns, int digits) {
   Packed made;
   Matrix& m = made.m;
-  m.rows = rows, m.columns = columns, m.units = columns / UNIT;
-  m.codes = U8, m.scales = BF16, m.minima = CONSTANT, m.zero = 128, m.gain = m.unit = 1;
-  m.halves = 4, m.groups = m.per_shared = columns / 64;
+  m.rows = rows, m.columns = columns, m.units = columns / UNIT, m.digits = digits;
+  m.codes = U4, m.scales = BF16, m.minima = CONSTANT, m.zero = 8, m.gain = m.unit = 1;
+  m.halves = 4, m.groups = columns / 64, m.per_shared = 1;
   m.codes_at = (m.groups * ROWS * 2 + 63) / 64 * 64;
-  m.stride = m.codes_at + m.units * UNIT_BYTES[U8];
+  m.stride = m.codes_at + m.units * UNIT_BYTES[U4];
   made.room.resize((rows + ROWS - 1) / ROWS * m.stride + 64);
   m.data = made.room.data() + (64 - (uintptr_t)made.room.data() % 64) % 64;
   return made;
 }
 
+// Entries of a sketch that `by` makes of `whole`, its margins, and products that are near the true ones.
+static void sketch(const Table* by, const Linear& whole, const Stored* stored, int rows, int columns,
+                   int digits, const std::vector<float>& x, std::vector<float> (&made)[3]) {
+  std::vector<float> dither(columns);
+  for (int k = 0; k < columns; k++) dither[k] = std::fmod(k * 0.618f, 1.0f);
+  Packed room = four_bits(rows, columns, digits);
+  made[0].resize(rows * columns), made[1].resize(2 * rows), made[2].resize(2 * rows);
+  const Sketch s{room.m, dither.data(), made[1].data(), whole, stored};
+  Backlog backlog(0);
+  backlog.wait(by->sketch(&backlog, &s), 1 << 30);
+  cabochon_scalar()->dense(&room.m, nullptr, 0, rows, made[0].data(), 1);
+  by->near(&s, x.data(), columns, 2, made[2].data(), rows, 1);
+}
+
+static void compare_sketches(const std::string& of, const Linear& whole, const Stored* stored,
+                             int rows, int columns, int digits) {
+  const std::vector<float> x = inputs(2 * columns);
+  std::vector<float> ours[3], others[3];
+  sketch(CABOCHON_TWIN(), whole, stored, rows, columns, digits, x, ours);
+  sketch(cabochon_scalar(), whole, stored, rows, columns, digits, x, others);
+  compare("a sketch of " + of, ours[0], others[0], 0);
+  compare("margins of " + of, ours[1], others[1], 1e-5);
+  compare("near " + of, ours[2], others[2], 1e-4);
+}
+
 static void sketches() {
-  const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
+  const int rows = 300, columns = 192;
   for (int type = 0; type < 3; type++) {
-    const int rows = 300, columns = 192;
     const std::vector<uint8_t> data = floats(type, rows * columns);
     const Rows m{data.data(), nullptr, rows, columns, type, 1, columns};
-    const auto made = [&](const Table* by, float left, float all) {
-      Packed sketch = eight_bits(rows, columns);
-      std::vector<float> margins(rows), entries(rows * columns);
-      const Margin margin{margins.data(), left, all, 0};
-      Backlog backlog(0);
-      backlog.wait(by->sketch(&backlog, &m, &sketch.m, &margin), 1 << 30);
-      other->dense(&sketch.m, nullptr, 0, rows, entries.data(), 1);
-      return std::make_pair(entries, margins);
-    };
-    const auto [entries, left] = made(one, 1, 0);
-    const auto [others, others_left] = made(other, 1, 0);
-    compare("sketch " + std::to_string(type), entries, others, 0);
-    compare("what a sketch leaves", left, others_left, 1e-4);
-    compare("norms", made(one, 0, 1).second, made(other, 0, 1).second, 1e-5);
+    compare_sketches("floats " + std::to_string(type), {nullptr, &m}, nullptr, rows, columns, 2);
   }
+  Packed eight = random_matrix(U8, F16, CONSTANT, false, 1, rows, columns);
+  eight.m.zero = 128;
+  std::vector<uint8_t> codes(rows * columns), scales(rows * columns / UNIT * 2);
+  for (uint8_t& code : codes) code = below(256);
+  fill_halves(scales.data(), rows * columns / UNIT);
+  Stored stored{codes.data(), columns, columns, {UNIT, UNIT, 0, 0, 1, {{0, 8, 0, 0}}}, {}, nullptr};
+  stored.grouped[0] = {scales.data(), 0, columns / UNIT * 2, 2, columns / UNIT, 2};
+  compare_sketches("codes", {&eight.m, nullptr}, &stored, rows, columns, 1);
 }
 
 // How many are found, which, and their products.

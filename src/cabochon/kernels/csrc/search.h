@@ -10,6 +10,7 @@ namespace {
 
 constexpr int RUN = 256;          // products of which the largest is known
 constexpr int RUNS_AT_ONCE = 64;  // that a thread takes at a time
+constexpr int SOME = 30;
 constexpr double TANH_ROUNDS = 1e-6;  // in float32, generously
 
 // The `count`-th largest, or the least if there are fewer.
@@ -97,8 +98,9 @@ static void search_near(const Search& s, const Runs& runs, std::vector<int64_t>&
                         std::vector<float>& products) {
   const Doubt doubt(*s.sketch, s.x);
   const Truth truth(*s.sketch, s.x, s.threads);
-  // The true products of those that seem the largest say what others must reach.
-  runs.reaching(runs.kth_largest(s.count), [&](int64_t i) { ids.push_back(i); });
+  // The true products of those that seem the largest, and of some more, or one that only seems so
+  // would count, say what others must reach.
+  runs.reaching(runs.kth_largest(2 * (int64_t)s.count + SOME), [&](int64_t i) { ids.push_back(i); });
   truth.measure(ids, products);
   const double wanted = least_alike(s, kth(products, s.count));
   ids.clear();

@@ -175,6 +175,12 @@ struct Doubt {
   double of(const float* margins) const { return std::min(margins[0] * norm, margins[1] * most); }
 };
 
+INL void fetch_row(const Stored& s, int64_t row) {
+  fetch(s.rows + row * s.ld, s.bytes);
+  for (const Grouped& g : s.grouped)
+    if (g.from) fetch(g.from + row * g.row, (g.per_row - 1) * g.group + g.size);
+}
+
 // True products of an input with some rows.
 struct Truth {
   const Sketch& s;
@@ -197,6 +203,7 @@ struct Truth {
       const int first = piece * ROWS, count = std::min(ROWS, n - first);
       Stored picked = *s.stored;
       picked.which = ids.data() + first;
+      for (int i = 0; i < count; i++) fetch_row(picked, picked.which[i]);
       const Matrix some = packed_again(*s.whole.packed, picked, count);
       multiply(some, codes, some.digits, 0, count, products.data() + first, count, 1);
     });
