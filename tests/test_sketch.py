@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from gguf_models import MODELS
 from thin import fixture
 from torch import Tensor
 
@@ -119,7 +121,7 @@ def of_codes(kernels: Library, weight: Weight, activations: Activations) -> Sket
         out_features=weight.out_features,
         in_features=weight.in_features,
         arena=Arena(kernels),
-        keep=True,
+        pack=False,
     )
     return SketchedHead(kernels, whole, arena=Arena(kernels))
 
@@ -247,7 +249,7 @@ def test_which_heads_have_one() -> None:
     assert has(DenseWeight(large))
     assert not has(DenseWeight(large[:1000]))
     assert not has(DenseWeight(torch.empty(1 << 18, 65)))
-    assert not has(ByteWeight(large.view(torch.uint8), torch.ones(1, 1), E4M3, cell=(64, 64)))
+    assert not has(ByteWeight(large.view(torch.uint8), torch.ones(1 << 12, 2), E4M3, cell=(64, 64)))
 
     def kind(name: str, nbytes: int) -> BlockWeight:
         octets = torch.zeros(1 << 16, nbytes, dtype=torch.uint8)
@@ -256,16 +258,24 @@ def test_which_heads_have_one() -> None:
     assert has(kind("Q6_K", 210))
     assert has(kind("Q8_0", 34 * 8))
     assert not has(kind("Q4_0", 18 * 8)), "four bits by themselves"
-    turned = ByteWeight(
-        torch.zeros(256, 1 << 16, dtype=torch.int8).T, torch.ones(1, 1), cell=(1, 1)
-    )
-    assert not has(turned), "what it is packed from is nowhere"
+    weight = kind("Q6_K", 210)
+    coded = weight.description()
+    made = replace(coded, octets=coded.octets.clone())
+    assert not sketchable(weight, made), "what it is packed from would have to be kept"
 
 
-@pytest.fixture(params=["e2b-w4a16", "12b-w4a16", "26b-w4a16", "e2b-bf16"])
+HEADS = {
+    **{name: fixture(name) for name in ("e2b-w4a16", "12b-w4a16", "26b-w4a16", "e2b-bf16")},
+    "Q6_K": MODELS["e2b every type"][0],
+    "Q6_K, experts": MODELS["26b every type"][0],
+    "Q8_0": MODELS["12b split"][0],
+}
+
+
+@pytest.fixture(params=HEADS)
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LLM]]:
     """A model whose head has a sketch, and the same one without."""
-    folder = fixture(request.param)
+    folder = HEADS[request.param]
     with LLM(folder) as plain:
         monkeypatch.setattr(sketch, "LEAST", 0)
         with LLM(folder) as sketched:

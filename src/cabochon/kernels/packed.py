@@ -69,7 +69,7 @@ class PackedWeight(Weight):
             at all.
         arena: where its memory is taken from.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
-        keep: what it is packed from stays, to be packed again.
+        pack: or whoever made it has that done, from its `source`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PackedWeight(Weight):
         in_features: int,
         arena: Arena,
         backlog: Backlog | None = None,
-        keep: bool = False,
+        pack: bool = True,
     ) -> None:
         assert unsupported(coded) is None
         super().__init__(out_features, in_features)
@@ -96,9 +96,10 @@ class PackedWeight(Weight):
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
         source = _source(coded.octets, coded.layout, self._placed(coded, arena))
-        self.source = source if keep else None
-        with at_once(library, backlog) as work:
-            work.pack(self.matrix, source.stored, self.data, *source.parts)
+        self.source = None if pack else source
+        if pack:
+            with at_once(library, backlog) as work:
+                work.pack(self.matrix, source.stored, self.data, *source.parts)
 
     data: Tensor  # uint8 [bytes]
     levels: Tensor | None

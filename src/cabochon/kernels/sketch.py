@@ -46,7 +46,11 @@ def sketchable(weight: Weight, described: Coded | StoredFloats) -> bool:
 
 
 class SketchedHead(Weight):
-    """A sketch of `whole`, whose floats, or what it is packed from, stay where they are."""
+    """A sketch of `whole`, whose floats, or what it is packed from, stay where they are.
+
+    Args:
+        whole: if it is to be packed, that is done here.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,10 @@ class SketchedHead(Weight):
         )
         with at_once(library, backlog) as work:
             parts = source.parts if source else ()
-            work.sketch(self.sketch, (self.data, self.margins, self.dither), parts)
+            to = [self.data, self.margins, self.dither]
+            if isinstance(whole, PackedWeight):
+                to.append(whole.data)
+            work.sketch(self.sketch, to, parts)
 
     data: Tensor  # uint8 [bytes]
     dither: Tensor  # [in_features], from 0 up to 1

@@ -60,29 +60,19 @@ static void sketch_group(const float* entries, const float* dither, uint8_t* cod
     const F q = fround(fma(fload(entries + i), by, fsub(fsplat(SKETCH_ZERO), fload(dither + i))));
     fstore(whole + i, fmax2(fmin2(q, fsplat(15)), fzero()));
   }
-  for (int i = 0; i < SKETCH_GROUP; i++) codes[i] = (uint8_t)(int)whole[i];
+  for (int i = 0; i < SKETCH_GROUP / 2; i++)
+    codes[i] = (uint8_t)((int)whole[2 * i] | (int)whole[2 * i + 1] << 4);
   margins->scales += (double)step * step;
   margins->entries += fsum(squares);
   margins->largest = std::max<double>(margins->largest, step);
 }
 
-// What rows are packed from: codes, a byte each, in their order, and a bfloat16 for each group.
+// What rows are packed from: codes, two a byte, in their order, and a bfloat16 for each group.
 inline Stored sketched(const uint8_t* codes, const uint16_t* scales, int columns) {
-  const int groups = columns / SKETCH_GROUP;
-  Stored s = {codes, columns, columns, {UNIT, UNIT, 0, 0, 1, {{0, 8, 0, 0}}}, {}, nullptr};
+  const int groups = columns / SKETCH_GROUP, bytes = columns / 2;
+  Stored s = {codes, bytes, bytes, {UNIT, UNIT / 2, 0, 0, 1, {{0, 4, 0, 0}}}, {}, nullptr};
   s.grouped[0] = {(const uint8_t*)scales, 0, groups * 2, 2, groups, 2};
   return s;
-}
-
-// The first of the rows of `stored`, no more than ROWS, as a block of a matrix like `m`: packed in
-// memory of this thread.
-static Matrix packed_again(const Matrix& m, const Stored& stored, int rows) {
-  static thread_local Room room;
-  Matrix some = m;
-  some.rows = rows;
-  some.data = (const uint8_t*)room.of(m.stride / sizeof(float) + 1);
-  pack(some, stored, 0);
-  return some;
 }
 
 template <int TYPE> static void to_floats(const uint8_t* from, int64_t count, float* to) {
@@ -91,12 +81,13 @@ template <int TYPE> static void to_floats(const uint8_t* from, int64_t count, fl
   for (; i < count; i++) to[i] = entry_alone<TYPE>(from, (int)i);
 }
 
-// Entries of a block's `count` rows, as products have them.
+// Entries of a block's `count` rows, as products have them. A matrix that is packed, is packed now.
 static void entries_of(const Linear& w, const Stored& stored, int64_t block, int count, float* to) {
   if (w.packed) {
-    Matrix some = packed_again(*w.packed, from_block(stored, block), count);
-    some.round = 0;  // as when inputs are rounded
-    return dense(some, nullptr, 0, count, to, 1);
+    pack(*w.packed, from_block(stored, block), block);
+    Matrix m = *w.packed;
+    m.round = 0;  // as when inputs are rounded
+    return dense(m, nullptr, block * ROWS, count, to, 1);
   }
   const Rows& m = *w.rows;
   const uint8_t* from = m.data + block * ROWS * m.columns * size_of(m);
@@ -111,22 +102,22 @@ static void sketch_block(const Sketch& s, const Linear& whole, const Stored& sto
   const int count = std::min<int64_t>(ROWS, s.near.rows - block * ROWS);
   static thread_local Room floats, room;
   float* entries = floats.of((size_t)ROWS * columns);
-  uint16_t* scales = (uint16_t*)room.of((ROWS * (columns + groups * 2) + 3) / 4);
+  uint16_t* scales = (uint16_t*)room.of((ROWS * (columns / 2 + groups * 2) + 3) / 4);
   uint8_t* codes = (uint8_t*)(scales + ROWS * groups);
   entries_of(whole, stored, block, count, entries);
   for (int i = 0; i < count; i++) {
     Margins margins;
     for (int g = 0; g < groups; g++) {
       const int64_t at = (int64_t)(i * groups + g) * SKETCH_GROUP;
-      sketch_group(entries + at, s.dither + g * SKETCH_GROUP, codes + at, scales + i * groups + g,
-                   &margins);
+      sketch_group(entries + at, s.dither + g * SKETCH_GROUP, codes + at / 2,
+                   scales + i * groups + g, &margins);
     }
     margins.tell(groups, s.margins + (block * ROWS + i) * 2);
   }
   pack(s.near, sketched(codes, scales, columns), block);
 }
 
-// Fills what is near, and the margins.
+// Fills what is near, the margins, and what is packed of the matrix itself.
 static int64_t make_sketch(Backlog* backlog, const Sketch& s) {
   const Rows rows = s.whole.rows ? *s.whole.rows : Rows{};
   const Matrix packed = s.whole.packed ? *s.whole.packed : Matrix{};
@@ -174,6 +165,17 @@ struct Doubt {
 
   double of(const float* margins) const { return std::min(margins[0] * norm, margins[1] * most); }
 };
+
+// The first of the rows of `stored`, no more than ROWS, as a block of a matrix like `m`: packed in
+// memory of this thread.
+static Matrix packed_again(const Matrix& m, const Stored& stored, int rows) {
+  static thread_local Room room;
+  Matrix some = m;
+  some.rows = rows;
+  some.data = (const uint8_t*)room.of(m.stride / sizeof(float) + 1);
+  pack(some, stored, 0);
+  return some;
+}
 
 INL void fetch_row(const Stored& s, int64_t row) {
   fetch(s.rows + row * s.ld, s.bytes);
