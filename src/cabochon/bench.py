@@ -175,7 +175,7 @@ def step_bytes(llm: LLM) -> int:
 def _bytes(module: nn.Module) -> int:
     """Of the matrices in `module` that kernels multiply with."""
     if isinstance(module, SketchedHead | PackedWeight):
-        return module.data.numel()
+        return module.nbytes
     if isinstance(module, FloatsWeight):
         return sum(buffer.nbytes for buffer in module.buffers())
     return sum(_bytes(child) for child in module.children())

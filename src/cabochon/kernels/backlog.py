@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,9 +62,9 @@ class Backlog:
         """Fill `matrix`, whose room is `to`, with what is `stored` in `parts`."""
         self._keep(self._library.pack(self._handle, matrix, stored), (to,), parts)
 
-    def sketch(self, sketch: Sketch, to: Sequence[Tensor], parts: tuple[Tensor, ...]) -> None:
+    def sketch(self, sketch: Sketch, to: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
         """Fill `sketch`, whose room is `to`, with one of what is stored in `parts`."""
-        self._keep(self._library.sketch(self._handle, sketch), tuple(to), parts)
+        self._keep(self._library.sketch(self._handle, sketch), to, parts)
 
     def copy(self, to: Tensor, stored: Tensor) -> None:
         address, nbytes = stored.data_ptr(), stored.nbytes

@@ -84,7 +84,7 @@ class Kernels:
                 in_features=weight.in_features,
                 arena=arena,
                 backlog=backlog,
-                pack=not sketched,
+                later=sketched,
             )
         self._chosen[_name(described, self.activations, sketched=sketched)] += 1
         if sketched:

@@ -296,6 +296,7 @@ _SIGNATURES = {
     "near": (None, [POINTER(Sketch), c_void_p, c_int64, c_int, c_void_p, c_int64, c_int]),
     "search": (c_int64, [POINTER(Search)]),
     "dense": (None, [POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p, c_int]),
+    "picked": (None, [POINTER(Matrix), POINTER(Stored), c_void_p, c_int, c_void_p, c_int]),
     "text": (None, [POINTER(Text), POINTER(Cache), POINTER(Step)]),
     "layer": (
         None,
@@ -329,6 +330,7 @@ class Library:
         self.near = self._dll.cabochon_near
         self.search = self._dll.cabochon_search
         self.dense = self._dll.cabochon_dense
+        self.picked = self._dll.cabochon_picked
         self.text = self._dll.cabochon_text
         self.layer = self._dll.cabochon_layer
         self.peak = self._dll.cabochon_peak

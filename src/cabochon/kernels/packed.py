@@ -69,7 +69,8 @@ class PackedWeight(Weight):
             at all.
         arena: where its memory is taken from.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
-        pack: or whoever made it has that done, from its `source`.
+        later: it takes memory, and is packed, when products with it are wanted; what it is packed
+            from stays until it goes.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class PackedWeight(Weight):
         in_features: int,
         arena: Arena,
         backlog: Backlog | None = None,
-        pack: bool = True,
+        later: bool = False,
     ) -> None:
         assert unsupported(coded) is None
         super().__init__(out_features, in_features)
@@ -95,13 +96,14 @@ class PackedWeight(Weight):
         elif halves > 1 and halves % 2:  # a scale may change within a unit: one for each half
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
-        source = _source(coded.octets, coded.layout, self._placed(coded, arena))
-        self.source = None if pack else source
-        if pack:
-            with at_once(library, backlog) as work:
-                work.pack(self.matrix, source.stored, self.data, *source.parts)
+        self.register_buffer("data", None)
+        self._arena = arena
+        self.source: Source | None = _source(coded.octets, coded.layout, self._placed(coded))
+        if not later:
+            self._pack(backlog)
+            self.source = None
 
-    data: Tensor  # uint8 [bytes]
+    data: Tensor | None  # uint8 [bytes]
     levels: Tensor | None
 
     def _describe(self, coded: Coded, halves: int) -> Matrix:
@@ -137,8 +139,8 @@ class PackedWeight(Weight):
             matrix.values = (ctypes.c_float * 16)(*coded.values)
         return matrix
 
-    def _placed(self, coded: Coded, arena: Arena) -> dict[int, Tensor]:
-        """Room for the matrix, and the numbers of its groups by their places in a block."""
+    def _placed(self, coded: Coded) -> dict[int, Tensor]:
+        """The numbers of groups by their places in a block, which the matrix is told."""
         matrix = self.matrix
         numbers = {
             "": coded.scales,
@@ -159,21 +161,41 @@ class PackedWeight(Weight):
                 at += -(-size // ALIGNMENT) * ALIGNMENT
         matrix.codes_at = at
         matrix.stride = at + matrix.units * _UNIT_BYTES[matrix.codes]
-        nbytes = -(-self.out_features // ROWS) * matrix.stride
-        self.register_buffer("data", arena.take(nbytes))
-        matrix.data = address(self.data)
         return placed
+
+    def _pack(self, backlog: Backlog | None = None) -> None:
+        assert self.source is not None
+        self.data = self._arena.take(self.nbytes)
+        self.matrix.data = address(self.data)
+        with at_once(self._library, backlog) as work:
+            work.pack(self.matrix, self.source.stored, self.data, *self.source.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the matrix as products read it."""
+        return int(-(-self.out_features // ROWS) * self.matrix.stride)
+
+    def _ready(self) -> Matrix:
+        if self.data is None:
+            self._pack()
+            self._arena.enlarge()
+        return self.matrix
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.out_features if stop is None else stop
         out = torch.empty(stop - start, self.in_features)
-        self._library.dense(self.matrix, None, start, len(out), address(out), threads())
+        self._library.dense(self._ready(), None, start, len(out), address(out), threads())
         return out.to(dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         wanted = ids.flatten().contiguous()
         out = torch.empty(len(wanted), self.in_features)
-        self._library.dense(self.matrix, address(wanted), 0, len(out), address(out), threads())
+        count, to = len(out), address(out)
+        if self.data is None and self.source is not None:
+            stored = self.source.stored
+            self._library.picked(self.matrix, stored, address(wanted), count, to, threads())
+        else:
+            self._library.dense(self.matrix, address(wanted), 0, count, to, threads())
         return out.to(dtype).view(*ids.shape, self.in_features)
 
     def linear(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -181,7 +203,7 @@ class PackedWeight(Weight):
         flat = x.reshape(-1, self.in_features).float().contiguous()
         y = torch.empty(len(flat), stop - start)
         self._library.times(
-            self.matrix,
+            self._ready(),
             address(flat),
             self.in_features,
             len(flat),

@@ -46,11 +46,7 @@ def sketchable(weight: Weight, described: Coded | StoredFloats) -> bool:
 
 
 class SketchedHead(Weight):
-    """A sketch of `whole`, whose floats, or what it is packed from, stay where they are.
-
-    Args:
-        whole: if it is to be packed, that is done here.
-    """
+    """A sketch of `whole`, whose floats, or what it is packed from, stay where they are."""
 
     def __init__(
         self,
@@ -79,14 +75,16 @@ class SketchedHead(Weight):
         )
         with at_once(library, backlog) as work:
             parts = source.parts if source else ()
-            to = [self.data, self.margins, self.dither]
-            if isinstance(whole, PackedWeight):
-                to.append(whole.data)
-            work.sketch(self.sketch, to, parts)
+            work.sketch(self.sketch, (self.data, self.margins, self.dither), parts)
 
     data: Tensor  # uint8 [bytes]
     dither: Tensor  # [in_features], from 0 up to 1
     margins: Tensor  # [out_features, 2]: of norms of an input, and of its largest group
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sketch as products read it."""
+        return self.data.nbytes
 
     @cached_property
     def widest(self) -> tuple[float, float]:

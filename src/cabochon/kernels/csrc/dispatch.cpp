@@ -77,6 +77,12 @@ void cabochon_dense(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   table->dense(m, rows, start, n, out, threads);
 }
 
+// Rows of a matrix that need not be packed, from what it is packed from.
+void cabochon_picked(const Matrix* m, const Stored* stored, const int64_t* ids, int n, float* out,
+                     int threads) {
+  table->picked(m, stored, ids, n, out, threads);
+}
+
 // Hidden states of the rows that a step wants; `caches` are those of each layer.
 void cabochon_text(const Text* text, const Cache* caches, const Step* step) {
   table->text(text, caches, step);

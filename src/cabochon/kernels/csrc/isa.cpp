@@ -31,13 +31,18 @@ static void entries(const Matrix* m, const int64_t* rows, int64_t start, int n, 
   dense(*m, rows, start, n, out, threads);
 }
 
+static void picked(const Matrix* m, const Stored* stored, const int64_t* ids, int n, float* out,
+                   int threads) {
+  dense_picked(*m, *stored, ids, n, out, threads);
+}
+
 static void layer(const Layer* of, const Cache* cache, const Access* access, const Rotation* rotation,
                   const Pass* pass) {
   run_layer(*of, View{*cache, *access}, *rotation, *pass);
 }
 
 extern "C" const Table* CABOCHON_TABLE() {
-  static const Table table = {times, times_rows, run_text, layer,  sketch,
-                              near,  peak,       read_all, search, entries};
+  static const Table table = {times, times_rows, run_text, layer,   sketch, near,
+                              peak,  read_all,   search,   entries, picked};
   return &table;
 }

@@ -10,10 +10,8 @@
 // Schwarz's bound is sure, four times as wide for 1,536 columns: two bits more.
 #pragma once
 #include "backlog.h"
-#include "exact.h"
-#include "pack.h"
+#include "picked.h"
 #include "quantize.h"
-#include "rows.h"
 
 namespace {
 
@@ -81,13 +79,12 @@ template <int TYPE> static void to_floats(const uint8_t* from, int64_t count, fl
   for (; i < count; i++) to[i] = entry_alone<TYPE>(from, (int)i);
 }
 
-// Entries of a block's `count` rows, as products have them. A matrix that is packed, is packed now.
+// Entries of a block's `count` rows, as products have them.
 static void entries_of(const Linear& w, const Stored& stored, int64_t block, int count, float* to) {
   if (w.packed) {
-    pack(*w.packed, from_block(stored, block), block);
-    Matrix m = *w.packed;
-    m.round = 0;  // as when inputs are rounded
-    return dense(m, nullptr, block * ROWS, count, to, 1);
+    Matrix some = packed_again(*w.packed, from_block(stored, block), count);
+    some.round = 0;  // as when inputs are rounded
+    return dense(some, nullptr, 0, count, to, 1);
   }
   const Rows& m = *w.rows;
   const uint8_t* from = m.data + block * ROWS * m.columns * size_of(m);
@@ -117,7 +114,7 @@ static void sketch_block(const Sketch& s, const Linear& whole, const Stored& sto
   pack(s.near, sketched(codes, scales, columns), block);
 }
 
-// Fills what is near, the margins, and what is packed of the matrix itself.
+// Fills what is near, and the margins.
 static int64_t make_sketch(Backlog* backlog, const Sketch& s) {
   const Rows rows = s.whole.rows ? *s.whole.rows : Rows{};
   const Matrix packed = s.whole.packed ? *s.whole.packed : Matrix{};
@@ -166,23 +163,6 @@ struct Doubt {
   double of(const float* margins) const { return std::min(margins[0] * norm, margins[1] * most); }
 };
 
-// The first of the rows of `stored`, no more than ROWS, as a block of a matrix like `m`: packed in
-// memory of this thread.
-static Matrix packed_again(const Matrix& m, const Stored& stored, int rows) {
-  static thread_local Room room;
-  Matrix some = m;
-  some.rows = rows;
-  some.data = (const uint8_t*)room.of(m.stride / sizeof(float) + 1);
-  pack(some, stored, 0);
-  return some;
-}
-
-INL void fetch_row(const Stored& s, int64_t row) {
-  fetch(s.rows + row * s.ld, s.bytes);
-  for (const Grouped& g : s.grouped)
-    if (g.from) fetch(g.from + row * g.row, (g.per_row - 1) * g.group + g.size);
-}
-
 // True products of an input with some rows.
 struct Truth {
   const Sketch& s;
@@ -201,13 +181,8 @@ struct Truth {
       return multiply_rows(*rows, ids.data(), lifted_for(*rows, x, rows->columns, 1), 1, 0, n,
                            products.data(), n, threads);
     // With the kernels that multiply with all rows: these packed again, ROWS together.
-    in_parallel((n + ROWS - 1) / ROWS, threads, [&](int piece) {
-      const int first = piece * ROWS, count = std::min(ROWS, n - first);
-      Stored picked = *s.stored;
-      picked.which = ids.data() + first;
-      for (int i = 0; i < count; i++) fetch_row(picked, picked.which[i]);
-      const Matrix some = packed_again(*s.whole.packed, picked, count);
-      multiply(some, codes, some.digits, 0, count, products.data() + first, count, 1);
+    each_picked(*s.whole.packed, *s.stored, ids.data(), n, threads, [&](const Matrix& m, int first) {
+      multiply(m, codes, m.digits, 0, m.rows, products.data() + first, m.rows, 1);
     });
   }
 };

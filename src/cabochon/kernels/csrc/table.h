@@ -17,4 +17,5 @@ struct Table {
   void (*read)(const uint8_t* data, int64_t size, int threads);
   int64_t (*search)(const Search*);
   void (*dense)(const Matrix*, const int64_t* rows, int64_t start, int n, float* out, int threads);
+  void (*picked)(const Matrix*, const Stored*, const int64_t* ids, int n, float* out, int threads);
 };
