@@ -104,7 +104,7 @@ FORMATS: dict[str, Callable[[], Weight]] = {
 def stored_bytes(weight: Weight) -> int:
     assert isinstance(weight, PackedWeight | FloatsWeight), "no kernel was chosen"
     if isinstance(weight, PackedWeight):
-        return weight.data.numel()
+        return weight.nbytes
     return sum(buffer.nbytes for buffer in weight.buffers())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from cabochon import LLM, SamplingParams
 from cabochon.kernels import sketch
 from cabochon.kernels.arena import Arena
+from cabochon.kernels.backlog import Backlog
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Activations, Library, library
 from cabochon.kernels.packed import PackedWeight
@@ -53,9 +54,9 @@ def matrices(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     heavy[100:140] *= 1e-6
     heavy[200:230, :64] *= 10
     yield "heavy", heavy.to(dtype)
-    whole = (made[:1] * 10).round().clamp(-30, 30) + made.round().clamp(-1, 1) * (made.abs() > 2)
-    whole[:, ::64] = 31
-    yield "alike, and told exactly by a sketch", whole.to(dtype)
+    whole = (made[:1] * 3).round().clamp(-7, 7) + made.round().clamp(-1, 1) * (made.abs() > 2)
+    whole[:, ::64] = 7.5
+    yield "alike, and multiples of a sketch's step", whole.to(dtype)
     yield "nothing", torch.zeros(ROWS, COLUMNS, dtype=dtype)
     yield "alike", (made[:1] + made * 1e-4).to(dtype)
     yield (
@@ -249,6 +250,22 @@ def test_rows_are_the_same_before_and_after_it_is_packed(kernels: Library, name:
     assert torch.equal(head.rows(ids, torch.float32), looked_up)
 
 
+def test_packing_that_was_interrupted_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert KERNELS is not None
+    head = of_codes(KERNELS, blocks("Q6_K"), "int8")
+    x = next(inputs(head.in_features))
+    expected = of_codes(KERNELS, blocks("Q6_K"), "int8").linear(x)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Backlog, "pack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            head.linear(x)
+    assert torch.equal(head.linear(x), expected)
+
+
 def test_few_are_looked_at(kernels: Library) -> None:
     data = dict(matrices(torch.bfloat16))["ordinary"]
     shortlist = of_floats(kernels, data).shortlist(next(inputs()), SoftCap(None))
@@ -267,17 +284,15 @@ def test_which_heads_have_one() -> None:
     assert not has(DenseWeight(torch.empty(1 << 18, 65)))
     assert not has(ByteWeight(large.view(torch.uint8), torch.ones(1 << 12, 2), E4M3, cell=(64, 64)))
 
-    def kind(name: str, nbytes: int) -> BlockWeight:
-        octets = torch.zeros(1 << 16, nbytes, dtype=torch.uint8)
-        return BlockWeight(octets, name, in_features=256)
+    def kind(name: str, nbytes: int, *, mapped: bool = True) -> BlockWeight:
+        octets = torch.frombuffer(mmap.mmap(-1, nbytes << 16), dtype=torch.uint8)
+        stored = octets.view(1 << 16, nbytes)
+        return BlockWeight(stored if mapped else stored.clone(), name, in_features=256)
 
     assert has(kind("Q6_K", 210))
     assert has(kind("Q8_0", 34 * 8))
     assert not has(kind("Q4_0", 18 * 8)), "four bits by themselves"
-    weight = kind("Q6_K", 210)
-    coded = weight.description()
-    made = replace(coded, octets=coded.octets.clone())
-    assert not sketchable(weight, made), "what it is packed from would have to be kept"
+    assert not has(kind("Q6_K", 210, mapped=False)), "a copy would have to be kept"
 
 
 HEADS = {

@@ -171,6 +171,20 @@ static void stored_floats() {
   }
 }
 
+// How many are found, which, and their products.
+static std::vector<float> found(const Table* by, Search s, std::vector<float> products, int count) {
+  const int n = (int)products.size();
+  std::vector<int64_t> ids(n);
+  std::vector<float> made(2 * n + 1);
+  const int64_t never[] = {5, n - 1};
+  s.products = products.data(), s.n = n, s.count = count, s.room = n, s.threads = 1, s.cap = 30;
+  s.never = never, s.nevers = 2;
+  s.ids = ids.data(), s.found = made.data() + n + 1;
+  made[0] = (float)by->search(&s);
+  for (int i = 0; i < made[0]; i++) made[1 + i] = (float)ids[i];
+  return made;
+}
+
 // Room for codes of four bits with a bfloat16 for every 64 columns, as a sketch has them.
 static Packed four_bits(int rows, int columns, int digits) {
   Packed made;
@@ -187,7 +201,7 @@ static Packed four_bits(int rows, int columns, int digits) {
 
 // Entries of a sketch that `by` makes of `whole`, its margins, and products that are near the true ones.
 static void sketch(const Table* by, const Linear& whole, const Stored* stored, int rows, int columns,
-                   int digits, const std::vector<float>& x, std::vector<float> (&made)[3]) {
+                   int digits, const std::vector<float>& x, std::vector<float> (&made)[5]) {
   std::vector<float> dither(columns);
   for (int k = 0; k < columns; k++) dither[k] = std::fmod(k * 0.618f, 1.0f);
   Packed room = four_bits(rows, columns, digits);
@@ -197,17 +211,27 @@ static void sketch(const Table* by, const Linear& whole, const Stored* stored, i
   backlog.wait(by->sketch(&backlog, &s), 1 << 30);
   cabochon_scalar()->dense(&room.m, nullptr, 0, rows, made[0].data(), 1);
   by->near(&s, x.data(), columns, 2, made[2].data(), rows, 1);
+  std::vector<float> products(made[2].begin(), made[2].begin() + rows);
+  Search asked{};
+  asked.sketch = &s, asked.x = x.data(), asked.widest[0] = asked.widest[1] = INFINITY;
+  made[3] = found(by, asked, products, 3);
+  if (!stored) return;
+  const std::vector<int64_t> ids{rows - 1, 0, 5, 5, 17};
+  made[4].resize(ids.size() * columns);
+  by->picked(whole.packed, stored, ids.data(), (int)ids.size(), made[4].data(), 1);
 }
 
 static void compare_sketches(const std::string& of, const Linear& whole, const Stored* stored,
                              int rows, int columns, int digits) {
   const std::vector<float> x = inputs(2 * columns);
-  std::vector<float> ours[3], others[3];
+  std::vector<float> ours[5], others[5];
   sketch(CABOCHON_TWIN(), whole, stored, rows, columns, digits, x, ours);
   sketch(cabochon_scalar(), whole, stored, rows, columns, digits, x, others);
   compare("a sketch of " + of, ours[0], others[0], 0);
   compare("margins of " + of, ours[1], others[1], 1e-5);
   compare("near " + of, ours[2], others[2], 1e-4);
+  compare("a search in " + of, ours[3], others[3], 1e-5);
+  if (stored) compare("rows of " + of, ours[4], others[4], 0);
 }
 
 static void sketches() {
@@ -227,22 +251,6 @@ static void sketches() {
   compare_sketches("codes", {&eight.m, nullptr}, &stored, rows, columns, 1);
 }
 
-// How many are found, which, and their products.
-static std::vector<float> found(const Table* by, std::vector<float> products, int count,
-                                const std::vector<uint8_t>* allowed) {
-  const int n = (int)products.size();
-  std::vector<int64_t> ids(n);
-  std::vector<float> made(2 * n + 1);
-  const int64_t never[] = {5, n - 1};
-  Search s{};
-  s.products = products.data(), s.n = n, s.count = count, s.room = n, s.threads = 1, s.cap = 30;
-  s.never = never, s.nevers = 2, s.allowed = allowed ? allowed->data() : nullptr;
-  s.ids = ids.data(), s.found = made.data() + n + 1;
-  made[0] = (float)by->search(&s);
-  for (int i = 0; i < made[0]; i++) made[1 + i] = (float)ids[i];
-  return made;
-}
-
 static void searches() {
   const Table *one = CABOCHON_TWIN(), *other = cabochon_scalar();
   for (int count : {1, 8, 64, 3000})
@@ -251,8 +259,9 @@ static void searches() {
       std::vector<uint8_t> allowed(products.size());
       for (float& p : products) p = normal() * 9;
       for (uint8_t& a : allowed) a = below(3) == 0;
-      const auto* among = some ? &allowed : nullptr;
-      compare("a search", found(one, products, count, among), found(other, products, count, among), 0);
+      Search asked{};
+      asked.allowed = some ? allowed.data() : nullptr;
+      compare("a search", found(one, asked, products, count), found(other, asked, products, count), 0);
     }
 }
 

@@ -42,7 +42,7 @@ class FloatsWeight(Weight):
         assert isinstance(floats, StoredFloats)
         self.stored = stored
         self._library = library
-        self._floats = floats  # keeps alive what the kernels look at
+        self.floats = floats  # keeps alive what the kernels look at
         self.matrix = Rows(
             data=address(floats.data),
             scales=address(floats.scales),

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from dataclasses import replace
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cabochon.kernels import library
 from cabochon.kernels.arena import ALIGNMENT, Arena
 from cabochon.kernels.backlog import Backlog, at_once
-from cabochon.kernels.library import Activations, Grouped, Library, Matrix, Stored, address, threads
+from cabochon.kernels.library import Activations, Library, Matrix, address, threads
 from cabochon.kernels.search import Found
-from cabochon.nn.layout import Layout
+from cabochon.kernels.source import Source
 from cabochon.nn.minifloat import E4M3, E8M0
 from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import Coded, Weight
 
 ROWS, UNIT = 32, 32  # of a block, and columns of its units; csrc/api.h
+UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes
+FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # kinds of scales
 
 _DIGITS: dict[Activations, int] = {"int8": 1, "int16": 2, "float32": 0}
 ACTIVATIONS = tuple(_DIGITS)
 _CODES = {4: 0, 8: 1, 2: 4, 3: 5, 5: 6, 6: 7}
 _TABLE, _TABLE2 = 2, 3
-_FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _LEVEL, _SUB_U8, _SUB_I8, _E4M3, _E8M0 = 3, 4, 5, 6, 7
 _LARGEST_UNIT = 64.0  # the kernels multiply it by 2**120
 _ZERO_POINT, _SUB_MINIMUM = 1, 4
@@ -42,13 +42,6 @@ class _Table(NamedTuple):
     zero: int
     gain: float
     fine: float
-
-
-class Source(NamedTuple):
-    """What a matrix is packed from."""
-
-    stored: Stored
-    parts: tuple[Tensor, ...]  # that are in it
 
 
 def unsupported(coded: Coded) -> str | None:
@@ -69,8 +62,8 @@ class PackedWeight(Weight):
             at all.
         arena: where its memory is taken from.
         backlog: what does the work; it may compute when that is finished. Without one, at once.
-        later: it takes memory, and is packed, when products with it are wanted; what it is packed
-            from stays until it goes.
+        later: it takes memory, and is packed, when all of its products or entries are wanted; rows
+            are looked up where they are stored, which stays as long as this does.
     """
 
     def __init__(
@@ -97,11 +90,11 @@ class PackedWeight(Weight):
             coded, halves = _by_halves(coded, halves), 1
         self.matrix = self._describe(coded, halves)
         self.register_buffer("data", None)
-        self._arena = arena
-        self.source: Source | None = _source(coded.octets, coded.layout, self._placed(coded))
+        source = Source.of(coded, self._placed(coded))
+        self.source = source if later else None
+        self._packing = Lock()
         if not later:
-            self._pack(backlog)
-            self.source = None
+            self.data = self._packed(source, arena, backlog)
 
     data: Tensor | None  # uint8 [bytes]
     levels: Tensor | None
@@ -160,15 +153,16 @@ class PackedWeight(Weight):
                 size = tensor.shape[1] * ROWS * tensor.element_size()
                 at += -(-size // ALIGNMENT) * ALIGNMENT
         matrix.codes_at = at
-        matrix.stride = at + matrix.units * _UNIT_BYTES[matrix.codes]
+        matrix.stride = at + matrix.units * UNIT_BYTES[matrix.codes]
         return placed
 
-    def _pack(self, backlog: Backlog | None = None) -> None:
-        assert self.source is not None
-        self.data = self._arena.take(self.nbytes)
-        self.matrix.data = address(self.data)
+    def _packed(self, source: Source, arena: Arena, backlog: Backlog | None = None) -> Tensor:
+        """The matrix in memory of its own."""
+        data = arena.take(self.nbytes)
+        self.matrix.data = address(data)
         with at_once(self._library, backlog) as work:
-            work.pack(self.matrix, self.source.stored, self.data, *self.source.parts)
+            work.pack(self.matrix, source.stored, data, *source.parts)
+        return data
 
     @property
     def nbytes(self) -> int:
@@ -176,9 +170,12 @@ class PackedWeight(Weight):
         return int(-(-self.out_features // ROWS) * self.matrix.stride)
 
     def _ready(self) -> Matrix:
-        if self.data is None:
-            self._pack()
-            self._arena.enlarge()
+        with self._packing:
+            if self.data is None:
+                assert self.source is not None
+                arena = Arena(self._library)
+                self.data = self._packed(self.source, arena)  # not before all of it is there
+                arena.enlarge()
         return self.matrix
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
@@ -219,45 +216,12 @@ class PackedWeight(Weight):
         return Found(self._library, self.linear(x.float()), x, cap)
 
 
-def _source(octets: Tensor, layout: Layout, placed: Mapping[int, Tensor]) -> Source:
-    assert octets.stride(1) == 1
-    stored = Stored(
-        rows=octets.data_ptr(),
-        ld=octets.stride(0),
-        bytes=octets.shape[1],
-        layout=_struct(layout),
-        grouped=tuple(_grouped(at, tensor) for at, tensor in placed.items()),
-    )
-    return Source(stored, (octets, *placed.values()))
-
-
-_UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes
-
-
-def _struct(layout: Layout) -> library.Layout:
-    planes = [library.Plane(p.at, p.bits, p.run, p.to) for p in layout.planes]
-    return library.Layout(
-        layout.entries,
-        layout.nbytes,
-        layout.flip,
-        layout.high_first,
-        len(planes),
-        (library.Plane * 2)(*planes),
-    )
-
-
-def _grouped(at: int, tensor: Tensor) -> Grouped:
-    size = tensor.element_size()
-    row, group = (step * size for step in tensor.stride())
-    return Grouped(tensor.data_ptr(), at, row, group, tensor.shape[1], size)
-
-
 def _kind_of_scales(coded: Coded) -> int:
     if coded.levels is not None:
         return _LEVEL
     if coded.shared is not None:
         return _SUB_I8 if coded.scales.dtype is torch.int8 else _SUB_U8
-    return _FLOATS[coded.scales.dtype]
+    return FLOATS[coded.scales.dtype]
 
 
 def _floats_of(levels: Tensor, scales: Tensor) -> tuple[int, float]:

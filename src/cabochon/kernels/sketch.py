@@ -3,13 +3,15 @@
 Beside the matrix there is a sketch of it in four bits an entry, which gives every product, and how
 far off that may be. Only tokens that may then be among the likeliest are multiplied with the matrix
 itself, few of them, so that what is drawn is what would have been drawn: but for a chance of one in
-10^16 a draw, since the sketch is drawn by lot. csrc/sketch.h says how.
+10^16 a draw, over the lot by which the sketch is drawn, for who has not made weights or inputs to
+fit it. csrc/sketch.h says how.
 """
 
 from __future__ import annotations
 
 from ctypes import pointer
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +21,15 @@ from cabochon.kernels.backlog import Backlog, at_once
 from cabochon.kernels.floats import FloatsWeight
 from cabochon.kernels.library import Library, Matrix, Sketch, address, threads
 from cabochon.kernels.multiplied import Multiplied, linear
-from cabochon.kernels.packed import ROWS, UNIT, PackedWeight
+from cabochon.kernels.packed import FLOATS, ROWS, UNIT, UNIT_BYTES
 from cabochon.kernels.search import Found, Nearly
 from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import Coded, StoredFloats, Weight
 
 GROUP, ZERO = 64, 8  # csrc/sketch.h
+_U4 = 0  # csrc/api.h
 LEAST = 1 << 24  # entries that are worth it
 LEAST_BITS = 5  # of what is coded
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_BF16 = 1  # csrc/api.h
-_UNIT_BYTES = 512
 
 
 def sketchable(weight: Weight, described: Coded | StoredFloats) -> bool:
@@ -39,10 +38,11 @@ def sketchable(weight: Weight, described: Coded | StoredFloats) -> bool:
     if columns % GROUP or rows * columns < LEAST:
         return False
     if isinstance(described, StoredFloats):
-        return described.scales is None and described.data.dtype in _FLOATS
-    # Rows are packed again from where they are stored; what was made of that would have to stay.
-    kept = described.octets.data_ptr() in {buffer.data_ptr() for buffer in weight.buffers()}
-    return kept and described.values is None and described.bits >= LEAST_BITS
+        return described.scales is None and described.data.dtype in FLOATS
+    # Rows are packed again from where they are stored. That must be a file that is mapped: what
+    # was made of it would have to stay in memory.
+    mapped = not described.octets.untyped_storage().resizable()
+    return mapped and described.values is None and described.bits >= LEAST_BITS
 
 
 class SketchedHead(Weight):
@@ -59,7 +59,7 @@ class SketchedHead(Weight):
         super().__init__(whole.out_features, whole.in_features)
         self.whole = whole
         self._library = library
-        source = whole.source if isinstance(whole, PackedWeight) else None
+        stored, parts = _stored(whole)
         near = _matrix(whole)
         self.register_buffer("data", arena.take(-(-self.out_features // ROWS) * near.stride))
         self.register_buffer("dither", torch.rand(self.in_features, generator=_lot()))
@@ -71,10 +71,9 @@ class SketchedHead(Weight):
             dither=address(self.dither),
             margins=address(self.margins),
             whole=linear(whole),
-            stored=pointer(source.stored) if source else None,
+            stored=stored,
         )
         with at_once(library, backlog) as work:
-            parts = source.parts if source else ()
             work.sketch(self.sketch, (self.data, self.margins, self.dither), parts)
 
     data: Tensor  # uint8 [bytes]
@@ -106,10 +105,13 @@ class SketchedHead(Weight):
 
     def shortlist(self, x: Tensor, cap: SoftCap) -> Found:
         nearly = Nearly(self.sketch, self.widest, self)
-        return Found(self._library, self.nearly(x), x, cap, nearly)
+        return Found(self._library, self._near(x), x, cap, nearly)
 
     def nearly(self, x: Tensor) -> Tensor:
-        """Float32, whatever `x` is."""
+        return self._near(x).to(x.dtype)
+
+    def _near(self, x: Tensor) -> Tensor:
+        """Float32 `[n, out_features]` of `x [n, in_features]`."""
         x = x.float().contiguous()
         y = torch.empty(len(x), self.out_features)
         self._library.near(
@@ -129,6 +131,14 @@ def _lot() -> torch.Generator:
     return torch.Generator().manual_seed(2026)
 
 
+def _stored(whole: Multiplied) -> tuple[Any, tuple[Tensor, ...]]:
+    """A pointer to what `whole` is packed from, if it is, and what is read of the whole."""
+    if isinstance(whole, FloatsWeight):
+        return None, (whole.floats.data,)
+    assert whole.source is not None
+    return pointer(whole.source.stored), whole.source.parts
+
+
 def _matrix(whole: Multiplied) -> Matrix:
     """Codes of four bits with a bfloat16 for each group; its memory is still missing."""
     units, groups = whole.in_features // UNIT, whole.in_features // GROUP
@@ -141,9 +151,9 @@ def _matrix(whole: Multiplied) -> Matrix:
         halves=GROUP // 16,
         per_shared=1,
         digits=2 if isinstance(whole, FloatsWeight) else whole.matrix.digits,
-        scales=_BF16,
+        scales=FLOATS[torch.bfloat16],
         zero=ZERO,
         gain=1.0,
         codes_at=codes_at,
-        stride=codes_at + units * _UNIT_BYTES,
+        stride=codes_at + units * UNIT_BYTES[_U4],
     )

@@ -262,6 +262,10 @@ void pack(const Matrix& m, const Stored& stored, int64_t block) {
 }
 
 Stored from_block(Stored s, int64_t block) {
+  if (s.which) {
+    s.which += block * ROWS;
+    return s;
+  }
   s.rows += block * ROWS * s.ld;
   for (Grouped& g : s.grouped)
     if (g.from) g.from += block * ROWS * g.row;

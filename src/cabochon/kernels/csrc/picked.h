@@ -17,10 +17,11 @@ static Matrix packed_again(const Matrix& m, const Stored& stored, int rows) {
   return some;
 }
 
+// A row, and the numbers of its groups where these are not within it.
 INL void fetch_row(const Stored& s, int64_t row) {
   fetch(s.rows + row * s.ld, s.bytes);
   for (const Grouped& g : s.grouped)
-    if (g.from) fetch(g.from + row * g.row, (g.per_row - 1) * g.group + g.size);
+    if (g.from && g.group == g.size) fetch(g.from + row * g.row, (int64_t)g.per_row * g.size);
 }
 
 // Calls work(m, first) with a matrix of each ROWS of the rows `ids`, of which `first` is the first.

@@ -19,7 +19,7 @@ constexpr int SKETCH_GROUP = 64;     // columns that share a scale
 constexpr int SKETCH_ZERO = 8;       // the code
 constexpr float SKETCH_TOP = 7.5f;   // times the scale: what can be told, whatever the dither
 constexpr double DEVIATIONS = 10;    // one product of 2.6e21 is further off
-constexpr double UNEVEN = 1e-4;      // of both norms: inputs are rounded twice, sums in float32
+constexpr double UNEVEN = 1e-4;      // of both norms: inputs rounded twice, by sqrt(32) / 254^2; sums
 constexpr double LOST = 1e-16;       // norms of rows whose squares are too small for float32
 
 // Sums over a row: of squared scales and entries; and the largest scale.
@@ -27,7 +27,7 @@ struct Margins {
   double scales = 0, entries = 0, largest = 0;
 
   // How far off products are, by the norm of the input, and by the largest of those of its groups:
-  // neither is more than the truth.
+  // neither is less than the truth.
   void tell(int groups, float* to) const {
     const double step = DEVIATIONS / std::sqrt(12.0), least = UNEVEN * std::sqrt(entries) + LOST;
     to[0] = (float)(step * largest + least);
@@ -142,49 +142,5 @@ static void multiply_near(const Sketch& s, const float* x, int64_t ldx, int n, f
   }
   multiply(m, q, columns, 0, m.rows, y, ldy, threads);
 }
-
-// How far off products with `x` are.
-struct Doubt {
-  double norm = 0, most = 0;  // of the input, and of its largest group
-
-  Doubt(const Sketch& s, const float* x) {
-    for (int from = 0; from < s.near.columns; from += SKETCH_GROUP) {
-      double squares = 0;
-      for (int k = from; k < from + SKETCH_GROUP; k++) squares += (double)x[k] * x[k];
-      norm += squares;
-      most = std::max(most, squares);
-    }
-    // Rounded to eight bits of the largest of 32, inputs may grow: by sqrt(32) / 254 of their norm.
-    const double grown = s.near.digits == 1 ? 1.0223 : 1.0001;
-    norm = std::sqrt(norm) * grown;
-    most = std::sqrt(most) * grown;
-  }
-
-  double of(const float* margins) const { return std::min(margins[0] * norm, margins[1] * most); }
-};
-
-// True products of an input with some rows.
-struct Truth {
-  const Sketch& s;
-  const float* x;
-  int threads;
-  Quantized codes{};  // of the input, where the matrix wants them
-
-  Truth(const Sketch& s, const float* x, int threads) : s(s), x(x), threads(threads) {
-    if (s.whole.packed) codes = quantized_for(*s.whole.packed, x, s.near.columns, 1, threads);
-  }
-
-  void measure(const std::vector<int64_t>& ids, std::vector<float>& products) const {
-    const int n = (int)ids.size();
-    products.resize(n);
-    if (const Rows* rows = s.whole.rows)
-      return multiply_rows(*rows, ids.data(), lifted_for(*rows, x, rows->columns, 1), 1, 0, n,
-                           products.data(), n, threads);
-    // With the kernels that multiply with all rows: these packed again, ROWS together.
-    each_picked(*s.whole.packed, *s.stored, ids.data(), n, threads, [&](const Matrix& m, int first) {
-      multiply(m, codes, m.digits, 0, m.rows, products.data() + first, m.rows, 1);
-    });
-  }
-};
 
 }  // namespace
