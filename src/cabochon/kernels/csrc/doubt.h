@@ -9,7 +9,7 @@
 namespace {
 
 // So many more than twice the count are measured first: the count-th largest of more is larger, and
-// leaves fewer candidates, a third of them for 64.
+// leaves fewer candidates, a third fewer for 64.
 constexpr int MORE = 30;
 
 // How far off products with `x` are.
