@@ -57,7 +57,7 @@ static Packed random_matrix(int codes, int scales, int minima, bool by_halves, i
   m.rows = rows, m.columns = columns, m.units = (columns + UNIT - 1) / UNIT;
   m.codes = codes, m.scales = scales, m.minima = minima, m.digits = digits;
   m.halves = by_halves ? 1 : 2, m.groups = by_halves ? 2 * m.units : m.units;
-  m.per_shared = m.groups, m.gain = 1, m.unit = 1.0f / 64, m.fine = 1.0f / 254;
+  m.per_shared = m.groups, m.gain = 1, m.unit = 1.0f / 64;
   m.zero = codes == TABLE2 ? 128 : codes == TABLE ? 12 : 8, m.round = below(3);
   const int scale_size = scales == F32 ? 4 : scales <= BF16 ? 2 : 1;
   const int minimum_size = minima == CONSTANT ? 0 : minima == MIN_F32 ? 4

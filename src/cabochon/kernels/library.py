@@ -62,7 +62,6 @@ class Matrix(ctypes.Structure):
         ("zero", c_float),
         ("gain", c_float),
         ("unit", c_float),
-        ("fine", c_float),
         ("table", c_uint8 * 32),
         ("values", c_float * 16),
     )

@@ -20,6 +20,7 @@ from cabochon.nn.softcap import SoftCap
 from cabochon.nn.weight import Coded, Weight
 
 ROWS, UNIT = 32, 32  # of a block, and columns of its units; csrc/api.h
+FINE = 254  # second digits of a value are as much as one first; csrc/api.h
 UNIT_BYTES = (512, 1024, 512, 512, 256, 384, 640, 768)  # by the kind of codes
 FLOATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # kinds of scales
 
@@ -35,13 +36,12 @@ _ROUND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Table(NamedTuple):
-    """Sixteen values as bytes that sum up to them: `(first + fine * second - zero) * gain`."""
+    """Sixteen values as bytes that sum up to them: `(first + second / FINE - zero) * gain`."""
 
     kind: int
     digits: list[int]  # 16 of the first, 16 of the second
     zero: int
     gain: float
-    fine: float
 
 
 def unsupported(coded: Coded) -> str | None:
@@ -127,7 +127,7 @@ class PackedWeight(Weight):
         if coded.values is not None:
             table = _table(coded.values)
             matrix.codes, matrix.zero = table.kind, table.zero
-            matrix.gain, matrix.fine = table.gain, table.fine
+            matrix.gain = table.gain
             matrix.table = (ctypes.c_uint8 * 32)(*table.digits)
             matrix.values = (ctypes.c_float * 16)(*coded.values)
         return matrix
@@ -268,10 +268,10 @@ def _table(values: tuple[float, ...]) -> _Table:
     multiples = [value / step for value in values]
     low, high = round(min(multiples)), round(max(multiples))
     if all(multiple.is_integer() for multiple in multiples) and high - low <= 31:
-        return _Table(_TABLE, [int(m) - low for m in multiples] + [0] * 16, -low, step, 0.0)
+        return _Table(_TABLE, [int(m) - low for m in multiples] + [0] * 16, -low, step)
     largest = max(abs(value) for value in values)
     scaled = [value / largest * 127 for value in values]
     coarse = [round(value) for value in scaled]
-    fine = [round((value - near) * 254) for value, near in zip(scaled, coarse, strict=True)]
+    fine = [round((value - near) * FINE) for value, near in zip(scaled, coarse, strict=True)]
     digits = [digit + 128 for digit in coarse + fine]
-    return _Table(_TABLE2, digits, 128, largest / 127, 1 / 254)
+    return _Table(_TABLE2, digits, 128, largest / 127)

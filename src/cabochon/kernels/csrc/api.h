@@ -10,6 +10,7 @@
 
 constexpr int ROWS = 32;  // of a block
 constexpr int UNIT = 32;  // columns of a unit
+constexpr int FINE = 254;  // in the second table count as much as one in the first
 
 enum Codes : int32_t { U4 = 0, U8 = 1, TABLE = 2, TABLE2 = 3, U2 = 4, U3 = 5, U5 = 6, U6 = 7 };
 
@@ -38,7 +39,6 @@ struct Matrix {
   float zero;            // the code that stands for zero, where it is the same everywhere
   float gain;            // times every scale
   float unit;            // of E4M3 and E8M0
-  float fine;            // what an entry of the second table counts beside one of the first
   uint8_t table[2][16];  // of TABLE and TABLE2: the value of a code, plus `zero` to be unsigned
   float values[16];      // the same exactly
 };

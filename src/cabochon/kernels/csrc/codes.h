@@ -18,6 +18,13 @@ template <int T, int TO> INL V one_bit(const uint8_t* p) {  // bit T of each byt
   if constexpr (T < TO) x = left<TO - T>(x);
   return both(x, splat8(1 << TO));
 }
+// Six quads lie two in a vector; of the others, the two low bits above four of these, and the high
+// ones above the last two.
+template <int T> INL V three_bits(const uint8_t* p) {
+  if constexpr (T < 6) return both(right<T % 2 * 3>(load(p + T / 2 * 128)), splat8(7));
+  const V low = both(right<6>(load(p + T % 2 * 128)), splat8(3));
+  return with(low, right<4 + T % 2>(load(p + 256)), splat8(4));
+}
 // Three quads of four lie in the low bits of three vectors, the fourth in what is left of them.
 template <int T> INL V six_bits(const uint8_t* p) {
   p += T / 4 * 384;
@@ -27,74 +34,81 @@ template <int T> INL V six_bits(const uint8_t* p) {
   return with(x, right<2>(load(p + 256)), splat8(48));
 }
 
-// `get` is what is multiplied, `raw` the code itself; BYTES are those of a unit.
+// `get` is what is multiplied, and summed in a `D`; `raw` is the code itself; BYTES are those of a unit.
 struct CodesU8 {
-  static constexpr int BITS = 8, BYTES = 1024, TABLES = 1;
+  typedef Dot<8> D;
+  static constexpr int BYTES = 1024;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU8(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const { return load(p + T * 128); }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesU4 {
-  static constexpr int BITS = 4, BYTES = 512, TABLES = 1;
+  typedef Dot<4> D;
+  static constexpr int BYTES = 512;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU4(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const {
     return four_bits<T>(p);
   }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesU2 {
-  static constexpr int BITS = 2, BYTES = 256, TABLES = 1;
+  typedef Dot<2> D;
+  static constexpr int BYTES = 256;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU2(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const {
     return two_bits<T>(p);
   }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesU3 {
-  static constexpr int BITS = 3, BYTES = 384, TABLES = 1;
+  typedef Dot<3> D;
+  static constexpr int BYTES = 384;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU3(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const {
-    return either(two_bits<T>(p), one_bit<T, 2>(p + 256));
+    return three_bits<T>(p);
   }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesU5 {
-  static constexpr int BITS = 5, BYTES = 640, TABLES = 1;
+  typedef Dot<5> D;
+  static constexpr int BYTES = 640;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU5(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const {
     return either(four_bits<T>(p), one_bit<T, 4>(p + 512));
   }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesU6 {
-  static constexpr int BITS = 6, BYTES = 768, TABLES = 1;
+  typedef Dot<6> D;
+  static constexpr int BYTES = 768;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU6(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const { return six_bits<T>(p); }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return raw<T>(p); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesTable {  // 16 values of at most five bits
-  static constexpr int BITS = 5, BYTES = 512, TABLES = 1;
+  typedef Dot<5> D;
+  static constexpr int BYTES = 512;
   static constexpr bool TABLED = true;
   V table;
   INL_MEMBER explicit CodesTable(const Matrix& m) : table(table16(m.table[0])) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const { return four_bits<T>(p); }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int) const { return lookup(table, raw<T>(p)); }
+  template <int T> INL_MEMBER V get(const uint8_t* p) const { return lookup(table, raw<T>(p)); }
 };
 struct CodesTable2 {  // 16 values of two digits
-  static constexpr int BITS = 8, BYTES = 512, TABLES = 2;
+  typedef DotOfTwo D;
+  static constexpr int BYTES = 512;
   static constexpr bool TABLED = true;
-  V coarse, fine;
-  INL_MEMBER explicit CodesTable2(const Matrix& m)
-      : coarse(table16(m.table[0])), fine(table16(m.table[1])) {}
+  DotOfTwo::Table table;
+  INL_MEMBER explicit CodesTable2(const Matrix& m) : table(m.table[0], m.table[1]) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const { return four_bits<T>(p); }
-  template <int T> INL_MEMBER V get(const uint8_t* p, int digit) const {
-    return lookup(digit ? fine : coarse, raw<T>(p));
+  template <int T> INL_MEMBER DotOfTwo::Values get(const uint8_t* p) const {
+    return table.of(raw<T>(p));
   }
 };
 

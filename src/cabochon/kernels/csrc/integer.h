@@ -37,24 +37,21 @@ INL int place_in_unit(int column) { return column / 8 * 8 + column % 2 * 4 + col
 
 template <class C, int MR, bool MINS, bool HALVES> struct Tile {
   static constexpr int N = HALVES ? 4 : 8;  // quads until scales change
-  typedef Dot<C::BITS> D;
+  typedef typename C::D D;
 
   // Steps T to N of one run of quads.
   template <int T, int FIRST>
   INL_MEMBER static void dots(const C& codes, const uint8_t* unit, const int8_t* const* q,
-                              int64_t at, D (&d)[C::TABLES][MR][VECTORS]) {
+                              int64_t at, D (&d)[MR][VECTORS]) {
     if constexpr (T < N) {
-      for (int t = 0; t < C::TABLES; t++) {
-        V w[VECTORS];
+      decltype(codes.template get<T>(unit)) w[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++)
-          w[v] = codes.template get<FIRST + T>(unit + v * LANES * 4, t);
+      for (int v = 0; v < VECTORS; v++) w[v] = codes.template get<FIRST + T>(unit + v * LANES * 4);
 #pragma GCC unroll 8
-        for (int m = 0; m < MR; m++) {
-          V a = quad(q[m] + at + (FIRST + T) * 4);
+      for (int m = 0; m < MR; m++) {
+        V a = quad(q[m] + at + (FIRST + T) * 4);
 #pragma GCC unroll 8
-          for (int v = 0; v < VECTORS; v++) d[t][m][v].template add<T, N>(w[v], a);
-        }
+        for (int v = 0; v < VECTORS; v++) d[m][v].template add<T, N>(w[v], a);
       }
       dots<T + 1, FIRST>(codes, unit, q, at, d);
     }
@@ -65,17 +62,16 @@ template <class C, int MR, bool MINS, bool HALVES> struct Tile {
                               const int8_t* const* q, int u, const float* const* scales,
                               const float* const* sums, int64_t sum_at, const float* S,
                               const float* Z, F (&acc)[MR][VECTORS]) {
-    D d[C::TABLES][MR][VECTORS];
+    D d[MR][VECTORS];
     dots<0, FIRST>(codes, unit, q, (int64_t)u * UNIT, d);
-    const float constant = (m.zero - D::BIAS) * (C::TABLES == 2 ? 1 + m.fine : 1);
+    const float constant = (m.zero - D::BIAS) * D::ONE;
 #pragma GCC unroll 8
     for (int c = 0; c < MR; c++) {
       const F scale = fsplat(scales[c][u]);
       const F sum = fsplat(MINS ? sums[c][sum_at] : constant * sums[c][sum_at]);
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) {
-        F dot = d[0][c][v].total();
-        if (C::TABLES == 2) dot = fma(d[C::TABLES - 1][c][v].total(), fsplat(m.fine), dot);
+        const F dot = d[c][v].total();
         const F s = fload(S + v * LANES);
         if (MINS) {
           acc[c][v] = fma(fmul(dot, scale), s, acc[c][v]);
@@ -147,7 +143,7 @@ static void block_of(const Matrix& m, int block, const Quantized& x, int columns
   float* S = room.of((size_t)m.groups * ROWS * 2);
   float* Z = S + (size_t)m.groups * ROWS;
   const uint8_t* p = m.data + block * m.stride;
-  expand(m, p, S, Z, Dot<C::BITS>::BIAS, MINS, false);
+  expand(m, p, S, Z, C::D::BIAS, MINS, false);
   p += m.codes_at;
   alignas(64) float made[WIDEST * ROWS];
   for (int column = 0; column < columns;) {

@@ -87,11 +87,23 @@ static void pack_sixes(Eight first, Eight second, uint8_t* to) {
   }
 }
 
+// All eight quads of three bits in the bytes of three; see `three_bits`.
+static void pack_threes(const Eight* code, uint8_t* to) {
+  uint32_t quad[8];
+  for (int t = 0; t < 8; t++) quad[t] = even(code[t / 2] >> t % 2 * 8);
+  for (int i = 0; i < 3; i++) {
+    const uint32_t above = i < 2 ? quad[6 + i] & 0x03030303
+                                 : (quad[6] >> 2 & 0x01010101) | (quad[7] >> 1 & 0x02020202);
+    const uint32_t all = quad[2 * i] | quad[2 * i + 1] << 3 | above << 6;
+    memcpy(to + i * 128, &all, 4);
+  }
+}
+
 // The codes of a row's unit to the row's quads; `to` is the unit, `r` the row.
 template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to) {
-  constexpr int above = CODES == U3 ? 256 : 512;  // where the plane of high bits begins
   uint32_t low[2] = {}, high = 0;
   to += r * 4;
+  if (CODES == U3) return pack_threes(code, to);
   for (int d = 0; d < 4; d++) {
     const Eight x = code[d];
     if (CODES == U8) {
@@ -103,12 +115,11 @@ template <int CODES> static void pack_unit(const Eight* code, int r, uint8_t* to
       memcpy(to + d * 128, &both, 4);
     }
     if (CODES == U6 && d % 2) pack_sixes(code[d - 1], x, to + d / 2 * 384);
-    if (CODES == U2 || CODES == U3) low[d / 2] |= pairs<2>(x & each(3)) << d % 2 * 4;
+    if (CODES == U2) low[d / 2] |= pairs<2>(x & each(3)) << d % 2 * 4;
     if (CODES == U5) high |= pairs<1>(x >> 4 & each(1)) << 2 * d;
-    if (CODES == U3) high |= pairs<1>(x >> 2 & each(1)) << 2 * d;
   }
-  if (CODES == U2 || CODES == U3) memcpy(to, low, 4), memcpy(to + 128, low + 1, 4);
-  if (CODES == U5 || CODES == U3) memcpy(to + above, &high, 4);
+  if (CODES == U2) memcpy(to, low, 4), memcpy(to + 128, low + 1, 4);
+  if (CODES == U5) memcpy(to + 512, &high, 4);
 }
 
 // What is read over and over is copied: stores of bytes might change anything else.

@@ -1,6 +1,7 @@
 // Vectors of one instruction set: `V` is LANES quads of bytes, `F` is LANES floats, `Dot` sums
 // products of unsigned and signed bytes. Everything above this file is written once.
 #pragma once
+#include "api.h"
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -172,7 +173,7 @@ INL void store_codes(int8_t* out, const F* x) {  // 32 numbers, whole after roun
                      _mm_shuffle_epi8(_mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x[i])), order));
 }
 template <int BITS> struct Dot {
-  static constexpr float BIAS = 0;
+  static constexpr float BIAS = 0, ONE = 1;
   __m512i s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     s = _mm512_dpbusd_epi32(T == 0 ? _mm512_setzero_si512() : s, w, a);
@@ -290,7 +291,7 @@ INL void store_codes(int8_t* out, const F* x) {
 }
 #if defined(CABOCHON_VNNI)
 template <int BITS> struct Dot {
-  static constexpr float BIAS = 0;
+  static constexpr float BIAS = 0, ONE = 1;
   __m256i s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     s = _mm256_dpbusd_avx_epi32(T == 0 ? _mm256_setzero_si256() : s, w, a);
@@ -300,7 +301,7 @@ template <int BITS> struct Dot {
 #else
 // Pairs of products are summed in 16 bits for as long as they fit: `FLUSH` quads.
 template <int BITS> struct Dot {
-  static constexpr float BIAS = BITS == 8 ? 128 : 0;
+  static constexpr float BIAS = BITS == 8 ? 128 : 0, ONE = 1;
   static constexpr int FLUSH = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
   __m256i s16, s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
@@ -320,6 +321,38 @@ template <int BITS> struct Dot {
   }
   INL_MEMBER F total() const { return _mm256_cvtepi32_ps(s); }
 };
+// Both digits of a value are one word of 16 bits: half the steps of two sums of bytes. Products of a
+// row's quad are two sums until the end.
+struct DotOfTwo {
+  static constexpr float BIAS = 128, ONE = 1 + 1.0f / FINE;  // of either digit; 1 in each of them
+  struct Values {
+    V low, high;  // bytes of the words
+  };
+  struct Table {
+    V low, high;
+    INL_MEMBER Table(const uint8_t* first, const uint8_t* second) {
+      uint8_t bytes[2][16];
+      for (int i = 0; i < 16; i++) {
+        const int word = (first[i] - 128) * FINE + second[i] - 128;
+        bytes[0][i] = (uint8_t)word, bytes[1][i] = (uint8_t)(word >> 8);
+      }
+      low = table16(bytes[0]), high = table16(bytes[1]);
+    }
+    INL_MEMBER Values of(V codes) const { return {lookup(low, codes), lookup(high, codes)}; }
+  };
+  __m256i s[2];  // of rows 0, 1, 4, 5 and of the others
+  template <int T, int N> INL_MEMBER void add(const Values& w, V a) {
+    const __m256i words = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(a));
+    const __m256i p = _mm256_madd_epi16(_mm256_unpacklo_epi8(w.low, w.high), words);
+    const __m256i q = _mm256_madd_epi16(_mm256_unpackhi_epi8(w.low, w.high), words);
+    s[0] = T == 0 ? p : _mm256_add_epi32(s[0], p);
+    s[1] = T == 0 ? q : _mm256_add_epi32(s[1], q);
+  }
+  INL_MEMBER F total() const {
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_hadd_epi32(s[0], s[1])), fsplat(1.0f / FINE));
+  }
+};
+#define CABOCHON_WORDS
 #endif
 
 // ---------------------------------------------------------------------------------------- NEON
@@ -427,7 +460,7 @@ INL void store_codes(int8_t* out, const F* x) {
   }
 }
 template <int BITS> struct Dot {  // signed times signed: codes of eight bits are moved by BIAS
-  static constexpr float BIAS = BITS == 8 ? 128 : 0;
+  static constexpr float BIAS = BITS == 8 ? 128 : 0, ONE = 1;
   int32x4_t s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     if (BITS == 8) w = veorq_u8(w, vdupq_n_u8(0x80));
@@ -507,7 +540,7 @@ INL void store_codes(int8_t* out, const F* x) {
       out[8 * d + 4 * (j & 1) + j / 2] = (int8_t)(int)std::nearbyint(x[d / 2].f[d % 2 * 8 + j]);
 }
 template <int BITS> struct Dot {
-  static constexpr float BIAS = 0;
+  static constexpr float BIAS = 0, ONE = 1;
   int32_t s[LANES];
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     for (int i = 0; i < LANES; i++) {
@@ -517,6 +550,28 @@ template <int BITS> struct Dot {
     }
   }
   INL_MEMBER F total() const { EACH(F, (float)s[i]); }
+};
+#endif
+
+#if !defined(CABOCHON_WORDS)
+// Sums products of bytes and of values of two digits, each of them a byte.
+struct DotOfTwo {
+  typedef Dot<8> D;
+  static constexpr float BIAS = D::BIAS, ONE = 1 + 1.0f / FINE;
+  struct Values {
+    V first, second;
+  };
+  struct Table {
+    V first, second;
+    INL_MEMBER Table(const uint8_t* a, const uint8_t* b) : first(table16(a)), second(table16(b)) {}
+    INL_MEMBER Values of(V codes) const { return {lookup(first, codes), lookup(second, codes)}; }
+  };
+  D first, second;
+  template <int T, int N> INL_MEMBER void add(const Values& w, V a) {
+    first.template add<T, N>(w.first, a);
+    second.template add<T, N>(w.second, a);
+  }
+  INL_MEMBER F total() const { return fma(second.total(), fsplat(1.0f / FINE), first.total()); }
 };
 #endif
 
