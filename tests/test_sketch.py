@@ -155,14 +155,14 @@ def test_nor_one_of_a_quantized_head(kernels: Library, name: str, activations: A
 
 
 def test_margins_are_not_loose(kernels: Library) -> None:
-    """Or many tokens would be multiplied with. They are ten deviations, or a few more."""
+    """Or many tokens would be multiplied with. They are nine deviations, or a few more."""
     data = dict(matrices(torch.bfloat16))["ordinary"]
     head = of_floats(kernels, data)
     for x in inputs():
         off = head.nearly(x).double() - x.double() @ data.double().T
         shares = (off / allowed(head, x))[x.norm(dim=1) > 0]
         assert shares.abs().max() < 0.6
-        assert 0.05 < float(shares.square().mean().sqrt()) < 0.11
+        assert 0.055 < float(shares.square().mean().sqrt()) < 0.12
 
 
 def test_errors_do_not_add_up(kernels: Library) -> None:

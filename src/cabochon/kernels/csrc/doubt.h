@@ -35,6 +35,30 @@ struct Doubt {
   }
 };
 
+constexpr int SUSPECTS = 128;  // that a thread takes at a time
+constexpr int EARLY = 16;      // margins are fetched so many before
+
+// Leaves of `ids` those whose products may be `wanted` or more, on so many threads.
+static void narrow(const Sketch& s, const Runs& runs, const Doubt& doubt, double wanted,
+                   std::vector<int64_t>& ids, int threads) {
+  const int64_t count = ids.size(), pieces = (count + SUSPECTS - 1) / SUSPECTS;
+  std::vector<int64_t> ends(pieces);
+  in_parallel((int)pieces, threads, [&](int piece) {
+    const int64_t first = (int64_t)piece * SUSPECTS, last = std::min(first + SUSPECTS, count);
+    int64_t kept = first;
+    for (int64_t i = first; i < last; i++) {
+      __builtin_prefetch(s.margins + 2 * ids[std::min(i + EARLY, last - 1)]);
+      const int64_t row = ids[i];
+      if (runs.products[row] + doubt.of(s.margins + 2 * row) >= wanted) ids[kept++] = row;
+    }
+    ends[piece] = kept;
+  });
+  auto to = ids.begin();
+  for (int64_t piece = 0; piece < pieces; piece++)
+    to = std::copy(ids.begin() + piece * SUSPECTS, ids.begin() + ends[piece], to);
+  ids.resize(to - ids.begin());
+}
+
 // True products of an input with some rows.
 struct Truth {
   const Sketch& s;
@@ -71,9 +95,8 @@ static void search_near(const Search& s, const Runs& runs, std::vector<int64_t>&
   truth.measure(ids, products);
   const double wanted = least_alike(s, kth(products, s.count));
   ids.clear();
-  runs.reaching(wanted - doubt.of(s.widest), [&](int64_t i) {
-    if (runs.products[i] + doubt.of(s.sketch->margins + 2 * i) >= wanted) ids.push_back(i);
-  });
+  runs.reaching(wanted - doubt.of(s.widest), [&](int64_t i) { ids.push_back(i); });
+  narrow(*s.sketch, runs, doubt, wanted, ids, s.threads);
   truth.measure(ids, products);
   std::vector<float> some = products;
   const double least = least_alike(s, kth(some, s.count));

@@ -6,8 +6,9 @@
 // evenly over half a scale to either side, whatever the entry was, and independent of what is left
 // of others in its row (Schuchman 1964). So a product is off by a sum of independent numbers, whose
 // tail is no heavier than a normal distribution's (each is strictly sub-Gaussian): more than t
-// standard deviations have a chance of 2 exp(-t * t / 2). Without a dither only Cauchy's and
-// Schwarz's bound is sure, four times as wide for 1,536 columns: two bits more.
+// standard deviations below have a chance of exp(-t * t / 2). A row that is among the largest is
+// missed only if its own product is so far off. Without a dither only Cauchy's and Schwarz's bound
+// is sure, four times as wide for 1,536 columns: two bits more.
 #pragma once
 #include "backlog.h"
 #include "picked.h"
@@ -18,7 +19,7 @@ namespace {
 constexpr int SKETCH_GROUP = 64;     // columns that share a scale
 constexpr int SKETCH_ZERO = 8;       // the code
 constexpr float SKETCH_TOP = 7.5f;   // times the scale: what can be told, whatever the dither
-constexpr double DEVIATIONS = 10;    // one product of 2.6e21 is further off
+constexpr double DEVIATIONS = 9.2;   // one product of 2.4e18 is further below
 constexpr double UNEVEN = 1e-4;      // of both norms: inputs rounded twice, by sqrt(32) / 254^2; sums
 constexpr double LOST = 1e-16;       // norms of rows whose squares are too small for float32
 
