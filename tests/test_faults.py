@@ -13,6 +13,7 @@ import pytest
 import torch
 from serving import DEMO, HTTP, answers, post, refused, say, serving, until
 
+from cabochon.engine.prediction import Prediction
 from cabochon.engine.scheduler import Scheduled
 from cabochon.llm import LLM
 
@@ -39,7 +40,8 @@ def idle(llm: LLM) -> bool:
 def poison(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str) -> threading.Event:
     """From its tenth token on, the unlucky question fails; the event says that it met others."""
     tokens = llm.prompts.chat(say(UNLUCKY)).tokens
-    run, together = llm.runner.run, threading.Event()
+    run, predict, together = llm.runner.run, llm.runner.predict, threading.Event()
+    mark = {"nan": torch.nan, "no memory for logits": 12345.0}
 
     def struck(scheduled: Scheduled) -> bool:
         own = tuple(scheduled.sequence.tokens)
@@ -56,15 +58,21 @@ def poison(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str) -> threading.Eve
         with torch.inference_mode():
             for scheduled in step:
                 if struck(scheduled):
-                    logits[row : row + scheduled.rows] = torch.nan
+                    logits[row : row + scheduled.rows] = mark[how]
                 row += scheduled.rows
         return logits
 
+    def short_of_memory(hidden: torch.Tensor, few: Sequence[bool]) -> list[Prediction]:
+        if (hidden == mark["no memory for logits"]).all(dim=1).any():
+            raise MemoryError("secret")
+        return predict(hidden, few)
+
+    monkeypatch.setattr(llm.runner, "predict", short_of_memory)
     monkeypatch.setattr(llm.runner, "run", poisoned)
     return together
 
 
-@pytest.mark.parametrize("how", ["raise", "nan"])
+@pytest.mark.parametrize("how", ["raise", "nan", "no memory for logits"])
 def test_one_request_of_a_batch_fails(
     url: str, llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -82,6 +90,7 @@ def test_one_request_of_a_batch_fails(
     words, code = {
         "raise": ("its log says", "internal_error"),
         "nan": ("not finite", "numerical_error"),
+        "no memory for logits": ("its log says", "internal_error"),
     }[how]
     words = words.replace("its log", "the server's log")
     refused(whole.result(), 500, None, words)

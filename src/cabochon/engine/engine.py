@@ -297,7 +297,11 @@ class Engine:
         """Score prompts by their rows, and draw the next tokens of what is complete."""
         works = [self._requests[self._by_sequence[s.sequence]] for s in part]
         few = [w.few for w, s in zip(works, part, strict=True) for _ in range(s.rows)]
-        predictions = self.runner.predict(hidden, few)
+        try:
+            predictions = self.runner.predict(hidden, few)
+        except Exception as error:
+            self._read_alone(part, hidden, error)
+            return
         last = 0
         for work, scheduled in zip(works, part, strict=True):
             first, last = last, last + scheduled.rows
@@ -306,6 +310,18 @@ class Engine:
             if scheduled.complete:
                 drawing = slice(last - 1 - len(scheduled.sequence.guesses.tokens), last)
                 self._draw(scheduled, predictions[drawing], hidden[drawing])
+
+    def _read_alone(self, part: Sequence[Scheduled], hidden: Tensor, error: Exception) -> None:
+        """What failed for all of them, for each: only the culprit ends."""
+        if len(part) == 1:
+            logger.exception("what one request says next could not be computed")
+            self._fail(self._by_sequence[part[0].sequence], _internal(error))
+            return
+        logger.exception("what %d requests say next failed; each is tried alone", len(part))
+        last = 0
+        for scheduled in part:
+            first, last = last, last + scheduled.rows
+            self._read([scheduled], hidden[first:last])
 
     def _score(self, request: Work, scheduled: Scheduled, rows: Sequence[Prediction]) -> None:
         """Tell the probabilities of the prompt's tokens, each by the row before it."""
