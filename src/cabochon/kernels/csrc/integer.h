@@ -15,8 +15,10 @@ namespace {
 
 constexpr int VECTORS = ROWS / LANES;
 #if defined(CABOCHON_AVX512)
-constexpr int WIDEST = 8;  // columns at once: what the registers hold
-#elif defined(CABOCHON_AVX2) || defined(CABOCHON_NEON)
+constexpr int WIDEST = 8;  // columns at once
+#elif defined(CABOCHON_AVX2)
+constexpr int WIDEST = 4;
+#elif defined(CABOCHON_NEON)
 constexpr int WIDEST = 6;
 #else
 constexpr int WIDEST = 1;
@@ -35,23 +37,31 @@ struct Quantized {
 // Where the code of a unit's column is: in the order of quads.
 INL int place_in_unit(int column) { return column / 8 * 8 + column % 2 * 4 + column % 8 / 2; }
 
+// The most of them for which there is room, of which a whole number makes VECTORS.
+constexpr int part_of_vectors(int room) {
+  int part = VECTORS;
+  while (part > 1 && part > room) part /= 2;
+  return part;
+}
+
 template <class C, int MR, bool MINS, bool HALVES> struct Tile {
   static constexpr int N = HALVES ? 4 : 8;  // quads until scales change
   typedef typename C::D D;
+  static constexpr int SOME = part_of_vectors(D::HELD / MR);  // vectors of rows at once
 
   // Steps T to N of one run of quads.
   template <int T, int FIRST>
   INL_MEMBER static void dots(const C& codes, const uint8_t* unit, const int8_t* const* q,
-                              int64_t at, D (&d)[MR][VECTORS]) {
+                              int64_t at, D (&d)[MR][SOME]) {
     if constexpr (T < N) {
-      decltype(codes.template get<T>(unit)) w[VECTORS];
+      decltype(codes.template get<T>(unit)) w[SOME];
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) w[v] = codes.template get<FIRST + T>(unit + v * LANES * 4);
+      for (int v = 0; v < SOME; v++) w[v] = codes.template get<FIRST + T>(unit + v * LANES * 4);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; m++) {
         V a = quad(q[m] + at + (FIRST + T) * 4);
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; v++) d[m][v].template add<T, N>(w[v], a);
+        for (int v = 0; v < SOME; v++) d[m][v].template add<T, N>(w[v], a);
       }
       dots<T + 1, FIRST>(codes, unit, q, at, d);
     }
@@ -62,22 +72,25 @@ template <class C, int MR, bool MINS, bool HALVES> struct Tile {
                               const int8_t* const* q, int u, const float* const* scales,
                               const float* const* sums, int64_t sum_at, const float* S,
                               const float* Z, F (&acc)[MR][VECTORS]) {
-    D d[MR][VECTORS];
-    dots<0, FIRST>(codes, unit, q, (int64_t)u * UNIT, d);
     const float constant = (m.zero - D::BIAS) * D::ONE;
 #pragma GCC unroll 8
-    for (int c = 0; c < MR; c++) {
-      const F scale = fsplat(scales[c][u]);
-      const F sum = fsplat(MINS ? sums[c][sum_at] : constant * sums[c][sum_at]);
+    for (int first = 0; first < VECTORS; first += SOME) {
+      D d[MR][SOME];
+      dots<0, FIRST>(codes, unit + first * LANES * 4, q, (int64_t)u * UNIT, d);
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; v++) {
-        const F dot = d[c][v].total();
-        const F s = fload(S + v * LANES);
-        if (MINS) {
-          acc[c][v] = fma(fmul(dot, scale), s, acc[c][v]);
-          acc[c][v] = fnma(fload(Z + v * LANES), sum, acc[c][v]);
-        } else {
-          acc[c][v] = fma(fms(dot, scale, sum), s, acc[c][v]);
+      for (int c = 0; c < MR; c++) {
+        const F scale = fsplat(scales[c][u]);
+        const F sum = fsplat(MINS ? sums[c][sum_at] : constant * sums[c][sum_at]);
+#pragma GCC unroll 8
+        for (int i = 0; i < SOME; i++) {
+          const int v = first + i;
+          const F dot = d[c][i].total(), s = fload(S + v * LANES);
+          if (MINS) {
+            acc[c][v] = fma(fmul(dot, scale), s, acc[c][v]);
+            acc[c][v] = fnma(fload(Z + v * LANES), sum, acc[c][v]);
+          } else {
+            acc[c][v] = fma(fms(dot, scale, sum), s, acc[c][v]);
+          }
         }
       }
     }

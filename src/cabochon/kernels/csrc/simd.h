@@ -174,6 +174,7 @@ INL void store_codes(int8_t* out, const F* x) {  // 32 numbers, whole after roun
 }
 template <int BITS> struct Dot {
   static constexpr float BIAS = 0, ONE = 1;
+  static constexpr int HELD = 16;  // by registers, beside what is added
   __m512i s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     s = _mm512_dpbusd_epi32(T == 0 ? _mm512_setzero_si512() : s, w, a);
@@ -292,6 +293,7 @@ INL void store_codes(int8_t* out, const F* x) {
 #if defined(CABOCHON_VNNI)
 template <int BITS> struct Dot {
   static constexpr float BIAS = 0, ONE = 1;
+  static constexpr int HELD = 8;
   __m256i s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     s = _mm256_dpbusd_avx_epi32(T == 0 ? _mm256_setzero_si256() : s, w, a);
@@ -302,6 +304,7 @@ template <int BITS> struct Dot {
 // Pairs of products are summed in 16 bits for as long as they fit: `FLUSH` quads.
 template <int BITS> struct Dot {
   static constexpr float BIAS = BITS == 8 ? 128 : 0, ONE = 1;
+  static constexpr int HELD = 8;
   static constexpr int FLUSH = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
   __m256i s16, s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
@@ -325,6 +328,7 @@ template <int BITS> struct Dot {
 // row's quad are two sums until the end.
 struct DotOfTwo {
   static constexpr float BIAS = 128, ONE = 1 + 1.0f / FINE;  // of either digit; 1 in each of them
+  static constexpr int HELD = 16;  // more than there is room for: words of inputs are made once
   struct Values {
     V low, high;  // bytes of the words
   };
@@ -461,6 +465,7 @@ INL void store_codes(int8_t* out, const F* x) {
 }
 template <int BITS> struct Dot {  // signed times signed: codes of eight bits are moved by BIAS
   static constexpr float BIAS = BITS == 8 ? 128 : 0, ONE = 1;
+  static constexpr int HELD = 24;
   int32x4_t s;
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     if (BITS == 8) w = veorq_u8(w, vdupq_n_u8(0x80));
@@ -541,6 +546,7 @@ INL void store_codes(int8_t* out, const F* x) {
 }
 template <int BITS> struct Dot {
   static constexpr float BIAS = 0, ONE = 1;
+  static constexpr int HELD = 2;
   int32_t s[LANES];
   template <int T, int N> INL_MEMBER void add(V w, V a) {
     for (int i = 0; i < LANES; i++) {
@@ -558,6 +564,7 @@ template <int BITS> struct Dot {
 struct DotOfTwo {
   typedef Dot<8> D;
   static constexpr float BIAS = D::BIAS, ONE = 1 + 1.0f / FINE;
+  static constexpr int HELD = D::HELD;
   struct Values {
     V first, second;
   };
