@@ -26,7 +26,6 @@ from cabochon.engine.scheduler import Scheduled, Scheduler, TokenSequence
 from cabochon.engine.stats import Stats
 from cabochon.engine.work import Limits, Sink, Work
 from cabochon.errors import (
-    BusyError,
     CabochonError,
     DeadlineError,
     FaultError,
@@ -37,8 +36,6 @@ from cabochon.gemma4.drafter import Drafter
 from cabochon.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-LONGEST_WAIT = 60  # seconds after which a client that was turned away may well try again
 
 
 class Engine:
@@ -134,17 +131,6 @@ class Engine:
         """Requests that hold pages."""
         return len(self.scheduler.running)
 
-    def _check_room(self, tokens: int) -> None:
-        """Let a prompt of `tokens` wait beside the others, or refuse it; alone it always may."""
-        arriving = sum(r.prompt_length for _, r in self._inbox if r is not None)
-        waiting, most = self._waiting_tokens + arriving, self.limits.waiting_tokens
-        if most is not None and waiting and waiting + tokens > most:
-            seconds = round(waiting / (self.stats.tokens_per_second or waiting))
-            raise BusyError(
-                f"{waiting:,} tokens of prompts wait already, and {most:,} may; try again later",
-                min(max(1, seconds), LONGEST_WAIT),
-            )
-
     def _request(self, prompt: Prompt, params: SamplingParams, sink: Sink) -> Work:
         length = len(prompt.tokens)
         if length >= self.max_context:
@@ -174,7 +160,9 @@ class Engine:
         with self._wake:
             if self._closed or not self._thread.is_alive():
                 raise CabochonError("the engine is closed")
-            self._check_room(request.prompt_length)
+            arriving = sum(r.prompt_length for _, r in self._inbox if r is not None)
+            waiting, rate = self._waiting_tokens + arriving, self.stats.tokens_per_second
+            self.limits.check_room(request.prompt_length, waiting, rate)
             self._inbox.append((number, request))
             self._wake.notify()
 

@@ -12,8 +12,11 @@ from cabochon.engine.request import Delta, FinishReason, SamplingParams, TokenLo
 from cabochon.engine.sampler import Sampling, logprob, sample
 from cabochon.engine.scheduler import TokenSequence
 from cabochon.engine.stats import Timeline
+from cabochon.errors import BusyError
 
 Sink = Callable[[Delta], None]
+
+LONGEST_WAIT = 60  # seconds after which a client that was turned away may well try again
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,20 @@ class Limits:
 
     waiting_tokens: int | None = None  # of all prompts that wait
     seconds: float | None = None  # from a request's arrival to its last token
+
+    def check_room(self, tokens: int, waiting: int, per_second: float) -> None:
+        """Whether `tokens` may wait beside those that do; alone they always may.
+
+        Raises:
+            BusyError: too many wait, of which so many are done in a second.
+        """
+        most = self.waiting_tokens
+        if most is not None and waiting and waiting + tokens > most:
+            seconds = round(waiting / (per_second or waiting))
+            raise BusyError(
+                f"{waiting:,} tokens of prompts wait already, and {most:,} may; try again later",
+                min(max(1, seconds), LONGEST_WAIT),
+            )
 
 
 @dataclass(slots=True, eq=False)
