@@ -27,10 +27,10 @@ class Limits:
     seconds: float | None = None  # from a request's arrival to its last token
 
     def check_room(self, tokens: int, waiting: int, per_second: float) -> None:
-        """Whether `tokens` may wait beside those that do; alone they always may.
+        """Let a prompt of `tokens` wait beside those that do, or refuse it; alone it always may.
 
         Raises:
-            BusyError: too many wait, of which so many are done in a second.
+            BusyError: too many wait already; `per_second` are done, which says until when.
         """
         most = self.waiting_tokens
         if most is not None and waiting and waiting + tokens > most:

@@ -12,11 +12,11 @@ template <int T> INL V four_bits(const uint8_t* p) {
 template <int T> INL V two_bits(const uint8_t* p) {
   return both(right<2 * (T % 4)>(load(p + (T / 4) * 128)), splat8(3));
 }
-template <int T, int TO> INL V one_bit(const uint8_t* p) {  // bit T of each byte, moved to bit TO
+template <int T> INL V fifth_bit(const uint8_t* p) {  // bit T of each byte, moved to bit 4
   V x = load(p);
-  if constexpr (T > TO) x = right<T - TO>(x);
-  if constexpr (T < TO) x = left<TO - T>(x);
-  return both(x, splat8(1 << TO));
+  if constexpr (T > 4) x = right<T - 4>(x);
+  if constexpr (T < 4) x = left<4 - T>(x);
+  return both(x, splat8(16));
 }
 // Six quads lie two in a vector; of the others, the two low bits above four of these, and the high
 // ones above the last two.
@@ -68,9 +68,7 @@ struct CodesU3 {
   static constexpr int BYTES = 384;
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU3(const Matrix&) {}
-  template <int T> INL_MEMBER V raw(const uint8_t* p) const {
-    return three_bits<T>(p);
-  }
+  template <int T> INL_MEMBER V raw(const uint8_t* p) const { return three_bits<T>(p); }
   template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };
 struct CodesU5 {
@@ -79,7 +77,7 @@ struct CodesU5 {
   static constexpr bool TABLED = false;
   INL_MEMBER explicit CodesU5(const Matrix&) {}
   template <int T> INL_MEMBER V raw(const uint8_t* p) const {
-    return either(four_bits<T>(p), one_bit<T, 4>(p + 512));
+    return either(four_bits<T>(p), fifth_bit<T>(p + 512));
   }
   template <int T> INL_MEMBER V get(const uint8_t* p) const { return raw<T>(p); }
 };

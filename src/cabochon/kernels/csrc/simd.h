@@ -1,10 +1,11 @@
 // Vectors of one instruction set: `V` is LANES quads of bytes, `F` is LANES floats, `Dot` sums
 // products of unsigned and signed bytes. Everything above this file is written once.
 #pragma once
-#include "api.h"
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "api.h"
 
 #if defined(CABOCHON_AVX512) || defined(CABOCHON_AVX2) || defined(CABOCHON_NEON)
 #define INL static inline __attribute__((always_inline))
